@@ -1,0 +1,153 @@
+// Package vmm is the contract between a host and the hypervisors: a Driver
+// starts microVMs and finds those that an earlier process started; a Machine is
+// one that runs. It owns no processes itself; its sub-packages do, one each, and
+// package vmmtest holds all of them to the same behaviour.
+package vmm
+
+import (
+	"context"
+	"io"
+	"net"
+	"os"
+	"time"
+
+	"ingot/internal/vm"
+)
+
+// Feature is something that not every driver can do.
+type Feature string
+
+// The features.
+const (
+	Macvtap  Feature = "macvtap"
+	Virtiofs Feature = "virtiofs"
+	Agent    Feature = "agent"
+	Pause    Feature = "pause"
+	Snapshot Feature = "snapshot"
+	Grow     Feature = "grow"
+)
+
+// Driver starts microVMs with one kind of hypervisor.
+type Driver interface {
+	// Name is the driver's name as a spec gives it: qemu, firecracker, cloudhypervisor.
+	Name() string
+	// Facts says whether the driver can be used on this machine, and how.
+	Facts() Facts
+	// Features lists what the driver can do beyond the contract.
+	Features() []Feature
+	// Start boots a microVM. The hypervisor outlives this process. On error, or
+	// when ctx ends before Start returns, nothing is left behind.
+	Start(ctx context.Context, c Config) (Machine, error)
+	// Attach finds the microVM that was started in dir, by this process or an
+	// earlier one. errdefs.ErrNotFound means that none runs there any more; if
+	// its end was recorded, the error is an *Ended.
+	Attach(ctx context.Context, dir string) (Machine, error)
+}
+
+// Facts are a driver's state on this machine.
+type Facts struct {
+	Available   bool
+	Version     string
+	Accelerator string // kvm or tcg
+	Reason      string // why it is not available, or why not with KVM
+}
+
+// Config is all that a driver needs for one microVM. Disks and network cards
+// come as open files, because the hypervisor runs as another user. Start uses
+// the files but does not close them.
+type Config struct {
+	UID    string // the microVM's uid, for the process's name
+	Dir    string // the state directory; files in it are named after the driver: qemu.pid, qemu.stdout
+	User   int    // uid and gid that the hypervisor runs as; 0 stays root
+	VCPU   int
+	Memory vm.MiB
+
+	Kernel  string   // path of an ELF vmlinux or a bzImage
+	Initrd  string   // path, or empty
+	Cmdline []string // without what the driver itself must add (console, TSC)
+
+	Disks []Disk // vda, vdb, … in the guest
+	NICs  []NIC  // eth0, eth1, … in the guest
+	Agent bool   // make a channel to the guest's agent
+	// Cgroup, if not empty, is a cgroup directory's path that the process is put
+	// into before it runs.
+	Cgroup string
+}
+
+// Disk is one virtio block device.
+type Disk struct {
+	ID       string
+	File     *os.File
+	ReadOnly bool
+}
+
+// NIC is one virtio network card. File is the open tap or macvtap device.
+type NIC struct {
+	ID   string
+	File *os.File
+	MAC  net.HardwareAddr
+}
+
+// State is what a hypervisor says of its guest.
+type State string
+
+// The states.
+const (
+	Running State = "running"
+	Paused  State = "paused"
+	Dead    State = "dead"
+)
+
+// Cause is why a microVM ended.
+type Cause string
+
+// The causes.
+const (
+	PowerOff Cause = "power-off" // the guest switched itself off
+	Reboot   Cause = "reboot"    // the guest asked for a restart; the hypervisor has ended
+	Panic    Cause = "panic"     // the guest's kernel gave up
+	Stopped  Cause = "stopped"   // Stop or Kill, by us
+	Killed   Cause = "killed"    // a signal that was not ours
+	Error    Cause = "error"     // the hypervisor failed
+	Unknown  Cause = "unknown"   // it ended while nobody watched, and left no word
+)
+
+// Exit is how a microVM ended.
+type Exit struct {
+	Cause  Cause     `json:"cause"`
+	Detail string    `json:"detail,omitempty"` // "signal: killed", the last line of stderr, …
+	At     time.Time `json:"at"`
+}
+
+// Ended is the error of an Attach that finds a microVM which has ended. It is
+// an errdefs.ErrNotFound.
+type Ended struct{ Exit Exit }
+
+// Machine is a microVM that runs, or has run. Its methods may be called from
+// several goroutines.
+type Machine interface {
+	// PID is the hypervisor's process id.
+	PID() int
+	// State asks the hypervisor.
+	State(ctx context.Context) (State, error)
+	// Stop presses the guest's power button, waits until ctx ends, then kills. It
+	// returns when the process is gone. Stopping what has stopped is no error.
+	// (The host asks the guest's agent first, which needs no button driver.)
+	Stop(ctx context.Context) error
+	// Kill ends the hypervisor at once and returns when it is gone.
+	Kill() error
+	// Done is closed when the hypervisor has ended, at once and without polling.
+	Done() <-chan struct{}
+	// Exit says how it ended. It may be called once Done is closed.
+	Exit() Exit
+	// Console connects to the serial console. One connection at a time: the host
+	// multiplexes. The boot log is in the state directory either way.
+	Console(ctx context.Context) (io.ReadWriteCloser, error)
+	// Agent connects to the channel of the guest's agent. One at a time.
+	Agent(ctx context.Context) (net.Conn, error)
+	// Pause and Resume stop and continue the guest's CPUs.
+	Pause(ctx context.Context) error
+	Resume(ctx context.Context) error
+	// Close lets go of the microVM without ending it: connections, watches. Attach finds it again.
+	Close() error
+}
