@@ -50,6 +50,9 @@ func rootCommand() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	root.AddCommand()
+	root.AddCommand(
+		containerdCommand(),
+		ctrCommand(),
+	)
 	return root
 }

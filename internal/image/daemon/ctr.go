@@ -1,0 +1,19 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"github.com/containerd/containerd/v2/cmd/ctr/app"
+)
+
+// CTR is containerd's own command line, ctr; args[0] is its name. It returns
+// the exit code.
+func CTR(ctx context.Context, args []string) int {
+	if err := app.New().Run(ctx, args); err != nil {
+		fmt.Fprintf(os.Stderr, "ctr: %v\n", err)
+		return 1
+	}
+	return 0
+}

@@ -1,0 +1,38 @@
+package image
+
+import (
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// inRoot resolves the path of a regular file in an image's directory. The image
+// may have been made by anyone: a link is followed as if root were /, so that
+// neither links nor dots lead out of it.
+func inRoot(root, path string) (string, error) {
+	dir, err := os.Open(root)
+	if err != nil {
+		return "", err
+	}
+	defer dir.Close()
+	fd, err := unix.Openat2(int(dir.Fd()), strings.TrimLeft(path, "/"), &unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_CLOEXEC,
+		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
+	})
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	f := os.NewFile(uintptr(fd), path)
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	if !info.Mode().IsRegular() {
+		return "", fmt.Errorf("not a regular file: %w", errdefs.ErrInvalidArgument)
+	}
+	return os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+}

@@ -1,0 +1,238 @@
+package image
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"ingot/internal/vm"
+)
+
+const (
+	// pullLease begins the id of the lease that holds what a pull under way has
+	// fetched. A pull that was killed leaves it, so that the next one continues;
+	// if none comes, it expires.
+	pullLease   = "ingot/pull/"
+	pullExpires = time.Hour
+)
+
+// image is what there is to know of one, by its digest; it never changes.
+type image struct {
+	name    string
+	chain   string // the id of its committed snapshot, in every snapshotter
+	process vm.Process
+}
+
+// Pull fetches an image and unpacks it for volumes, also if an older one of
+// this name is there.
+func (s *Store) Pull(ctx context.Context, ref string, progress func(Progress)) error {
+	name, err := s.Resolve(ref)
+	if err != nil {
+		return fmt.Errorf("pull: %w", err)
+	}
+	return s.pull(ctx, name, blockfile, progress)
+}
+
+// ensure returns an image that is here, unpacked for a snapshotter. It asks no
+// registry if that is so already.
+func (s *Store) ensure(ctx context.Context, ref, snapshotter string, progress func(Progress)) (image, error) {
+	name, err := s.Resolve(ref)
+	if err != nil {
+		return image{}, err
+	}
+	i, err := s.find(ctx, name, snapshotter)
+	if !errdefs.IsNotFound(err) {
+		return i, err
+	}
+	if err := s.pull(ctx, name, snapshotter, progress); err != nil {
+		return image{}, err
+	}
+	return s.find(ctx, name, snapshotter)
+}
+
+// find returns an image that is here and unpacked, or errdefs.ErrNotFound.
+func (s *Store) find(ctx context.Context, name, snapshotter string) (image, error) {
+	i, err := s.read(ctx, name)
+	if err != nil {
+		return image{}, err
+	}
+	if _, err := s.client.SnapshotService(snapshotter).Stat(ctx, i.chain); err != nil {
+		return image{}, fmt.Errorf("find image %s: %w", name, err)
+	}
+	return i, nil
+}
+
+// read reads an image's configuration, which is what its digest says and
+// therefore kept.
+func (s *Store) read(ctx context.Context, name string) (image, error) {
+	record, err := s.client.ImageService().Get(ctx, name)
+	if err != nil {
+		return image{}, fmt.Errorf("read image %s: %w", name, err)
+	}
+	s.mu.Lock()
+	i, ok := s.known[record.Target.Digest]
+	s.mu.Unlock()
+	i.name = name
+	if ok {
+		return i, nil
+	}
+	if err := s.readConfig(ctx, record, &i); err != nil {
+		return image{}, fmt.Errorf("read image %s: %w", name, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.known[record.Target.Digest] = i
+	return i, nil
+}
+
+func (s *Store) readConfig(ctx context.Context, record images.Image, i *image) error {
+	found := client.NewImage(s.client, record)
+	at, err := found.Config(ctx)
+	if err != nil {
+		return err
+	}
+	data, err := content.ReadBlob(ctx, s.client.ContentStore(), at)
+	if err != nil {
+		return err
+	}
+	var config ocispec.Image
+	if err := json.Unmarshal(data, &config); err != nil {
+		return fmt.Errorf("decode configuration: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	if len(config.RootFS.DiffIDs) == 0 {
+		return fmt.Errorf("the image has no layers: %w", errdefs.ErrInvalidArgument)
+	}
+	i.chain = identity.ChainID(slices.Clone(config.RootFS.DiffIDs)).String()
+	i.process = process(config.Config)
+	return nil
+}
+
+func process(c ocispec.ImageConfig) vm.Process {
+	p := vm.Process{Args: slices.Concat(c.Entrypoint, c.Cmd), Dir: c.WorkingDir, User: c.User}
+	for _, e := range c.Env {
+		if p.Env == nil {
+			p.Env = map[string]string{}
+		}
+		k, v, _ := strings.Cut(e, "=")
+		p.Env[k] = v
+	}
+	return p
+}
+
+// pull fetches and unpacks an image, once for all who ask at the same time.
+func (s *Store) pull(ctx context.Context, name, snapshotter string, progress func(Progress)) error {
+	err := s.pulls.do(ctx, name+" "+snapshotter, progress, func(ctx context.Context, tell func(Progress)) error {
+		return s.fetch(ctx, name, snapshotter, tell)
+	})
+	if err != nil {
+		return fmt.Errorf("pull image %s: %w", name, meaning(err))
+	}
+	return nil
+}
+
+func (s *Store) fetch(ctx context.Context, name, snapshotter string, tell func(Progress)) error {
+	start := time.Now()
+	ctx, done, err := s.leaseForPull(ctx, name+" "+snapshotter)
+	if err != nil {
+		return err
+	}
+	t, err := s.transport()
+	if err != nil {
+		return err
+	}
+	defer t.CloseIdleConnections()
+	m := &meter{tell: tell, progress: Progress{Image: name, Status: "resolve"}}
+	m.add(0, 0, "resolve")
+	_, err = s.client.Pull(ctx, name,
+		client.WithResolver(s.resolver(t, func(n int64) { m.add(n, 0, "pull") })),
+		client.WithImageHandlerWrapper(m.watch),
+		client.WithPullUnpack,
+		client.WithPullSnapshotter(snapshotter))
+	if err != nil {
+		return err
+	}
+	m.add(0, 0, "done")
+	s.c.Log.Info("image pulled", "image", name, "snapshotter", snapshotter, "bytes", m.progress.Offset, "took", time.Since(start))
+	return done(ctx)
+}
+
+// leaseForPull holds what is fetched until the image's own record does. It is
+// given up only when the pull has succeeded.
+func (s *Store) leaseForPull(ctx context.Context, what string) (context.Context, func(context.Context) error, error) {
+	id := pullLease + strings.ReplaceAll(what, " ", "/")
+	lm := s.client.LeasesService()
+	_, err := lm.Create(ctx, leases.WithID(id), leases.WithExpiration(pullExpires))
+	if err != nil && !errdefs.IsAlreadyExists(err) {
+		return nil, nil, err
+	}
+	done := func(ctx context.Context) error {
+		if err := lm.Delete(ctx, leases.Lease{ID: id}); err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+		return nil
+	}
+	return leases.WithLease(ctx, id), done, nil
+}
+
+// meter adds up a pull's progress and passes it on, not oftener than anyone
+// could read it.
+type meter struct {
+	mu       sync.Mutex // guards what follows; held while telling, so that the order is kept
+	progress Progress
+	seen     map[digest.Digest]bool
+	told     time.Time
+	tell     func(Progress)
+}
+
+func (m *meter) add(offset, total int64, status string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	fresh := status != m.progress.Status || m.told.IsZero()
+	m.progress.Offset += offset
+	m.progress.Total += total
+	m.progress.Status = status
+	if m.progress.Total > 0 && m.progress.Offset >= m.progress.Total && status == "pull" {
+		m.progress.Status = "unpack"
+		fresh = true
+	}
+	if fresh || time.Since(m.told) > 100*time.Millisecond {
+		m.told = time.Now()
+		m.tell(m.progress)
+	}
+}
+
+// watch sees each part of an image before it is fetched.
+func (m *meter) watch(h images.Handler) images.Handler {
+	return images.HandlerFunc(func(ctx context.Context, d ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+		if m.isNew(d.Digest) {
+			m.add(0, d.Size, "pull")
+		}
+		return h.Handle(ctx, d)
+	})
+}
+
+func (m *meter) isNew(d digest.Digest) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.seen[d] {
+		return false
+	}
+	if m.seen == nil {
+		m.seen = map[digest.Digest]bool{}
+	}
+	m.seen[d] = true
+	return true
+}

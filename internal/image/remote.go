@@ -1,0 +1,149 @@
+package image
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/remotes"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
+	"github.com/containerd/errdefs"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// How long a registry may be silent before it counts as unreachable.
+const (
+	connectTimeout = 10 * time.Second
+	answerTimeout  = 30 * time.Second
+	stallTimeout   = 60 * time.Second
+)
+
+// transport is made anew for each pull: a certificate that was renewed is seen,
+// and a registry that hangs holds nothing that another needs.
+func (s *Store) transport() (*http.Transport, error) {
+	roots, err := x509.SystemCertPool()
+	if err != nil {
+		roots = x509.NewCertPool()
+	}
+	if s.c.CAFile != "" {
+		pem, err := os.ReadFile(s.c.CAFile)
+		if err != nil {
+			return nil, fmt.Errorf("read the registry's CA: %w", err)
+		}
+		if !roots.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("read the registry's CA: no certificate in %s: %w", s.c.CAFile, errdefs.ErrInvalidArgument)
+		}
+	}
+	dialer := &net.Dialer{Timeout: connectTimeout}
+	return &http.Transport{
+		Proxy: http.ProxyFromEnvironment,
+		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := dialer.DialContext(ctx, network, address)
+			if err != nil {
+				return nil, err
+			}
+			return stallConn{conn}, nil
+		},
+		TLSClientConfig:       &tls.Config{RootCAs: roots},
+		TLSHandshakeTimeout:   connectTimeout,
+		ResponseHeaderTimeout: answerTimeout,
+		MaxIdleConnsPerHost:   8,
+		ForceAttemptHTTP2:     true,
+	}, nil
+}
+
+// stallConn fails a read that brings nothing for too long. A limit for a whole
+// request would fail large layers on slow lines.
+type stallConn struct{ net.Conn }
+
+func (c stallConn) Read(p []byte) (int, error) {
+	if err := c.SetReadDeadline(time.Now().Add(stallTimeout)); err != nil {
+		return 0, err
+	}
+	return c.Conn.Read(p)
+}
+
+// resolver speaks to registries by TLS; only another registry on this very
+// machine may do without, as for all of containerd's clients.
+func (s *Store) resolver(t *http.Transport, count func(int64)) remotes.Resolver {
+	plain := func(host string) (bool, error) {
+		if host == s.c.Registry {
+			return false, nil
+		}
+		return docker.MatchLocalhost(host)
+	}
+	hosts := docker.ConfigureDefaultRegistries(docker.WithClient(&http.Client{Transport: t}), docker.WithPlainHTTP(plain))
+	return counting{docker.NewResolver(docker.ResolverOptions{Hosts: hosts}), count}
+}
+
+// counting is a resolver that tells how many bytes its fetchers have read.
+type counting struct {
+	remotes.Resolver
+	count func(int64)
+}
+
+func (c counting) Fetcher(ctx context.Context, ref string) (remotes.Fetcher, error) {
+	f, err := c.Resolver.Fetcher(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	return remotes.FetcherFunc(func(ctx context.Context, d ocispec.Descriptor) (io.ReadCloser, error) {
+		body, err := f.Fetch(ctx, d)
+		if err != nil {
+			return nil, err
+		}
+		return &countingBody{body, c.count}, nil
+	}), nil
+}
+
+type countingBody struct {
+	io.ReadCloser
+	count func(int64)
+}
+
+func (b *countingBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	b.count(int64(n))
+	return n, err
+}
+
+// Seek lets a download continue where it was interrupted.
+func (b *countingBody) Seek(offset int64, whence int) (int64, error) {
+	if s, ok := b.ReadCloser.(io.Seeker); ok {
+		return s.Seek(offset, whence)
+	}
+	return 0, errdefs.ErrNotImplemented
+}
+
+// meaning gives a pull's error the meaning that callers ask for.
+func meaning(err error) error {
+	var status remoteerrors.ErrUnexpectedStatus
+	var netErr net.Error
+	var urlErr *url.Error
+	switch {
+	case err == nil || errors.Is(err, context.Canceled) || hasMeaning(err):
+		return err
+	case errors.As(err, &status) && (status.StatusCode == http.StatusUnauthorized || status.StatusCode == http.StatusForbidden):
+		return fmt.Errorf("%w: %w", err, errdefs.ErrPermissionDenied)
+	case errors.As(err, &status), errors.As(err, &urlErr), errors.As(err, &netErr), errors.Is(err, io.ErrUnexpectedEOF):
+		return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
+	case strings.Contains(err.Error(), "no space left on device"):
+		return fmt.Errorf("%w: %w", err, errdefs.ErrResourceExhausted)
+	}
+	return err
+}
+
+func hasMeaning(err error) bool {
+	return errdefs.IsNotFound(err) || errdefs.IsUnavailable(err) || errdefs.IsInvalidArgument(err) ||
+		errdefs.IsPermissionDenied(err) || errdefs.IsResourceExhausted(err)
+}

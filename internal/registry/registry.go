@@ -1,0 +1,161 @@
+// Package registry is the environment's own OCI registry: anyone may pull,
+// only who knows the password may push or delete. It owns the directory that
+// the blobs are in and the TLS listener. It mirrors nothing, and keeps no users.
+package registry
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"crypto/tls"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/distribution/distribution/v3/configuration"
+	"github.com/distribution/distribution/v3/registry/handlers"
+	_ "github.com/distribution/distribution/v3/registry/storage/driver/filesystem" // the handlers find it by name
+	"github.com/sirupsen/logrus"
+)
+
+// Config is all that a registry needs.
+type Config struct {
+	Dir      string // where blobs and manifests are kept
+	Listen   string // host:port
+	CertFile string // read again for each new connection, so that a renewed one is used at once
+	KeyFile  string
+	User     string // who may write; empty: nobody
+	Password string
+	Log      *slog.Logger
+}
+
+// Server is a registry.
+type Server struct {
+	c     Config
+	ready chan struct{}
+}
+
+// New makes a registry over a directory, which need not exist yet.
+func New(c Config) (*Server, error) {
+	if c.Dir == "" || c.Listen == "" || c.CertFile == "" || c.KeyFile == "" {
+		return nil, fmt.Errorf("make registry: directory, address, certificate and key are needed: %w", errdefs.ErrInvalidArgument)
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Server{c: c, ready: make(chan struct{})}, nil
+}
+
+// Ready is closed when the registry listens.
+func (s *Server) Ready() <-chan struct{} { return s.ready }
+
+func (s *Server) String() string { return "registry" }
+
+// Run serves until ctx ends, then lets requests under way finish for a moment.
+func (s *Server) Run(ctx context.Context) error {
+	if _, err := s.certificate(nil); err != nil {
+		return fmt.Errorf("serve registry: %w", err)
+	}
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", s.c.Listen)
+	if err != nil {
+		return fmt.Errorf("serve registry: %w", err)
+	}
+	app := handlers.NewApp(ctx, s.distribution())
+	defer app.Shutdown()
+	server := &http.Server{
+		Handler:           s.guard(app),
+		TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: s.certificate},
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		ErrorLog:          slog.NewLogLogger(s.c.Log.Handler(), slog.LevelDebug),
+	}
+	served := make(chan error, 1)
+	go func() { served <- server.ServeTLS(listener, "", "") }()
+	close(s.ready)
+	select {
+	case err := <-served:
+		return fmt.Errorf("serve registry: %w", err)
+	case <-ctx.Done():
+	}
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	if server.Shutdown(grace) != nil {
+		server.Close()
+	}
+	if err := <-served; !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve registry: %w", err)
+	}
+	return nil
+}
+
+func (s *Server) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	c, err := tls.LoadX509KeyPair(s.c.CertFile, s.c.KeyFile)
+	if err != nil {
+		return nil, fmt.Errorf("load certificate: %w", err)
+	}
+	return &c, nil
+}
+
+// guard lets everyone read, and only the one user write.
+func (s *Server) guard(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.Method {
+		case http.MethodGet, http.MethodHead:
+		default:
+			if !s.mayWrite(r) {
+				w.Header().Set("WWW-Authenticate", `Basic realm="ingot"`)
+				w.Header().Set("Content-Type", "application/json")
+				w.WriteHeader(http.StatusUnauthorized)
+				io.WriteString(w, `{"errors":[{"code":"UNAUTHORIZED","message":"writing needs the environment's credentials"}]}`)
+				return
+			}
+			s.c.Log.Debug("registry write", "method", r.Method, "path", r.URL.Path, "from", r.RemoteAddr)
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+func (s *Server) mayWrite(r *http.Request) bool {
+	user, password, ok := r.BasicAuth()
+	if !ok || s.c.User == "" || s.c.Password == "" {
+		return false
+	}
+	return equal(user, s.c.User)&equal(password, s.c.Password) == 1
+}
+
+// equal takes the same time whatever the lengths and the first difference.
+func equal(a, b string) int {
+	x, y := sha256.Sum256([]byte(a)), sha256.Sum256([]byte(b))
+	return subtle.ConstantTimeCompare(x[:], y[:])
+}
+
+// distribution is the configuration of distribution's handlers.
+func (s *Server) distribution() *configuration.Configuration {
+	// It writes a line for every request through the one global logrus. Those
+	// that matter to an operator come from us.
+	logrus.SetLevel(logrus.ErrorLevel)
+	secret := make([]byte, 32)
+	rand.Read(secret)
+	c := &configuration.Configuration{
+		Version: "0.1",
+		Storage: configuration.Storage{
+			"filesystem": configuration.Parameters{"rootdirectory": s.c.Dir},
+			"delete":     configuration.Parameters{"enabled": true},
+			"maintenance": configuration.Parameters{"uploadpurging": map[any]any{
+				"enabled": true, "age": "24h", "interval": "24h", "dryrun": false,
+			}},
+		},
+	}
+	c.Log.AccessLog.Disabled = true
+	c.Log.Level = "error"
+	c.HTTP.Secret = hex.EncodeToString(secret) // signs upload URLs; a restart only breaks uploads under way
+	c.HTTP.RelativeURLs = true
+	return c
+}
