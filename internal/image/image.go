@@ -50,8 +50,9 @@ type Config struct {
 type Store struct {
 	c      Config
 	client *client.Client
-	conn   grpc.ClientConnInterface // the client's
+	conn   *grpc.ClientConn // the client's
 	pulls  flight
+	looks  flight
 
 	mu    sync.Mutex // guards the caches
 	known map[digest.Digest]image
@@ -90,25 +91,17 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	cl, err := client.New(c.Socket, client.WithDefaultNamespace(c.Namespace))
-	if err != nil {
+	s := &Store{c: c, known: map[digest.Digest]image{}, dirs: map[string]string{}}
+	if err := s.connect(ctx); err != nil {
 		return nil, fmt.Errorf("open containerd %s: %w", c.Socket, err)
 	}
-	serving, err := cl.IsServing(ctx)
-	if err == nil && !serving {
-		err = errdefs.ErrUnavailable
-	}
-	if err != nil {
-		cl.Close()
-		return nil, fmt.Errorf("open containerd %s: %w", c.Socket, err)
-	}
-	conn, _ := cl.Conn().(grpc.ClientConnInterface)
-	return &Store{c: c, client: cl, conn: conn, known: map[digest.Digest]image{}, dirs: map[string]string{}}, nil
+	return s, nil
 }
 
 // Close ends the pulls under way and the connection.
 func (s *Store) Close() error {
 	s.pulls.close()
+	s.looks.close()
 	return s.client.Close()
 }
 
@@ -135,6 +128,9 @@ func (s *Store) Resolve(ref string) (string, error) {
 // Release gives up a lease and returns when all that only it held is gone. One
 // that does not exist is no error.
 func (s *Store) Release(ctx context.Context, lease string) error {
+	if err := s.reconnect(ctx); err != nil {
+		return fmt.Errorf("release %s: %w", lease, err)
+	}
 	err := s.client.LeasesService().Delete(ctx, leases.Lease{ID: lease}, leases.SynchronousDelete)
 	if err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("release %s: %w", lease, err)

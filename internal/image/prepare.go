@@ -32,6 +32,9 @@ func (s *Store) prepare(ctx context.Context, lease string, r Request, progress f
 	if err != nil {
 		return Prepared{}, err
 	}
+	if err := s.reconnect(ctx); err != nil {
+		return Prepared{}, err
+	}
 	found, err := s.ensureAll(ctx, r, volumes, progress)
 	if err != nil {
 		return Prepared{}, err
@@ -180,31 +183,47 @@ func (s *Store) file(ctx context.Context, found map[want]image, f vm.File) (stri
 	return path, nil
 }
 
-// dir is the directory of a committed native snapshot. containerd tells it only
-// for a view, so there is one for a moment.
+// dir is the directory of a committed native snapshot.
 func (s *Store) dir(ctx context.Context, chain string) (string, error) {
-	s.mu.Lock()
-	dir, ok := s.dirs[chain]
-	s.mu.Unlock()
-	if ok {
-		if _, err := os.Stat(dir); err == nil {
-			return dir, nil
-		}
+	if dir, ok := s.knownDir(chain); ok {
+		return dir, nil
 	}
-	sn := s.client.SnapshotService(native)
-	key := "ingot/look/" + chain
-	mounts, err := sn.View(ctx, key, chain)
-	if errdefs.IsAlreadyExists(err) {
-		mounts, err = sn.Mounts(ctx, key)
-	}
+	err := s.looks.do(ctx, chain, nil, func(ctx context.Context, _ func(Progress)) error { return s.look(ctx, chain) })
 	if err != nil {
 		return "", err
 	}
+	dir, _ := s.knownDir(chain)
+	return dir, nil
+}
+
+func (s *Store) knownDir(chain string) (string, bool) {
+	s.mu.Lock()
+	dir, ok := s.dirs[chain]
+	s.mu.Unlock()
+	if !ok {
+		return "", false
+	}
+	_, err := os.Stat(dir)
+	return dir, err == nil
+}
+
+// look learns a committed snapshot's directory. containerd tells it only for a
+// view, so there is one for a moment.
+func (s *Store) look(ctx context.Context, chain string) error {
+	sn := s.client.SnapshotService(native)
+	key := "ingot/look/" + chain
+	mounts, err := sn.View(ctx, key, chain)
+	if errdefs.IsAlreadyExists(err) { // from a predecessor that was killed
+		mounts, err = sn.Mounts(ctx, key)
+	}
+	if err != nil {
+		return err
+	}
 	if err := sn.Remove(ctx, key); err != nil && !errdefs.IsNotFound(err) {
-		return "", err
+		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.dirs[chain] = mounts[0].Source
-	return mounts[0].Source, nil
+	return nil
 }

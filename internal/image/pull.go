@@ -43,7 +43,13 @@ func (s *Store) Pull(ctx context.Context, ref string, progress func(Progress)) e
 	if err != nil {
 		return fmt.Errorf("pull: %w", err)
 	}
-	return s.pull(ctx, name, blockfile, progress)
+	err = s.pulls.do(ctx, name, progress, func(ctx context.Context, tell func(Progress)) error {
+		return s.fetch(ctx, name, blockfile, tell)
+	})
+	if err != nil {
+		return fmt.Errorf("pull image %s: %w", name, meaning(err))
+	}
+	return nil
 }
 
 // ensure returns an image that is here, unpacked for a snapshotter. It asks no
@@ -57,10 +63,41 @@ func (s *Store) ensure(ctx context.Context, ref, snapshotter string, progress fu
 	if !errdefs.IsNotFound(err) {
 		return i, err
 	}
-	if err := s.pull(ctx, name, snapshotter, progress); err != nil {
+	if err := s.get(ctx, name, snapshotter, progress); err != nil {
 		return image{}, err
 	}
 	return s.find(ctx, name, snapshotter)
+}
+
+// get makes an image be here, by unpacking it where only that is missing.
+func (s *Store) get(ctx context.Context, name, snapshotter string, progress func(Progress)) error {
+	err := s.pulls.do(ctx, "get "+name+" "+snapshotter, progress, func(ctx context.Context, tell func(Progress)) error {
+		if err := s.unpack(ctx, name, snapshotter); !errdefs.IsNotFound(err) {
+			return err
+		}
+		return s.fetch(ctx, name, snapshotter, tell)
+	})
+	if err != nil {
+		return fmt.Errorf("pull image %s: %w", name, meaning(err))
+	}
+	return nil
+}
+
+// unpack unpacks an image whose content is here; errdefs.ErrNotFound means that
+// it, or a part of it, is not.
+func (s *Store) unpack(ctx context.Context, name, snapshotter string) error {
+	record, err := s.client.ImageService().Get(ctx, name)
+	if err != nil {
+		return err
+	}
+	ctx, done, err := s.leaseForPull(ctx, name+" "+snapshotter)
+	if err != nil {
+		return err
+	}
+	if err := client.NewImage(s.client, record).Unpack(ctx, snapshotter); err != nil {
+		return err
+	}
+	return done(ctx)
 }
 
 // find returns an image that is here and unpacked, or errdefs.ErrNotFound.
@@ -132,17 +169,8 @@ func process(c ocispec.ImageConfig) vm.Process {
 	return p
 }
 
-// pull fetches and unpacks an image, once for all who ask at the same time.
-func (s *Store) pull(ctx context.Context, name, snapshotter string, progress func(Progress)) error {
-	err := s.pulls.do(ctx, name+" "+snapshotter, progress, func(ctx context.Context, tell func(Progress)) error {
-		return s.fetch(ctx, name, snapshotter, tell)
-	})
-	if err != nil {
-		return fmt.Errorf("pull image %s: %w", name, meaning(err))
-	}
-	return nil
-}
-
+// fetch asks the registry for what a name means now, and gets what is missing
+// of that.
 func (s *Store) fetch(ctx context.Context, name, snapshotter string, tell func(Progress)) error {
 	start := time.Now()
 	ctx, done, err := s.leaseForPull(ctx, name+" "+snapshotter)

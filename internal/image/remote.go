@@ -19,6 +19,7 @@ import (
 	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 )
 
 // How long a registry may be silent before it counts as unreachable.
@@ -128,17 +129,17 @@ func (b *countingBody) Seek(offset int64, whence int) (int64, error) {
 // meaning gives a pull's error the meaning that callers ask for.
 func meaning(err error) error {
 	var status remoteerrors.ErrUnexpectedStatus
-	var netErr net.Error
+	var netErr *net.OpError
 	var urlErr *url.Error
 	switch {
 	case err == nil || errors.Is(err, context.Canceled) || hasMeaning(err):
 		return err
 	case errors.As(err, &status) && (status.StatusCode == http.StatusUnauthorized || status.StatusCode == http.StatusForbidden):
 		return fmt.Errorf("%w: %w", err, errdefs.ErrPermissionDenied)
+	case errors.Is(err, unix.ENOSPC) || strings.Contains(err.Error(), unix.ENOSPC.Error()): // the text is what crosses the socket
+		return fmt.Errorf("%w: %w", err, errdefs.ErrResourceExhausted)
 	case errors.As(err, &status), errors.As(err, &urlErr), errors.As(err, &netErr), errors.Is(err, io.ErrUnexpectedEOF):
 		return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
-	case strings.Contains(err.Error(), "no space left on device"):
-		return fmt.Errorf("%w: %w", err, errdefs.ErrResourceExhausted)
 	}
 	return err
 }

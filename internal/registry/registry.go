@@ -116,11 +116,30 @@ func (s *Server) guard(next http.Handler) http.Handler {
 				io.WriteString(w, `{"errors":[{"code":"UNAUTHORIZED","message":"writing needs the environment's credentials"}]}`)
 				return
 			}
-			s.c.Log.Debug("registry write", "method", r.Method, "path", r.URL.Path, "from", r.RemoteAddr)
 		}
-		next.ServeHTTP(w, r)
+		a := &answer{ResponseWriter: w}
+		next.ServeHTTP(a, r)
+		level := slog.LevelDebug
+		if a.status >= http.StatusInternalServerError {
+			level = slog.LevelWarn
+		}
+		s.c.Log.Log(r.Context(), level, "registry request", "method", r.Method, "path", r.URL.Path, "status", a.status, "from", r.RemoteAddr)
 	})
 }
+
+// answer remembers the status of a response.
+type answer struct {
+	http.ResponseWriter
+	status int
+}
+
+func (a *answer) WriteHeader(status int) {
+	a.status = status
+	a.ResponseWriter.WriteHeader(status)
+}
+
+// Unwrap lets http.ResponseController find what the response can do.
+func (a *answer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 
 func (s *Server) mayWrite(r *http.Request) bool {
 	user, password, ok := r.BasicAuth()
@@ -138,9 +157,10 @@ func equal(a, b string) int {
 
 // distribution is the configuration of distribution's handlers.
 func (s *Server) distribution() *configuration.Configuration {
-	// It writes a line for every request through the one global logrus. Those
-	// that matter to an operator come from us.
-	logrus.SetLevel(logrus.ErrorLevel)
+	// It reports every question for a blob that is not there as an error, which
+	// each push begins with, to the one global logrus. What matters to an
+	// operator comes from answer.
+	logrus.SetLevel(logrus.FatalLevel)
 	secret := make([]byte, 32)
 	rand.Read(secret)
 	c := &configuration.Configuration{

@@ -135,7 +135,8 @@ func writeAttribute(f *os.File, e entry) error {
 	return nil
 }
 
-// find returns a finished snapshot, by value.
+// find returns a finished snapshot, by value: callers change the labels that
+// they get.
 func (b *blockfile) find(key string) (entry, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -143,7 +144,9 @@ func (b *blockfile) find(key string) (entry, error) {
 	if !ok || e.busy {
 		return entry{}, fmt.Errorf("snapshot %s: %w", key, errdefs.ErrNotFound)
 	}
-	return *e, nil
+	found := *e
+	found.Labels = maps.Clone(e.Labels)
+	return found, nil
 }
 
 func (b *blockfile) path(name string) string { return filepath.Join(b.dir, name) }
@@ -299,9 +302,9 @@ func (b *blockfile) Update(_ context.Context, info snapshots.Info, fields ...str
 	if err != nil {
 		return snapshots.Info{}, err
 	}
-	labels := maps.Clone(e.Labels)
+	labels := e.Labels
 	if len(fields) == 0 || slices.Contains(fields, "labels") {
-		labels = info.Labels
+		labels = maps.Clone(info.Labels)
 		fields = slices.DeleteFunc(slices.Clone(fields), func(f string) bool { return f == "labels" })
 	}
 	for _, f := range fields {
@@ -321,7 +324,9 @@ func (b *blockfile) Update(_ context.Context, info snapshots.Info, fields ...str
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.entries[e.Name] = &e
+	kept := e
+	kept.Labels = maps.Clone(e.Labels)
+	b.entries[e.Name] = &kept
 	return e.Info, nil
 }
 
@@ -402,7 +407,9 @@ func (b *blockfile) all() []snapshots.Info {
 	var list []snapshots.Info
 	for _, e := range b.entries {
 		if !e.busy {
-			list = append(list, e.Info)
+			info := e.Info
+			info.Labels = maps.Clone(e.Labels)
+			list = append(list, info)
 		}
 	}
 	slices.SortFunc(list, func(x, y snapshots.Info) int { return x.Created.Compare(y.Created) })

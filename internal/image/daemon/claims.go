@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/metadata"
@@ -38,6 +39,10 @@ type claims struct {
 	inside *metadata.DB
 	leases leases.Manager // of inside
 	blocks *blockfile
+
+	turn  sync.Mutex // held over a transaction: bbolt has one at a time anyway
+	mu    sync.Mutex // guards queue
+	queue []*waiting
 }
 
 func registerClaims() {
@@ -118,22 +123,62 @@ func (c *claims) look(ctx context.Context, r claim.Request) (out claim.Response,
 	return out, ok && err == nil
 }
 
+// waiting is a claim that somebody waits for.
+type waiting struct {
+	ctx     context.Context // its caller's, for the namespace
+	request claim.Request
+	out     claim.Response
+	err     error
+	done    bool
+}
+
+// make puts the claim in the queue and waits for its turn. Whoever's turn it is
+// makes all that wait, in one transaction: sixteen at once sync as often as one.
 func (c *claims) make(ctx context.Context, r claim.Request) (claim.Response, error) {
-	var out claim.Response
+	w := &waiting{ctx: ctx, request: r}
+	c.mu.Lock()
+	c.queue = append(c.queue, w)
+	c.mu.Unlock()
+	c.turn.Lock()
+	defer c.turn.Unlock()
+	if w.done {
+		return w.out, w.err
+	}
+	c.mu.Lock()
+	batch := c.queue
+	c.queue = nil
+	c.mu.Unlock()
+	if err := c.makeAll(batch); err != nil && len(batch) > 1 {
+		// The transaction undid all for the sake of one.
+		for _, w := range batch {
+			c.makeAll([]*waiting{w})
+		}
+	}
+	return w.out, w.err
+}
+
+// makeAll makes claims in one transaction: all of them, or none.
+func (c *claims) makeAll(batch []*waiting) error {
 	var made []string
 	err := c.db.Update(func(tx *bolt.Tx) (err error) {
-		// Only one transaction is under way at any time, so what is claimed and
-		// not yet settled is this one's.
-		out, err = c.fill(boltutil.WithTransaction(ctx, tx), r)
-		made = c.blocks.takeClaimed()
+		for _, w := range batch {
+			if w.out, err = c.fill(boltutil.WithTransaction(w.ctx, tx), w.request); err != nil {
+				break
+			}
+		}
+		// Only one transaction is under way at any time, so what was made and is
+		// not decided is this one's.
+		made = c.blocks.takeUndecided()
 		return err
 	})
 	if err != nil {
-		c.blocks.undo(ctx, made)
-		return claim.Response{}, err
+		c.blocks.undo(made)
 	}
 	c.blocks.settle(made)
-	return out, nil
+	for _, w := range batch {
+		w.done, w.err = true, err
+	}
+	return err
 }
 
 func (c *claims) fill(ctx context.Context, r claim.Request) (claim.Response, error) {
@@ -220,7 +265,7 @@ func (c claiming) Prepare(ctx context.Context, key, parent string, opts ...snaps
 	return c.blockfile.Prepare(ctx, key, parent, opts...)
 }
 
-func (b *blockfile) takeClaimed() []string {
+func (b *blockfile) takeUndecided() []string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	made := b.undecided
@@ -236,15 +281,16 @@ func (b *blockfile) settle(keys []string) {
 	}
 }
 
-func (b *blockfile) undo(ctx context.Context, keys []string) {
+// undo removes what a transaction made that was not committed. What cannot be
+// removed now is swept at the next start.
+func (b *blockfile) undo(keys []string) {
 	for _, k := range keys {
 		e, err := b.find(k)
 		if errdefs.IsNotFound(err) {
 			continue
 		}
 		if err := errors.Join(err, b.remove(e)); err != nil {
-			log.G(ctx).WithError(err).WithField("key", k).Warn("undo claim")
+			log.L.WithError(err).WithField("key", k).Warn("undo claim")
 		}
 	}
-	b.settle(keys)
 }
