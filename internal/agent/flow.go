@@ -1,0 +1,223 @@
+package agent
+
+import (
+	"encoding/binary"
+	"io"
+	"sync"
+)
+
+// outbox writes frames, in order, from one goroutine, so that a reader that
+// answers never waits for its own writes. Data waits until it is written;
+// everything else is small, and bounded by what it answers.
+type outbox struct {
+	mu     sync.Mutex
+	wake   sync.Cond
+	queue  []outgoing
+	err    error // why nothing more is written
+	thread sync.WaitGroup
+}
+
+type outgoing struct {
+	bytes []byte
+	done  chan<- error // of data
+}
+
+func newOutbox(w io.Writer) *outbox {
+	o := &outbox{}
+	o.wake.L = &o.mu
+	o.thread.Go(func() { o.run(w) })
+	return o
+}
+
+func (o *outbox) run(w io.Writer) {
+	for {
+		o.mu.Lock()
+		for len(o.queue) == 0 && o.err == nil {
+			o.wake.Wait()
+		}
+		if o.err != nil {
+			o.mu.Unlock()
+			return
+		}
+		next := o.queue[0]
+		o.queue = o.queue[1:]
+		o.mu.Unlock()
+		_, err := w.Write(next.bytes)
+		if next.done != nil {
+			next.done <- err
+		}
+		if err != nil {
+			o.close(err)
+			return
+		}
+	}
+}
+
+// send queues f and returns at once.
+func (o *outbox) send(f frame) { o.raw(appendFrame(nil, f), nil) }
+
+// data queues f and waits until it is written or dropped.
+func (o *outbox) data(f frame) error {
+	done := make(chan error, 1)
+	o.raw(appendFrame(nil, f), done)
+	return <-done
+}
+
+func (o *outbox) raw(b []byte, done chan<- error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.err != nil {
+		if done != nil {
+			done <- o.err
+		}
+		return
+	}
+	o.queue = append(o.queue, outgoing{b, done})
+	o.wake.Signal()
+}
+
+// purge drops what is not yet written: nobody waits for it any more.
+func (o *outbox) purge() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.drop(ErrDetached)
+}
+
+func (o *outbox) drop(err error) {
+	for _, q := range o.queue {
+		if q.done != nil {
+			q.done <- err
+		}
+	}
+	o.queue = nil
+}
+
+// close ends writing; a Write in progress is the stream owner's to end.
+func (o *outbox) close(err error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.err == nil {
+		o.err = err
+	}
+	o.drop(o.err)
+	o.wake.Broadcast()
+}
+
+// credit is how much may still be sent on a channel.
+type credit struct {
+	mu   sync.Mutex
+	wake sync.Cond
+	left int
+	err  error
+}
+
+func newCredit() *credit {
+	c := &credit{left: window}
+	c.wake.L = &c.mu
+	return c
+}
+
+// take waits for credit and takes at most limit of it.
+func (c *credit) take(limit int) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for c.left == 0 && c.err == nil {
+		c.wake.Wait()
+	}
+	if c.err != nil {
+		return 0, c.err
+	}
+	n := min(c.left, limit)
+	c.left -= n
+	return n, nil
+}
+
+// grant gives what a credit frame says, never more than the window.
+func (c *credit) grant(payload []byte) {
+	if len(payload) != 4 {
+		return
+	}
+	n := binary.BigEndian.Uint32(payload)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.left = int(min(uint32(window), uint32(c.left)+min(n, window)))
+	c.wake.Broadcast()
+}
+
+func (c *credit) fail(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err == nil {
+		c.err = err
+	}
+	c.wake.Broadcast()
+}
+
+// inbox holds what arrived on a channel and was not read yet: at most a window.
+type inbox struct {
+	mu   sync.Mutex
+	wake sync.Cond
+	buf  []byte
+	err  error // io.EOF after the channel's end
+	// consumed counts what was read since credit was last given for it.
+	consumed int
+}
+
+func newInbox() *inbox {
+	i := &inbox{}
+	i.wake.L = &i.mu
+	return i
+}
+
+// push takes what arrived. It reports false if the other side broke its window.
+func (i *inbox) push(b []byte) bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.err != nil {
+		return true // nobody reads it any more
+	}
+	if len(i.buf)+len(b) > window {
+		return false
+	}
+	i.buf = append(i.buf, b...)
+	i.wake.Broadcast()
+	return true
+}
+
+// end makes read return err once all is read; io.EOF is the good end.
+func (i *inbox) end(err error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.err == nil {
+		i.err = err
+	}
+	i.wake.Broadcast()
+}
+
+func (i *inbox) read(p []byte) (int, error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for len(i.buf) == 0 && i.err == nil {
+		i.wake.Wait()
+	}
+	if len(i.buf) == 0 {
+		return 0, i.err
+	}
+	n := copy(p, i.buf)
+	i.buf = i.buf[n:]
+	return n, nil
+}
+
+// used notes that n bytes were dealt with, and returns the payload of a credit
+// frame when there is enough to be worth one.
+func (i *inbox) used(n int) []byte {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.consumed += n
+	if i.consumed < window/4 {
+		return nil
+	}
+	b := binary.BigEndian.AppendUint32(nil, uint32(i.consumed))
+	i.consumed = 0
+	return b
+}
