@@ -138,7 +138,8 @@ func meaning(err error) error {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrPermissionDenied)
 	case errors.Is(err, unix.ENOSPC) || strings.Contains(err.Error(), unix.ENOSPC.Error()): // the text is what crosses the socket
 		return fmt.Errorf("%w: %w", err, errdefs.ErrResourceExhausted)
-	case errors.As(err, &status), errors.As(err, &urlErr), errors.As(err, &netErr), errors.Is(err, io.ErrUnexpectedEOF):
+	case errors.As(err, &status), errors.As(err, &urlErr), errors.As(err, &netErr),
+		errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
 	}
 	return err

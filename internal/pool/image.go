@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -23,11 +24,11 @@ func makeImage(ctx context.Context, path string, o Options) error {
 		return fmt.Errorf("make %s: the file system cannot share blocks between files and mkfs.xfs is missing: apt-get install xfsprogs: %w",
 			path, errdefs.ErrFailedPrecondition)
 	}
-	part := path + ".part"
-	size, err := imageSize(part, o)
+	size, err := imageSize(filepath.Dir(path), o)
 	if err != nil {
 		return fmt.Errorf("make %s: %w", path, err)
 	}
+	part := path + ".part"
 	defer os.Remove(part)
 	if err := allocate(part, size.Bytes()); err != nil {
 		return fmt.Errorf("make %s: %w", path, err)
@@ -44,14 +45,9 @@ func makeImage(ctx context.Context, path string, o Options) error {
 
 // imageSize is what the options ask for, or what the file system can hold
 // beside the reserve: guests that write must not find it full beneath them.
-func imageSize(path string, o Options) (vm.MiB, error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
+func imageSize(dir string, o Options) (vm.MiB, error) {
 	var s unix.Statfs_t
-	if err := unix.Fstatfs(int(f.Fd()), &s); err != nil {
+	if err := unix.Statfs(dir, &s); err != nil {
 		return 0, err
 	}
 	want, reserve := o.Size, o.Reserve
@@ -70,7 +66,7 @@ func imageSize(path string, o Options) (vm.MiB, error) {
 }
 
 func allocate(path string, size int64) error {
-	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}

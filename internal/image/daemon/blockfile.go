@@ -268,7 +268,12 @@ func (b *blockfile) Commit(_ context.Context, name, key string, opts ...snapshot
 	if e.Kind != snapshots.KindActive {
 		return fmt.Errorf("snapshot %s is not active: %w", key, errdefs.ErrFailedPrecondition)
 	}
-	e.Kind, e.Name, e.Updated = snapshots.KindCommitted, name, time.Now().UTC()
+	if _, err := b.find(name); err == nil {
+		return fmt.Errorf("snapshot %s: %w", name, errdefs.ErrAlreadyExists)
+	}
+	now := time.Now().UTC()
+	// As in containerd's own: a committed snapshot begins anew, labels are not inherited.
+	e.Info = snapshots.Info{Kind: snapshots.KindCommitted, Name: name, Parent: e.Parent, Created: now, Updated: now}
 	for _, opt := range opts {
 		if err := opt(&e.Info); err != nil {
 			return err
