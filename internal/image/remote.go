@@ -83,7 +83,10 @@ func (s *Store) resolver(t *http.Transport, count func(int64)) remotes.Resolver 
 		}
 		return docker.MatchLocalhost(host)
 	}
-	hosts := docker.ConfigureDefaultRegistries(docker.WithClient(&http.Client{Transport: t}), docker.WithPlainHTTP(plain))
+	c := &http.Client{Transport: t}
+	hosts := docker.ConfigureDefaultRegistries(docker.WithClient(c), docker.WithPlainHTTP(plain),
+		// Public registries give everyone a token, but want to be asked for it.
+		docker.WithAuthorizer(docker.NewDockerAuthorizer(docker.WithAuthClient(c))))
 	return counting{docker.NewResolver(docker.ResolverOptions{Hosts: hosts}), count}
 }
 

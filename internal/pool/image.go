@@ -37,7 +37,7 @@ func makeImage(ctx context.Context, path string, o Options) error {
 	if out, err := exec.CommandContext(ctx, mkfs, "-q", "-K", "-m", "reflink=1", part).CombinedOutput(); err != nil {
 		return fmt.Errorf("make %s: mkfs.xfs: %w: %s", path, err, strings.TrimSpace(string(out)))
 	}
-	if err := os.Rename(part, path); err != nil {
+	if err := errors.Join(syncFile(part), os.Rename(part, path)); err != nil {
 		return fmt.Errorf("make %s: %w", path, err)
 	}
 	return nil
@@ -71,4 +71,12 @@ func allocate(path string, size int64) error {
 		return err
 	}
 	return errors.Join(f.Truncate(size), f.Close())
+}
+
+func syncFile(path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
 }

@@ -93,11 +93,15 @@ func (b *blockfile) load() error {
 			continue
 		}
 		e := &entry{file: f.Name()}
-		if e.Info, e.data, err = readAttribute(path); err != nil {
+		e.Info, e.data, err = readAttribute(path)
+		if errors.Is(err, unix.ENODATA) {
 			if err := os.Remove(path); err != nil {
 				return err
 			}
 			continue
+		}
+		if err != nil {
+			return fmt.Errorf("read snapshot %s: %w", path, err)
 		}
 		b.next = max(b.next, n)
 		b.entries[e.Name] = e
