@@ -10,6 +10,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"ingot/internal/pool"
 	"ingot/internal/vm"
 )
 
@@ -41,9 +42,9 @@ func grow(ctx context.Context, path string, v vm.Volume) error {
 	if has >= v.Size.Bytes() {
 		return nil
 	}
-	resize, err := exec.LookPath("resize2fs")
+	resize, err := pool.Tool("resize2fs", "e2fsprogs")
 	if err != nil {
-		return fmt.Errorf("grow volume %s: resize2fs is missing: apt-get install e2fsprogs: %w", v.ID, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("grow volume %s: %w", v.ID, err)
 	}
 	// -f: the file system is as the image's last layer left it, never mounted by a guest.
 	if out, err := exec.CommandContext(ctx, resize, "-f", path).CombinedOutput(); err != nil {

@@ -1,28 +1,17 @@
 package image
 
 import (
-	"os"
-	"os/exec"
 	"testing"
+
+	"ingot/internal/need"
 )
 
-// needs skips a test where root, loop devices or one of these programs are
-// missing; with INGOT_NEED=all it fails.
+// needs asks for what every test with a pool wants, and for programs.
 func needs(t testing.TB, programs ...string) {
 	t.Helper()
-	missing := t.Skipf
-	if os.Getenv("INGOT_NEED") == "all" {
-		missing = t.Fatalf
-	}
-	if os.Getuid() != 0 {
-		missing("needs root")
-	}
-	if _, err := os.Stat("/dev/loop-control"); err != nil {
-		missing("needs loop devices: %v", err)
-	}
+	need.Root(t)
+	need.Loop(t)
 	for _, p := range programs {
-		if _, err := exec.LookPath(p); err != nil {
-			missing("needs %s", p)
-		}
+		need.Binary(t, p)
 	}
 }

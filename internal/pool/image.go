@@ -19,10 +19,9 @@ import (
 // name only when it is complete. It is made and never copied: two copies have
 // one UUID and do not mount beside each other.
 func makeImage(ctx context.Context, path string, o Options) error {
-	mkfs, err := exec.LookPath("mkfs.xfs")
+	mkfs, err := Tool("mkfs.xfs", "xfsprogs")
 	if err != nil {
-		return fmt.Errorf("make %s: the file system cannot share blocks between files and mkfs.xfs is missing: apt-get install xfsprogs: %w",
-			path, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("make %s, since the file system cannot share blocks between files: %w", path, err)
 	}
 	size, err := imageSize(filepath.Dir(path), o)
 	if err != nil {

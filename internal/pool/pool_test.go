@@ -144,11 +144,31 @@ func TestNoRoom(t *testing.T) {
 	}
 }
 
+func TestTool(t *testing.T) {
+	needs(t, "mkfs.xfs")
+	if _, err := Tool("mkfs.nosuch", "nosuchprogs"); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "apt-get install nosuchprogs") {
+		t.Errorf("got %v", err)
+	}
+	t.Setenv("PATH", "/nonexistent")
+	if _, err := Tool("mkfs.xfs", "xfsprogs"); err != nil {
+		t.Errorf("with a user's PATH: %v", err)
+	}
+}
+
+// TestMissingMkfs hides the program.
 func TestMissingMkfs(t *testing.T) {
 	needs(t, "mkfs.xfs")
 	dir := tmpfs(t, "4g")
-	t.Setenv("PATH", "/nonexistent")
-	_, err := Open(t.Context(), dir, Options{})
+	program, err := Tool("mkfs.xfs", "xfsprogs")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{program, "/usr/sbin/mkfs.xfs"} {
+		if unix.Mount("/dev/null", path, "", unix.MS_BIND, "") == nil {
+			t.Cleanup(func() { unix.Unmount(path, unix.MNT_DETACH) })
+		}
+	}
+	_, err = Open(t.Context(), dir, Options{})
 	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "apt-get install xfsprogs") {
 		t.Errorf("got %v", err)
 	}

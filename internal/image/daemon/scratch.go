@@ -11,11 +11,11 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/filters"
 	"github.com/containerd/containerd/v2/plugins"
-	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/containerd/plugin"
 	"github.com/containerd/plugin/registry"
 
+	"ingot/internal/pool"
 	"ingot/internal/vm"
 )
 
@@ -36,9 +36,9 @@ func ensureScratch(ctx context.Context, path string, size vm.MiB) error {
 	if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	mkfs, err := exec.LookPath("mkfs.ext4")
+	mkfs, err := pool.Tool("mkfs.ext4", "e2fsprogs")
 	if err != nil {
-		return fmt.Errorf("make %s: mkfs.ext4 is missing: apt-get install e2fsprogs: %w", path, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("make %s: %w", path, err)
 	}
 	part := path + ".part"
 	defer os.Remove(part)
