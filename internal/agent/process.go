@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -18,6 +19,7 @@ import (
 type Reaper struct {
 	mu       sync.Mutex // held from fork to registration, so that no exit is missed
 	children map[int]*Process
+	waiting  []chan struct{} // closed when there are no children
 	signals  chan os.Signal
 	loop     sync.WaitGroup
 }
@@ -54,6 +56,21 @@ func (r *Reaper) Close() {
 	r.loop.Wait()
 }
 
+// Wait waits until this process has no children, or ctx ends.
+func (r *Reaper) Wait(ctx context.Context) error {
+	none := make(chan struct{})
+	r.mu.Lock()
+	r.waiting = append(r.waiting, none)
+	r.mu.Unlock()
+	r.reap()
+	select {
+	case <-none:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 func (r *Reaper) reap() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -62,6 +79,13 @@ func (r *Reaper) reap() {
 		pid, err := syscall.Wait4(-1, &status, syscall.WNOHANG, nil)
 		if errors.Is(err, syscall.EINTR) {
 			continue
+		}
+		if errors.Is(err, syscall.ECHILD) {
+			for _, w := range r.waiting {
+				close(w)
+			}
+			r.waiting = nil
+			return
 		}
 		if err != nil || pid <= 0 {
 			return

@@ -89,12 +89,12 @@ func (s *Server) Notify(e Event) {
 	}
 }
 
-// Flush waits until a host has confirmed everything that it was told, or ctx
-// ends.
+// Flush waits until the host has confirmed everything that it was told, has
+// gone, or ctx ends.
 func (s *Server) Flush(ctx context.Context) error {
 	for {
 		s.mu.Lock()
-		if s.acked >= s.seq {
+		if s.acked >= s.seq || s.session == 0 {
 			s.mu.Unlock()
 			return nil
 		}
@@ -125,11 +125,18 @@ func (s *Server) drop() {
 		return
 	}
 	s.session = 0
+	s.wake()
 	s.out.purge()
 	for id, x := range s.execs {
 		x.abandon()
 		delete(s.execs, id)
 	}
+}
+
+// wake makes Flush look again; s.mu is held.
+func (s *Server) wake() {
+	close(s.changed)
+	s.changed = make(chan struct{})
 }
 
 // handle acts on a frame. It never blocks.
@@ -150,8 +157,7 @@ func (s *Server) handle(f frame) {
 		var r report
 		if json.Unmarshal(f.payload, &r) == nil {
 			s.acked = max(s.acked, min(r.Seq, s.seq))
-			close(s.changed)
-			s.changed = make(chan struct{})
+			s.wake()
 		}
 	case kindData, kindEOF, kindCredit, kindControl, kindCancel:
 		if x := s.execs[f.stream]; x != nil {

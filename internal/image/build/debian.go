@@ -1,0 +1,168 @@
+package build
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/errdefs"
+)
+
+// Debian's packages come by apt-get download, which checks their signatures,
+// and are read as a stream: nothing is installed or unpacked.
+
+// debPackage is a downloaded package.
+type debPackage struct {
+	name, version, file string
+}
+
+// fetch downloads the newest version of a package that apt knows, unless it is
+// in the cache. Where apt cannot be asked, the cache's newest will do.
+func fetch(ctx context.Context, o Options, name string) (debPackage, error) {
+	dir := filepath.Join(o.cache(), "deb")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return debPackage{}, fmt.Errorf("make the cache: %w", err)
+	}
+	version, err := candidate(ctx, o, name)
+	if err != nil {
+		return debPackage{}, err
+	}
+	p := debPackage{name: name, version: version}
+	p.file = filepath.Join(dir, name+"_"+strings.ReplaceAll(version, ":", "%3a")+"_amd64.deb")
+	if _, err := os.Stat(p.file); err == nil {
+		return p, nil
+	}
+	o.say("download %s %s", name, version)
+	// Into a directory of its own: an interrupted download is never found whole.
+	temporary, err := os.MkdirTemp(dir, ".download-*")
+	if err != nil {
+		return debPackage{}, fmt.Errorf("download %s: %w", name, err)
+	}
+	defer os.RemoveAll(temporary)
+	if _, err := apt(ctx, temporary, "apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", name+"="+version); err != nil {
+		return debPackage{}, fmt.Errorf("download %s: %w", name, err)
+	}
+	files, err := filepath.Glob(filepath.Join(temporary, "*.deb"))
+	if err != nil || len(files) != 1 {
+		return debPackage{}, fmt.Errorf("download %s: found %d packages", name, len(files))
+	}
+	if err := os.Rename(files[0], p.file); err != nil {
+		return debPackage{}, fmt.Errorf("download %s: %w", name, err)
+	}
+	return p, nil
+}
+
+// candidate is the version that apt would install. Without package lists they
+// are fetched first.
+func candidate(ctx context.Context, o Options, name string) (string, error) {
+	version, err := policy(ctx, name)
+	if err != nil {
+		return "", err
+	}
+	if version != "" {
+		return version, nil
+	}
+	o.say("fetch apt's package lists (apt-get update)")
+	if _, err := apt(ctx, "", "apt-get", "-q", "update"); err != nil {
+		return "", fmt.Errorf("find package %s: %w", name, err)
+	}
+	if version, err = policy(ctx, name); err != nil {
+		return "", err
+	}
+	if version == "" {
+		return "", fmt.Errorf("find package %s: apt knows none: %w", name, errdefs.ErrNotFound)
+	}
+	return version, nil
+}
+
+func policy(ctx context.Context, name string) (string, error) {
+	out, err := apt(ctx, "", "apt-cache", "policy", name)
+	if err != nil {
+		return "", fmt.Errorf("find package %s: %w", name, err)
+	}
+	for line := range strings.Lines(string(out)) {
+		if v, ok := strings.CutPrefix(strings.TrimSpace(line), "Candidate: "); ok && v != "(none)" {
+			return v, nil
+		}
+	}
+	return "", nil
+}
+
+// dependency is the first package with a prefix that a package depends on.
+func dependency(ctx context.Context, o Options, name, prefix string) (string, error) {
+	if _, err := candidate(ctx, o, name); err != nil {
+		return "", err
+	}
+	out, err := apt(ctx, "", "apt-cache", "depends", name)
+	if err != nil {
+		return "", fmt.Errorf("read the dependencies of %s: %w", name, err)
+	}
+	for line := range strings.Lines(string(out)) {
+		if d, ok := strings.CutPrefix(strings.TrimSpace(line), "Depends: "); ok && strings.HasPrefix(d, prefix) {
+			return d, nil
+		}
+	}
+	return "", fmt.Errorf("package %s depends on no %s…: %w", name, prefix, errdefs.ErrNotFound)
+}
+
+// apt runs a command of apt's, in English, and returns its output.
+func apt(ctx context.Context, dir string, argv ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive")
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	if err := cmd.Run(); err != nil {
+		if errors.Is(err, exec.ErrNotFound) {
+			return nil, fmt.Errorf("%s is not there; images are built on Debian: %w", argv[0], errdefs.ErrFailedPrecondition)
+		}
+		return nil, fmt.Errorf("%s: %w: %s", strings.Join(argv, " "), err, lastLine(errOut.String()))
+	}
+	return out.Bytes(), nil
+}
+
+func lastLine(s string) string {
+	s = strings.TrimSpace(s)
+	return s[strings.LastIndexByte(s, '\n')+1:]
+}
+
+// each calls f with every file of the package, its name without "./" at the front.
+func (p debPackage) each(ctx context.Context, f func(name string, h *tar.Header, r io.Reader) error) (err error) {
+	cmd := exec.CommandContext(ctx, "dpkg-deb", "--fsys-tarfile", p.file)
+	var errOut bytes.Buffer
+	cmd.Stderr = &errOut
+	pipe, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("read %s: %w", p.file, err)
+	}
+	r := tar.NewReader(pipe)
+	for err == nil {
+		var h *tar.Header
+		if h, err = r.Next(); err == nil {
+			err = f(clean(h.Name), h, r)
+		}
+	}
+	if err != io.EOF {
+		pipe.Close() // dpkg-deb ends by SIGPIPE, which is not the news
+		cmd.Wait()
+		if lastLine(errOut.String()) != "" {
+			return fmt.Errorf("read %s: %w: %s", p.file, err, lastLine(errOut.String()))
+		}
+		return fmt.Errorf("read %s: %w", p.file, err)
+	}
+	io.Copy(io.Discard, pipe) // tar's padding
+	if err := cmd.Wait(); err != nil {
+		return fmt.Errorf("read %s: %w: %s", p.file, err, lastLine(errOut.String()))
+	}
+	return nil
+}
