@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -25,15 +26,24 @@ func Main() int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	root := rootCommand()
-	err := root.ExecuteContext(ctx)
-	if err == nil {
-		return 0
-	}
+	root.SetArgs(arguments(os.Args))
+	return report(execute(ctx, root))
+}
+
+// report says what went wrong and returns the exit code that it means.
+func report(err error) int {
 	var code exitCode
-	if errors.As(err, &code) {
+	var misuse *usageError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &code):
 		return int(code)
+	case errors.As(err, &misuse):
+		fmt.Fprintf(os.Stderr, "ingot: %v\nSee '%s --help'.\n", misuse.cause, misuse.command)
+		return 2
 	}
-	fmt.Fprintln(os.Stderr, "ingot:", err)
+	fmt.Fprintln(os.Stderr, "ingot:", explain(err))
 	return 1
 }
 
@@ -43,6 +53,26 @@ type exitCode int
 
 func (c exitCode) Error() string { return fmt.Sprintf("exit code %d", int(c)) }
 
+// arguments are those of the command line, after the command that the
+// program's own name stands for: the page's scripts call these names.
+func arguments(argv []string) []string {
+	if len(argv) == 0 {
+		return nil
+	}
+	args := argv[1:]
+	switch filepath.Base(argv[0]) {
+	case "ctr":
+		return append([]string{"ctr"}, args...)
+	case "dhcp-lease-list", "dhcp-leases-list":
+		return append([]string{"dhcp-lease-list"}, args...)
+	case "flintlockd":
+		if len(args) > 0 && args[0] == "run" {
+			return append([]string{"host"}, args[1:]...)
+		}
+	}
+	return args
+}
+
 func rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "ingot",
@@ -50,9 +80,22 @@ func rootCommand() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
+	root.PersistentFlags().String("env", "", "environment (default: $INGOT_ENV, else lab)")
 	root.AddCommand(
 		containerdCommand(),
 		ctrCommand(),
+		versionCommand(),
 	)
 	return root
+}
+
+// environment is the name of the environment that a command is about.
+func environment(cmd *cobra.Command) string {
+	if flag := cmd.Flag("env"); flag != nil && flag.Value.String() != "" {
+		return flag.Value.String()
+	}
+	if name := os.Getenv("INGOT_ENV"); name != "" {
+		return name
+	}
+	return "lab"
 }
