@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -33,6 +34,9 @@ var makeParts = sync.OnceValues(func() (p parts, err error) {
 	}
 	partsDir = dir
 	p = parts{dir + "/init", dir + "/vmlinux", dir + "/initrd", dir + "/root.img"}
+	if err := readSources("init/*.go", "../internal/agent/*.go"); err != nil {
+		return p, err
+	}
 	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", p.init, "ingot/guest/init")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -58,6 +62,23 @@ var makeParts = sync.OnceValues(func() (p parts, err error) {
 })
 
 var partsDir string
+
+// readSources reads what the guest's program is built from, so that the go
+// command knows that these tests' results depend on it.
+func readSources(patterns ...string) error {
+	for _, pattern := range patterns {
+		files, err := filepath.Glob(pattern)
+		if err != nil || len(files) == 0 {
+			return fmt.Errorf("no sources %s: %w", pattern, err)
+		}
+		for _, f := range files {
+			if _, err := os.ReadFile(f); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
 
 func TestMain(m *testing.M) {
 	code := m.Run()
@@ -418,4 +439,3 @@ func reconnect(t *testing.T, vm *guestVM) {
 	}
 	t.Error("a command outlived its host")
 }
-

@@ -104,7 +104,9 @@ func TestLease(t *testing.T) {
 	vm := startIn(t, s.name, "", []string{"ingot.hostname=leased"}, cards()...)
 	s.wait(t, "sending ACK to 10.67.0.")
 	t.Logf("QEMU's start to lease: %v", time.Since(vm.started))
-	vm.await(t, func(e agent.Event) bool { return len(e.Addresses) == 1 && strings.HasPrefix(e.Addresses[0].String(), "10.67.0.") })
+	vm.await(t, func(e agent.Event) bool {
+		return len(e.Addresses) == 1 && strings.HasPrefix(e.Addresses[0].String(), "10.67.0.")
+	})
 	t.Logf("QEMU's start to the address's event: %v", time.Since(vm.started))
 	_, out, _ := vm.run(t, sh("ip -4 -o a | awk '{print $2, $4}'; ip r | sort; cat /etc/resolv.conf"), nil)
 	address := leasedAddress(t, vm)

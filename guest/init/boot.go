@@ -26,7 +26,7 @@ func boot() error {
 	// drivers are being loaded.
 	var net *network
 	root := make(chan error, 1)
-	err = loadModules(func(name string) {
+	late, err := loadModules(func(name string) {
 		switch name {
 		case "virtio_net":
 			net = startNetwork(ctx, o)
@@ -44,9 +44,10 @@ func boot() error {
 		net = startNetwork(ctx, o) // a kernel with the drivers built in
 	}
 	if i, ok := findInit(newRoot); ok {
+		late.load() // an image without modules of its own has no other chance
 		return handOver(o, net, i)
 	}
-	return stay(ctx, o, net)
+	return stay(ctx, o, net, late)
 }
 
 // openConsole points the standard streams at the console, which the kernel
@@ -62,15 +63,14 @@ func openConsole() {
 }
 
 // stay is a boot of an image without an init: this process goes on as PID 1.
-func stay(ctx context.Context, o options, net *network) error {
+func stay(ctx context.Context, o options, net *network, late lateModules) error {
 	if err := switchRoot(); err != nil {
 		return err
 	}
 	mountRest(o.mounts)
 	writeNames("", o.hostname)
 	net.useRoot("/etc")
-	m := newMachine(o, net)
-	return m.run(ctx)
+	return newMachine(o).run(ctx, late)
 }
 
 // writeNames writes what says the guest's name, under root. A read-only root

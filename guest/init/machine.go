@@ -19,7 +19,6 @@ import (
 // machine is a guest whose PID 1 is this process.
 type machine struct {
 	o      options
-	net    *network
 	reaper *agent.Reaper
 	server *agent.Server
 	end    chan ending
@@ -35,8 +34,8 @@ const (
 	flushWait = 2 * time.Second
 )
 
-func newMachine(o options, net *network) *machine {
-	m := &machine{o: o, net: net, reaper: agent.NewReaper(), end: make(chan ending, 1)}
+func newMachine(o options) *machine {
+	m := &machine{o: o, reaper: agent.NewReaper(), end: make(chan ending, 1)}
 	m.server = newServer(m.reaper, func(reboot bool) error { m.shutDown(reboot); return nil })
 	return m
 }
@@ -50,9 +49,8 @@ func (m *machine) shutDown(reboot bool) {
 }
 
 // run starts the process and the agent, and ends the machine when it is time.
-func (m *machine) run(ctx context.Context) error {
+func (m *machine) run(ctx context.Context, late lateModules) error {
 	go serve(ctx, m.server) // for the machine's life
-	go watchPowerButton(func() { m.shutDown(false) })
 	signals := make(chan os.Signal, 1)
 	// Control-Alt-Delete, and what other inits take for power-off and restart.
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGUSR2)
@@ -67,6 +65,10 @@ func (m *machine) run(ctx context.Context) error {
 		done = main.Done()
 	}
 	m.server.Notify(agent.Event{Kind: agent.Ready, Addresses: addresses()})
+	go func() { // for the machine's life
+		late.load()
+		watchPowerButton(func() { m.shutDown(false) })
+	}()
 	select {
 	case <-done:
 		say("process ended with code %d", main.Code())

@@ -13,6 +13,8 @@ package main
 import (
 	"fmt"
 	"os"
+
+	"golang.org/x/sys/unix"
 )
 
 func main() {
@@ -36,7 +38,10 @@ func check(err error) {
 	}
 }
 
-// say writes a line to the console. The kernel's log is where a boot is read.
+// say writes a line to the console, with the time since the kernel's start, as
+// the kernel does.
 func say(format string, args ...any) {
-	fmt.Fprintf(os.Stderr, "ingot: "+format+"\r\n", args...)
+	var t unix.Timespec
+	unix.ClockGettime(unix.CLOCK_BOOTTIME, &t) // zero where there is none
+	fmt.Fprintf(os.Stderr, "[%5d.%06d] ingot: "+format+"\r\n", append([]any{t.Sec, t.Nsec / 1000}, args...)...)
 }

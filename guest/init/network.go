@@ -35,7 +35,7 @@ type resolver struct {
 func startNetwork(ctx context.Context, o options) *network {
 	ctx, stop := context.WithCancel(ctx)
 	n := &network{hostname: o.hostname, stop: stop, resolvers: map[string]resolver{}}
-	report(up("lo"))
+	defer func() { report(up("lo")) }() // last: a server's answer takes its time
 	cards, err := interfaces()
 	if err != nil {
 		say("list interfaces: %v", err)
@@ -45,13 +45,20 @@ func startNetwork(ctx context.Context, o options) *network {
 	if o.network != "" {
 		wanted = parseNetwork(o.network)
 	}
-	for _, m := range match(cards, wanted) {
-		if m.card.name != m.nic.name {
-			continue // its name is taken; match has seen to it that this is rare
-		}
+	found := match(cards, wanted)
+	slices.SortStableFunc(found, func(a, b matched) int { return askFirst(a.nic) - askFirst(b.nic) })
+	for _, m := range found {
 		n.configure(ctx, m.card, m.nic)
 	}
 	return n
+}
+
+// askFirst orders those that ask for an address before those that have one.
+func askFirst(w nic) int {
+	if w.dhcp {
+		return 0
+	}
+	return 1
 }
 
 func report(err error) {
