@@ -1,0 +1,62 @@
+package link
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Route is one route of the main table.
+type Route struct {
+	Destination netip.Prefix // 0.0.0.0/0 is the default route
+	Via         netip.Addr
+	Interface   string
+}
+
+// Routes lists the IPv4 routes of the main table.
+func Routes() ([]Route, error) {
+	list, err := netlink.RouteList(nil, unix.AF_INET)
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	names := map[int]string{}
+	links, err := netlink.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list interfaces: %w", err)
+	}
+	for _, l := range links {
+		names[l.Attrs().Index] = l.Attrs().Name
+	}
+	var routes []Route
+	for _, r := range list {
+		route := Route{Destination: netip.PrefixFrom(netip.IPv4Unspecified(), 0), Interface: names[r.LinkIndex]}
+		if p, ok := prefix(r.Dst); ok {
+			route.Destination = p
+		}
+		if via, ok := netip.AddrFromSlice(r.Gw); ok {
+			route.Via = via.Unmap()
+		}
+		routes = append(routes, route)
+	}
+	return routes, nil
+}
+
+// EnsureRoute sends what goes to dst by way of via, instead of where it went before.
+func EnsureRoute(dst netip.Prefix, via netip.Addr) (changed bool, err error) {
+	routes, err := Routes()
+	if err != nil {
+		return false, err
+	}
+	for _, r := range routes {
+		if r.Destination == dst.Masked() && r.Via == via {
+			return false, nil
+		}
+	}
+	err = netlink.RouteReplace(&netlink.Route{Dst: ipNet(dst.Masked()), Gw: via.AsSlice()})
+	if err != nil {
+		return false, fmt.Errorf("route %s via %s: %w", dst, via, err)
+	}
+	return true, nil
+}

@@ -1,0 +1,144 @@
+package nat_test
+
+import (
+	"flag"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"ingot/internal/link"
+	"ingot/internal/nat"
+	"ingot/internal/need"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+// TestMain runs the tests in a network namespace of their own.
+func TestMain(m *testing.M) {
+	if os.Getenv("IN_NETNS") != "" {
+		os.Exit(m.Run())
+	}
+	c := exec.Command("/proc/self/exe", os.Args[1:]...)
+	c.Env = append(os.Environ(), "IN_NETNS=1")
+	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
+	if os.Getuid() == 0 {
+		c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	}
+	if err := c.Run(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+var (
+	platform = []netip.Addr{netip.MustParseAddr("192.168.10.3"), netip.MustParseAddr("192.168.10.2")}
+	hub      = nat.Hub{
+		Inside: "bond0.1000", Outside: "bond0", Trusted: netip.MustParsePrefix("100.64.0.0/30"),
+		Platform: platform, Management: []uint16{9091},
+	}
+)
+
+func golden(t *testing.T, name, family, table string) {
+	t.Helper()
+	out, err := exec.Command("nft", "list", "table", family, table).CombinedOutput()
+	if err != nil {
+		t.Fatalf("nft: %v\n%s", err, out)
+	}
+	path := filepath.Join("testdata", name)
+	if *update {
+		if err := os.WriteFile(path, out, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), string(out)); diff != "" {
+		t.Errorf("%s (-want +got):\n%s", name, diff)
+	}
+}
+
+func needs(t *testing.T) {
+	t.Helper()
+	need.Root(t)
+	need.NetNS(t)
+	need.Binary(t, "nft")
+}
+
+func TestHub(t *testing.T) {
+	needs(t)
+	for range 2 { // twice changes nothing
+		if err := nat.SetHub(hub); err != nil {
+			t.Fatal(err)
+		}
+	}
+	golden(t, "hub.nft", "ip", nat.Table)
+	if err := nat.Remove(nat.Table); err != nil {
+		t.Fatal(err)
+	}
+	if there, err := nat.Present(nat.Table); err != nil || there {
+		t.Errorf("after Remove: present %v, %v", there, err)
+	}
+}
+
+func TestCheckNamesTheMissingRule(t *testing.T) {
+	needs(t)
+	if err := nat.SetHub(hub); err != nil {
+		t.Fatal(err)
+	}
+	check := func(want ...bool) {
+		t.Helper()
+		rules, err := nat.CheckHub(hub)
+		if err != nil {
+			t.Fatal(err)
+		}
+		texts := []string{"ipv4 filter FORWARD 0 -i bond0.1000 -o bond0 -j ACCEPT", "ipv4 nat POSTROUTING 0 -o bond0 -j MASQUERADE"}
+		for i, r := range rules {
+			if r.Text != texts[i] || r.Present != want[i] {
+				t.Errorf("rule %d: %+v, want %v", i, r, want[i])
+			}
+		}
+	}
+	check(true, true)
+	if out, err := exec.Command("nft", "flush", "chain", "ip", nat.Table, "postrouting").CombinedOutput(); err != nil {
+		t.Fatalf("nft: %v %s", err, out)
+	}
+	check(true, false)
+	if err := nat.Remove(nat.Table); err != nil {
+		t.Fatal(err)
+	}
+	check(false, false)
+}
+
+func TestHost(t *testing.T) {
+	needs(t)
+	h := nat.Host{
+		Segment: "bond0.1000", MAC: link.MAC("test"), Port: "seg0",
+		Platform: platform, Trusted: netip.MustParsePrefix("100.64.0.0/30"), Management: []uint16{9090},
+	}
+	for range 2 {
+		if err := nat.SetHost(h); err != nil {
+			t.Fatal(err)
+		}
+	}
+	golden(t, "host.nft", "inet", nat.Table)
+	golden(t, "host-bridge.nft", "bridge", nat.Table)
+}
+
+func TestLab(t *testing.T) {
+	needs(t)
+	l := nat.Lab{Table: "ingot-test", Uplink: "ingot-test", Subnet: netip.MustParsePrefix("100.64.0.0/30")}
+	for range 2 {
+		if err := nat.SetLab(l); err != nil {
+			t.Fatal(err)
+		}
+	}
+	golden(t, "lab.nft", "ip", "ingot-test")
+}
