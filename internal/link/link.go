@@ -4,6 +4,7 @@
 package link
 
 import (
+	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -83,15 +84,15 @@ func Get(name string) (Info, error) {
 	return i, nil
 }
 
-// EnsureBridge makes a bridge that is up, without spanning tree and without a
-// forwarding delay.
+// EnsureBridge makes a bridge that is up and carries frames, and nothing else: it
+// answers no ARP requests for this machine's addresses and has none itself.
 func EnsureBridge(name string) (Info, error) {
 	l, err := find(name)
 	if errdefs.IsNotFound(err) {
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name = name
 		// A MAC of its own: otherwise the bridge changes its MAC with its ports.
-		attrs.HardwareAddr = MAC("bridge " + name)
+		attrs.HardwareAddr = MAC(rand.Text())
 		err = netlink.LinkAdd(&netlink.Bridge{LinkAttrs: attrs})
 		if err == nil || errors.Is(err, unix.EEXIST) {
 			l, err = find(name)
@@ -102,6 +103,13 @@ func EnsureBridge(name string) (Info, error) {
 	}
 	if l.Type() != "bridge" {
 		return Info{}, fmt.Errorf("make bridge %s: a %s has that name: %w", name, l.Type(), errdefs.ErrAlreadyExists)
+	}
+	if _, err := Sysctl(name, "arp_ignore", "1"); err != nil {
+		return Info{}, err
+	}
+	noIPv6 := fmt.Sprintf("/proc/sys/net/ipv6/conf/%s/disable_ipv6", name)
+	if err := os.WriteFile(noIPv6, []byte("1"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return Info{}, fmt.Errorf("disable IPv6 on %s: %w", name, err)
 	}
 	if err := up(l); err != nil {
 		return Info{}, err
@@ -157,7 +165,8 @@ func EnsureAddress(name string, p netip.Prefix) error {
 	if err != nil {
 		return err
 	}
-	err = netlink.AddrAdd(l, &netlink.Addr{IPNet: ipNet(p)})
+	// Without a broadcast address, as `ip address add` leaves it.
+	err = netlink.AddrAdd(l, &netlink.Addr{IPNet: ipNet(p), Broadcast: net.IPv4zero})
 	if err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("give %s the address %s: %w", name, p, err)
 	}

@@ -100,7 +100,8 @@ func CheckHub(h Hub) ([]Rule, error) {
 type Host struct {
 	Segment string           // the segment's interface
 	MAC     net.HardwareAddr // its address: other frames from Port are macvtap guests'
-	Port    string           // Segment's other end, a port of the guests' bridge; empty: no bridge
+	Bridge  string           // the guests' bridge; empty: none
+	Port    string           // Segment's other end, a port of Bridge
 	// Platform are the addresses of the environment's machines, which guests
 	// reach only for names, addresses and images.
 	Platform   []netip.Addr
@@ -113,7 +114,7 @@ func SetHost(h Host) error {
 	if err := setHostInput(h); err != nil {
 		return err
 	}
-	if h.Port == "" {
+	if h.Bridge == "" {
 		return nil
 	}
 	return setHostBridge(h)
@@ -133,6 +134,10 @@ func setHostInput(h Host) error {
 	b.rule(metadata, "", iif("fltap*"), ipv4(), destination(service), port4(unix.IPPROTO_TCP, 80), verdict(expr.VerdictAccept))
 	b.rule(metadata, "", iif("fltap*"), verdict(expr.VerdictDrop))
 	input := b.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nil)
+	if h.Bridge != "" {
+		// The bridge carries guests' frames; none is for this machine by way of it.
+		b.rule(input, "", iif(h.Bridge), verdict(expr.VerdictDrop))
+	}
 	for _, port := range h.Management {
 		b.rule(input, "", iif(h.Segment), ipv4(), source(h.Trusted), port4(unix.IPPROTO_TCP, port), verdict(expr.VerdictAccept))
 		b.rule(input, "", iif(h.Segment), ipv4(), sourceNotIn(platform), port4(unix.IPPROTO_TCP, port), verdict(expr.VerdictDrop))

@@ -120,7 +120,7 @@ func TestCheckNamesTheMissingRule(t *testing.T) {
 func TestHost(t *testing.T) {
 	needs(t)
 	h := nat.Host{
-		Segment: "bond0.1000", MAC: link.MAC("test"), Port: "seg0",
+		Segment: "bond0.1000", MAC: link.MAC("test"), Bridge: "ingot0", Port: "seg0",
 		Platform: platform, Trusted: netip.MustParsePrefix("100.64.0.0/30"), Management: []uint16{9090},
 	}
 	for range 2 {

@@ -1,0 +1,32 @@
+package main
+
+import (
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"ingot/internal/lab"
+)
+
+// labCommand holds what a lab runs itself as. None is for people.
+func labCommand() *cobra.Command {
+	c := &cobra.Command{Use: "lab", Short: "Parts of a lab", Hidden: true}
+	c.AddCommand(
+		&cobra.Command{
+			Use: "hold", Short: "Be a new machine's first process", Args: cobra.NoArgs,
+			RunE: func(*cobra.Command, []string) error { return lab.Hold(os.Stdin, os.Stdout) },
+		},
+		&cobra.Command{
+			Use: "enter PIN -- COMMAND…", Short: "Run a command in a machine", Args: cobra.MinimumNArgs(2),
+			RunE: func(_ *cobra.Command, args []string) error { return lab.Enter(args[0], args[1:]) },
+		},
+		&cobra.Command{
+			Use: "supervise RUNDIR", Short: "Keep a lab's roles running", Args: cobra.ExactArgs(1),
+			RunE: func(c *cobra.Command, args []string) error {
+				return lab.Supervise(c.Context(), args[0], slog.New(slog.NewTextHandler(os.Stderr, nil)))
+			},
+		},
+	)
+	return c
+}

@@ -1,0 +1,256 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"ingot/internal/link"
+	"ingot/internal/nat"
+)
+
+// Ensure makes the lab's machines and the wires between them, as far as they are
+// not there. It starts no roles.
+func (l *Lab) Ensure(ctx context.Context) (changed bool, err error) {
+	for _, step := range []func() (bool, error){l.mountRunDir, l.ensureMachines, l.wireMachines, l.wireHub, l.openUplink} {
+		if err := ctx.Err(); err != nil {
+			return changed, context.Cause(ctx)
+		}
+		did, err := step()
+		changed = changed || did
+		if err != nil {
+			return changed, fmt.Errorf("make lab %s: %w", l.Name, err)
+		}
+	}
+	return changed, nil
+}
+
+// mountRunDir gives the lab a file system of its own for what a reboot may take:
+// namespaces can only be pinned where mounts don't propagate, and upper
+// directories of overlays can't be below their lower ones.
+func (l *Lab) mountRunDir() (changed bool, err error) {
+	if mounted(l.RunDir) {
+		return false, nil
+	}
+	if err := os.MkdirAll(l.RunDir, 0o700); err != nil {
+		return false, err
+	}
+	if err := mount("tmpfs", l.RunDir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=700,size=64m"); err != nil {
+		return false, err
+	}
+	return true, mount("", l.RunDir, "", unix.MS_PRIVATE, "")
+}
+
+// mounted says whether a directory is where a tmpfs of its own begins.
+func mounted(dir string) bool {
+	var own, parent unix.Stat_t
+	return unix.Lstat(dir, &own) == nil && unix.Lstat(filepath.Dir(dir), &parent) == nil && own.Dev != parent.Dev
+}
+
+func (l *Lab) ensureMachines() (changed bool, err error) {
+	for _, m := range l.Machines {
+		ns, err := link.OpenNamespace(l.pin(m.Name))
+		if err == nil {
+			if _, err := os.Stat(filepath.Join(l.RunDir, "made", m.Name)); err == nil {
+				ns.Close()
+				continue
+			}
+			ns.Close()
+		}
+		if err := l.makeNamespace(m); err != nil {
+			return changed, err
+		}
+		changed = true
+		// Only now is it whole.
+		if err := writeFile(filepath.Join(l.RunDir, "made", m.Name), nil, 0o600); err != nil {
+			return changed, err
+		}
+	}
+	return changed, nil
+}
+
+func (l *Lab) hub() Machine {
+	for _, m := range l.Machines {
+		if m.Hub {
+			return m
+		}
+	}
+	return Machine{}
+}
+
+// wireMachines joins every machine to the segment's bridge, which lives in the
+// hub's namespace, out of reach of this machine's own rules for bridges.
+func (l *Lab) wireMachines() (changed bool, err error) {
+	hub, err := link.OpenNamespace(l.pin(l.hub().Name))
+	if err != nil {
+		return false, err
+	}
+	defer hub.Close()
+	err = hub.Do(func() error {
+		if err := link.Up("lo"); err != nil {
+			return err
+		}
+		if _, err := link.EnsureBridge("segment"); err != nil {
+			return err
+		}
+		did, err := link.EnsureVeth(Segment, "hub0", nil)
+		changed = changed || did
+		if err != nil {
+			return err
+		}
+		return errors.Join(link.SetMaster("hub0", "segment"), link.Up("hub0"), l.address(Segment, l.hub().Address))
+	})
+	if err != nil {
+		return changed, err
+	}
+	for _, m := range l.Machines {
+		if m.Hub {
+			continue
+		}
+		did, err := l.wireHost(hub, m)
+		changed = changed || did
+		if err != nil {
+			return changed, fmt.Errorf("wire %s: %w", m.Name, err)
+		}
+	}
+	return changed, nil
+}
+
+// wireHost gives a host its bridge for guests, its own interface on it, and a
+// wire to the segment.
+func (l *Lab) wireHost(hub *link.Namespace, m Machine) (changed bool, err error) {
+	host, err := link.OpenNamespace(l.pin(m.Name))
+	if err != nil {
+		return false, err
+	}
+	defer host.Close()
+	err = hub.Do(func() error {
+		did, err := link.EnsureVeth(m.Name, "wire0", host)
+		changed = changed || did
+		if err != nil {
+			return err
+		}
+		return errors.Join(link.SetMaster(m.Name, "segment"), link.Up(m.Name))
+	})
+	if err != nil {
+		return changed, err
+	}
+	return changed, host.Do(func() error {
+		if err := link.Up("lo"); err != nil {
+			return err
+		}
+		if _, err := link.EnsureBridge(Bridge); err != nil {
+			return err
+		}
+		did, err := link.EnsureVeth(Segment, Port, nil)
+		changed = changed || did
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(
+			link.SetMaster(Port, Bridge), link.Up(Port),
+			link.SetMaster("wire0", Bridge), link.Up("wire0"),
+			l.address(Segment, m.Address),
+		); err != nil {
+			return err
+		}
+		did, err = link.EnsureRoute(everywhere, l.hub().Address)
+		changed = changed || did
+		return err
+	})
+}
+
+var everywhere = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+
+func (l *Lab) address(name string, a netip.Addr) error {
+	return errors.Join(link.EnsureAddress(name, netip.PrefixFrom(a, l.Subnet.Bits())), link.Up(name))
+}
+
+// wireHub joins this machine and the hub, so that this machine reaches the
+// segment by a route, and the hub the world through this machine.
+func (l *Lab) wireHub() (changed bool, err error) {
+	hub, err := link.OpenNamespace(l.pin(l.hub().Name))
+	if err != nil {
+		return false, err
+	}
+	defer hub.Close()
+	changed, err = link.EnsureVeth(l.Device(), Uplink, hub)
+	if err != nil {
+		return changed, err
+	}
+	if err := errors.Join(
+		link.EnsureAddress(l.Device(), netip.PrefixFrom(l.RootEnd(), l.Uplink.Bits())),
+		link.Up(l.Device()),
+	); err != nil {
+		return changed, err
+	}
+	err = hub.Do(func() error {
+		if err := errors.Join(
+			link.EnsureAddress(Uplink, netip.PrefixFrom(l.HubEnd(), l.Uplink.Bits())),
+			link.Up(Uplink),
+		); err != nil {
+			return err
+		}
+		// This machine reaches the hosts through the hub, whether its roles run or not.
+		for _, name := range []string{Segment, Uplink} {
+			if _, err := nat.SetForwarding(name, true); err != nil {
+				return err
+			}
+		}
+		did, err := link.EnsureRoute(everywhere, l.RootEnd())
+		changed = changed || did
+		return err
+	})
+	if err != nil {
+		return changed, err
+	}
+	did, err := link.EnsureRoute(l.Subnet, l.HubEnd())
+	return changed || did, err
+}
+
+// openUplink lets this machine forward for the lab, on the interfaces that need
+// it and no others, and keeps the machine's own network out.
+func (l *Lab) openUplink() (changed bool, err error) {
+	there, err := nat.Present(l.Device())
+	if err != nil {
+		return false, err
+	}
+	if !there {
+		changed = true
+		if err := nat.SetLab(nat.Lab{Table: l.Device(), Uplink: l.Device(), Subnet: l.Uplink}); err != nil {
+			return changed, err
+		}
+	}
+	uplinks, err := Uplinks()
+	if err != nil {
+		return changed, err
+	}
+	for _, name := range append(uplinks, l.Device()) {
+		did, err := l.forward(name)
+		changed = changed || did
+		if err != nil {
+			return changed, err
+		}
+	}
+	return changed, nil
+}
+
+// Uplinks are the interfaces that this machine's default routes use.
+func Uplinks() ([]string, error) {
+	routes, err := link.Routes()
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, r := range routes {
+		if r.Destination == everywhere {
+			names = append(names, r.Interface)
+		}
+	}
+	return names, nil
+}
