@@ -40,11 +40,14 @@ func (o Options) say(format string, args ...any) {
 	}
 }
 
-// title and version are labels as the OCI image spec names them.
-const (
-	labelTitle   = "org.opencontainers.image.title"
-	labelVersion = "org.opencontainers.image.version"
-)
+// OCIImage is an image, for callers that only pass it on.
+type OCIImage = v1.Image
+
+// LabelVersion is the label with the version of what is in an image; its name
+// is the OCI image spec's.
+const LabelVersion = "org.opencontainers.image.version"
+
+const labelTitle = "org.opencontainers.image.title"
 
 // assemble makes an image of layers.
 func assemble(config v1.Config, layers ...v1.Layer) (v1.Image, error) {

@@ -78,7 +78,7 @@ func Busybox(ctx context.Context, o Options) (v1.Image, error) {
 	return assemble(v1.Config{
 		Cmd:    []string{"sh"},
 		Env:    []string{"PATH=" + busyboxPath},
-		Labels: map[string]string{labelTitle: "busybox", labelVersion: p.version},
+		Labels: map[string]string{labelTitle: "busybox", LabelVersion: p.version},
 	}, layer)
 }
 

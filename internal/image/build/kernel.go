@@ -62,7 +62,7 @@ func Kernel(ctx context.Context, o Options, init []byte) (v1.Image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("build kernel image: %w", err)
 	}
-	return assemble(v1.Config{Labels: map[string]string{labelTitle: "kernel", labelVersion: k.version}}, first, second)
+	return assemble(v1.Config{Labels: map[string]string{labelTitle: "kernel", LabelVersion: k.version}}, first, second)
 }
 
 // kernelFiles are what is taken out of a kernel package.

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"slices"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -101,6 +103,7 @@ func List(ctx context.Context, r Registry) ([]Image, error) {
 			list = append(list, img)
 		}
 	}
+	slices.SortFunc(list, func(a, b Image) int { return strings.Compare(a.Name, b.Name) })
 	return list, nil
 }
 
@@ -143,6 +146,14 @@ func (r Registry) options(ctx context.Context) ([]remote.Option, error) {
 	if r.User != "" {
 		auth = authn.FromConfig(authn.AuthConfig{Username: r.User, Password: r.Password})
 	}
+	t, err := r.transport()
+	if err != nil {
+		return nil, err
+	}
+	return []remote.Option{remote.WithContext(ctx), remote.WithAuth(auth), remote.WithTransport(t)}, nil
+}
+
+func (r Registry) transport() (*http.Transport, error) {
 	t := remote.DefaultTransport.(*http.Transport).Clone()
 	if r.CAFile != "" {
 		pem, err := os.ReadFile(r.CAFile)
@@ -155,7 +166,7 @@ func (r Registry) options(ctx context.Context) ([]remote.Option, error) {
 		}
 		t.TLSClientConfig = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS13}
 	}
-	return []remote.Option{remote.WithContext(ctx), remote.WithAuth(auth), remote.WithTransport(t)}, nil
+	return t, nil
 }
 
 // meaning gives a registry's refusal its class.
