@@ -1,0 +1,160 @@
+package qemu
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"ingot/internal/vmm"
+)
+
+// machine is a QEMU that runs, or has run.
+type machine struct {
+	log  *slog.Logger
+	dir  string
+	r    record
+	p    *process
+	qmp  *monitor
+	done chan struct{}
+	exit vmm.Exit // once done is closed
+
+	watcher sync.WaitGroup
+	closing sync.Once
+
+	mu      sync.Mutex
+	stopped bool // by us
+}
+
+var _ vmm.Machine = (*machine)(nil)
+
+func newMachine(log *slog.Logger, dir string, r record, p *process, qmp *monitor) *machine {
+	m := &machine{log: log, dir: dir, r: r, p: p, qmp: qmp, done: make(chan struct{})}
+	m.watcher.Go(m.watch)
+	return m
+}
+
+// watch waits for the end, without a thread, and puts it on record.
+func (m *machine) watch() {
+	status, child, err := m.p.wait()
+	if err != nil {
+		return // let go of
+	}
+	m.exit = cause(m.dir, m.r, status, child)
+	m.mu.Lock()
+	if m.stopped {
+		m.exit.Cause = vmm.Stopped
+	}
+	m.mu.Unlock()
+	if err := finish(m.dir, m.r, m.exit); err != nil {
+		m.log.Warn("cannot record the end of a microVM", "uid", m.r.UID, "err", err)
+	}
+	close(m.done)
+}
+
+func (m *machine) PID() int              { return m.r.PID }
+func (m *machine) Done() <-chan struct{} { return m.done }
+func (m *machine) Exit() vmm.Exit        { return m.exit }
+
+// State asks QEMU. One that has ended is dead.
+func (m *machine) State(ctx context.Context) (vmm.State, error) {
+	select {
+	case <-m.done:
+		return vmm.Dead, nil
+	default:
+	}
+	var status struct {
+		Running bool   `json:"running"`
+		Status  string `json:"status"`
+	}
+	if err := m.qmp.call(ctx, "query-status", nil, &status); err != nil {
+		if m.gone() {
+			return vmm.Dead, nil
+		}
+		return "", err
+	}
+	switch status.Status {
+	case "running":
+		return vmm.Running, nil
+	case "shutdown", "guest-panicked", "internal-error", "io-error":
+		return vmm.Dead, nil
+	default:
+		return vmm.Paused, nil
+	}
+}
+
+// gone says whether the process has ended, which is known before done is closed.
+func (m *machine) gone() bool {
+	_, err := startTime(m.r.PID)
+	return errdefs.IsNotFound(err)
+}
+
+func (m *machine) Pause(ctx context.Context) error  { return m.qmp.call(ctx, "stop", nil, nil) }
+func (m *machine) Resume(ctx context.Context) error { return m.qmp.call(ctx, "cont", nil, nil) }
+
+// Stop presses the power button, and kills when ctx ends.
+func (m *machine) Stop(ctx context.Context) error {
+	m.claim()
+	// A paused guest does not feel the button. Errors mean that QEMU is ending,
+	// or will be killed.
+	if m.qmp.call(ctx, "cont", nil, nil) == nil {
+		m.qmp.call(ctx, "system_powerdown", nil, nil)
+	}
+	select {
+	case <-m.done:
+		return nil
+	case <-ctx.Done():
+		return m.Kill()
+	}
+}
+
+// Kill ends QEMU at once. What the guest has written to its disks is with the
+// kernel already.
+func (m *machine) Kill() error {
+	m.claim()
+	select {
+	case <-m.done:
+		return nil
+	default:
+	}
+	if err := m.p.signal(unix.SIGKILL); err != nil {
+		return fmt.Errorf("kill QEMU: %w", err)
+	}
+	<-m.done
+	return nil
+}
+
+// claim says that the end, if it is still to come, is our doing.
+func (m *machine) claim() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.stopped = true
+}
+
+func (m *machine) Console(ctx context.Context) (io.ReadWriteCloser, error) {
+	return dial(ctx, m.dir, consoleSocket)
+}
+
+func (m *machine) Agent(ctx context.Context) (net.Conn, error) {
+	if m.r.Sockets["agent"] == "" {
+		return nil, fmt.Errorf("connect to the agent: the microVM has no channel for one: %w", errdefs.ErrFailedPrecondition)
+	}
+	return dial(ctx, m.dir, agentSocket)
+}
+
+// Close lets go of QEMU without ending it.
+func (m *machine) Close() error {
+	m.closing.Do(func() {
+		m.p.fd.SetReadDeadline(time.Unix(1, 0)) // ends watch
+		m.watcher.Wait()
+		m.qmp.close()
+		m.p.close()
+	})
+	return nil
+}

@@ -1,0 +1,228 @@
+package qemu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+
+	"ingot/internal/vmm"
+)
+
+const sigKill = unix.SIGKILL
+
+// launch is a start in progress: what is open, and what was made.
+type launch struct {
+	d     *Driver
+	c     vmm.Config
+	dir   *directory
+	old   map[string]bool // files that were there before
+	files []*os.File      // what the process gets, by its number there
+	close []*os.File      // what this process closes again
+	h     handover
+	r     record
+}
+
+// Start boots a microVM. It returns when QEMU has made the machine and takes
+// commands; the guest runs from then on.
+func (d *Driver) Start(ctx context.Context, c vmm.Config) (_ vmm.Machine, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("start QEMU: %w", err)
+		}
+	}()
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	binary, err := exec.LookPath(d.Binary)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
+	}
+	if err := vacant(c.Dir); err != nil {
+		return nil, err
+	}
+	l := &launch{d: d, c: c}
+	defer l.release()
+	m, err := l.run(ctx, binary)
+	if err != nil {
+		l.undo()
+		return nil, err
+	}
+	return m, nil
+}
+
+// vacant makes sure that nothing runs in dir.
+func vacant(dir string) error {
+	r, err := readRecord(dir)
+	if errdefs.IsNotFound(err) {
+		sweep(dir)
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	p, err := r.find()
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	p.close()
+	return fmt.Errorf("process %d runs in %s: %w", r.PID, dir, errdefs.ErrAlreadyExists)
+}
+
+func (l *launch) run(ctx context.Context, binary string) (vmm.Machine, error) {
+	if err := l.open(); err != nil {
+		return nil, err
+	}
+	argv := append([]string{binary}, l.d.argv(l.c, l.h)...)
+	cfg := strings.Join(argv, "\n") + "\n"
+	if err := replaceFile(l.c.Dir, cfgFile, []byte(cfg)); err != nil {
+		return nil, err
+	}
+	// The socket listens already, so the connection waits there for QEMU: no
+	// polling for a socket to appear.
+	conn, err := dial(ctx, l.c.Dir, qmpSocket)
+	if err != nil {
+		return nil, err
+	}
+	p, err := l.spawn(binary, argv)
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	l.release() // so that the sockets close with the process
+	m, err := l.meet(ctx, p, conn)
+	if err != nil {
+		p.signal(unix.SIGKILL)
+		p.wait()
+		p.close()
+		if line := lastLine(filepath.Join(l.c.Dir, stderrFile), ""); line != "" && ctx.Err() == nil {
+			err = errors.New(line)
+		}
+		return nil, err
+	}
+	return newMachine(l.d.Log, l.c.Dir, l.r, p, m), nil
+}
+
+// meet records the new process, then waits until it answers.
+func (l *launch) meet(ctx context.Context, p *process, conn net.Conn) (*monitor, error) {
+	version, _ := l.d.version()
+	l.r = record{
+		Format: recordFormat, Driver: Name, Version: version, Accelerator: l.d.accelerator(),
+		UID: l.c.UID, PID: p.pid, StartTime: p.start, BootID: bootID(), StartedAt: time.Now(), ConsoleFrom: l.r.ConsoleFrom,
+		Sockets: map[string]string{"qmp": qmpSocket, "console": consoleSocket},
+	}
+	if l.c.Agent {
+		l.r.Sockets["agent"] = agentSocket
+	}
+	err := l.r.write(l.c.Dir)
+	if err == nil {
+		err = replaceFile(l.c.Dir, pidFile, []byte(strconv.Itoa(p.pid)+"\n"))
+	}
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	note(l.c.Dir, "started: process %d, version %s, %s %s", p.pid, version, l.r.Accelerator, l.d.KVM.Reason())
+	return newMonitor(ctx, conn)
+}
+
+// spawn makes the process: of its own session, user and cgroup.
+func (l *launch) spawn(binary string, argv []string) (*process, error) {
+	attr := &syscall.SysProcAttr{Setsid: true}
+	if l.c.User != 0 {
+		attr.Credential = &syscall.Credential{Uid: uint32(l.c.User), Gid: uint32(l.c.User), Groups: l.d.groups()}
+	}
+	join, err := l.cgroup(attr)
+	if err != nil {
+		return nil, err
+	}
+	child, err := os.StartProcess(binary, argv, &os.ProcAttr{
+		Dir: "/", Env: []string{"PATH=/usr/bin:/bin"}, Files: l.files, Sys: attr,
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer child.Release()
+	p, err := findProcess(child.Pid, 0)
+	if err != nil {
+		// It has ended already; only reaping is left.
+		child.Wait()
+		return nil, errors.New(lastLine(filepath.Join(l.c.Dir, stderrFile), err.Error()))
+	}
+	if err := join(p.pid); err != nil {
+		p.signal(unix.SIGKILL)
+		p.wait()
+		p.close()
+		return nil, err
+	}
+	return p, nil
+}
+
+// cgroup makes the new process be born in its cgroup; with cgroup v1, where
+// that can't be asked for, it is moved there at once.
+func (l *launch) cgroup(attr *syscall.SysProcAttr) (join func(pid int) error, err error) {
+	join = func(int) error { return nil }
+	if l.c.Cgroup == "" {
+		return join, nil
+	}
+	f, err := os.Open(l.c.Cgroup)
+	if err != nil {
+		return nil, fmt.Errorf("open cgroup: %w", err)
+	}
+	l.close = append(l.close, f)
+	var s unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &s); err != nil {
+		return nil, fmt.Errorf("open cgroup: %w", err)
+	}
+	if s.Type == unix.CGROUP2_SUPER_MAGIC {
+		attr.UseCgroupFD, attr.CgroupFD = true, int(f.Fd())
+		return join, nil
+	}
+	return func(pid int) error {
+		return os.WriteFile(filepath.Join(l.c.Cgroup, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0)
+	}, nil
+}
+
+// groups is what QEMU's user needs to open /dev/kvm: the group that owns it.
+func (d *Driver) groups() []uint32 {
+	var s unix.Stat_t
+	if !d.KVM.Usable || unix.Stat("/dev/kvm", &s) != nil {
+		return nil
+	}
+	return []uint32{s.Gid}
+}
+
+// release closes what the process has of its own now.
+func (l *launch) release() {
+	for _, f := range l.close {
+		f.Close()
+	}
+	l.close = nil
+	if l.dir != nil {
+		l.dir.Close()
+		l.dir = nil
+	}
+}
+
+// undo removes the files that this start has made.
+func (l *launch) undo() {
+	for _, name := range []string{cfgFile, logFile, stdoutFile, stderrFile, metricsFile, eventsFile} {
+		if !l.old[name] {
+			removeAll(l.c.Dir, name)
+		}
+	}
+	removeAll(l.c.Dir, recordFile, pidFile, qmpSocket, consoleSocket, agentSocket)
+}
