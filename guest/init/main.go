@@ -43,5 +43,5 @@ func check(err error) {
 func say(format string, args ...any) {
 	var t unix.Timespec
 	unix.ClockGettime(unix.CLOCK_BOOTTIME, &t) // zero where there is none
-	fmt.Fprintf(os.Stderr, "[%5d.%06d] ingot: "+format+"\r\n", append([]any{t.Sec, t.Nsec / 1000}, args...)...)
+	fmt.Fprintf(os.Stderr, "[%5d.%06d] ingot: "+format+"\n", append([]any{t.Sec, t.Nsec / 1000}, args...)...)
 }

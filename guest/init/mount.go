@@ -38,7 +38,7 @@ func mountAt(source, target, kind string, flags uintptr, data string) error {
 
 // deviceWait is how long a root device may take to appear: virtio devices are
 // there at once.
-const deviceWait = 10 * time.Second
+const deviceWait = 5 * time.Second
 
 // mountRoot mounts the root file system at newRoot.
 func mountRoot(ctx context.Context, o options) error {
