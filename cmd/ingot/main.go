@@ -83,6 +83,7 @@ func rootCommand() *cobra.Command {
 	root.PersistentFlags().String("env", "", "environment (default: $INGOT_ENV, else lab)")
 	root.AddCommand(
 		containerdCommand(),
+		imageCommand(),
 		ctrCommand(),
 		versionCommand(),
 	)
