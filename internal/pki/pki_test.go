@@ -1,0 +1,118 @@
+package pki_test
+
+import (
+	"crypto/tls"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+
+	"ingot/internal/pki"
+)
+
+var local = []netip.Addr{netip.MustParseAddr("127.0.0.1")}
+
+func authority(t *testing.T, dir string) *pki.CA {
+	t.Helper()
+	ca, err := pki.OpenCA(dir, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ca
+}
+
+func ensure(t *testing.T, ca *pki.CA, dir string, addrs []netip.Addr) bool {
+	t.Helper()
+	changed, err := ca.Ensure(dir, "test", []string{"host-0"}, addrs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return changed
+}
+
+// handshake connects two parties and returns what the client was told.
+func handshake(t *testing.T, server, client pki.Files) error {
+	t.Helper()
+	sc, err := server.Server()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cc, err := client.Client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := tls.Listen("tcp", "127.0.0.1:0", sc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		c, err := l.Accept()
+		if err == nil {
+			c.Write([]byte("x"))
+			c.Close()
+		}
+	}()
+	c, err := tls.Dial("tcp", l.Addr().String(), cc)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	// With TLS 1.3 a refused client certificate shows in the first read.
+	_, err = c.Read(make([]byte, 1))
+	return err
+}
+
+func TestMutualTLS(t *testing.T) {
+	ca, other := authority(t, t.TempDir()), authority(t, t.TempDir())
+	server, client, stranger := t.TempDir(), t.TempDir(), t.TempDir()
+	ensure(t, ca, server, local)
+	ensure(t, ca, client, nil)
+	ensure(t, other, stranger, nil)
+	if err := handshake(t, pki.In(server), pki.In(client)); err != nil {
+		t.Errorf("client of the environment: %v", err)
+	}
+	noCert := pki.Files{CA: pki.In(client).CA}
+	if err := handshake(t, pki.In(server), noCert); err == nil {
+		t.Error("a client without a certificate got in")
+	}
+	foreign := pki.In(stranger)
+	foreign.CA = pki.In(client).CA
+	if err := handshake(t, pki.In(server), foreign); err == nil {
+		t.Error("a client of another CA got in")
+	}
+	if err := handshake(t, pki.In(server), pki.In(stranger)); err == nil {
+		t.Error("a server of another CA was trusted")
+	}
+}
+
+func TestEnsureMakesAnewOnlyWhatIsNotGood(t *testing.T) {
+	dir, certs := t.TempDir(), t.TempDir()
+	ca := authority(t, dir)
+	if !ensure(t, ca, certs, local) || ensure(t, authority(t, dir), certs, local) {
+		t.Error("the second time changed something, or the first did not")
+	}
+	if !ensure(t, ca, certs, []netip.Addr{netip.MustParseAddr("10.0.0.1")}) {
+		t.Error("another address needs another certificate")
+	}
+	if !ensure(t, authority(t, t.TempDir()), certs, nil) {
+		t.Error("another CA needs another certificate")
+	}
+	for _, f := range []string{dir + "/ca.key", certs + "/key.pem"} {
+		if i, err := os.Stat(f); err != nil || i.Mode().Perm() != 0o600 {
+			t.Errorf("%s: mode %v, %v", f, i.Mode(), err)
+		}
+	}
+}
+
+func TestSecretIsNotShown(t *testing.T) {
+	s := pki.NewToken()
+	var b strings.Builder
+	slog.New(slog.NewTextHandler(&b, nil)).Info("x", "token", s)
+	fmt.Fprintf(&b, "%s %v %#v", s, s, s)
+	if strings.Contains(b.String(), string(s)) || len(s) < 20 {
+		t.Errorf("shown: %s", b.String())
+	}
+}
