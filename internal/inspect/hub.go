@@ -1,0 +1,176 @@
+package inspect
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	v1 "ingot/api/ingot/v1"
+)
+
+// segment is the interface's name where the hub does not say another.
+const segment = "bond0.1000"
+
+func (s *survey) hubStep() step {
+	h := s.hub
+	facts := func() *v1.HubFacts { // only called below a check that has had them
+		f, _ := h.facts()
+		return f
+	}
+	nat := step{
+		name: "NAT",
+		children: []step{{
+			name:  "forwarding",
+			check: func(context.Context) finding { return checkForwarding(facts().GetNat()) },
+		}},
+		more: func() []step { return ruleSteps(facts().GetNat()) },
+	}
+	for _, host := range s.hosts {
+		nat.children = append(nat.children, step{
+			name:  "packet from " + host.Name,
+			check: func(ctx context.Context) finding { return checkOutside(ctx, host, facts()) },
+		})
+	}
+	return step{
+		name: h.Name,
+		check: func(context.Context) finding {
+			f, err := h.facts()
+			if err != nil {
+				return unreachable(h.Machine, "the hub (DHCP server, DNS, NAT, registry)", err)
+			}
+			return pass(fmt.Sprintf("version %s, up %s, memory %s", f.GetVersion(), age(f.GetUptime().AsDuration()), bytes(f.GetRssBytes())),
+				"endpoint: "+h.Endpoint, "hostname: "+f.GetHostname(), "configuration: "+f.GetConfigFile())
+		},
+		children: []step{
+			{name: "address", check: func(context.Context) finding {
+				name := cmp.Or(facts().GetDhcp().GetInterface(), segment)
+				return checkAddress(facts().GetInterfaces(), name, h.Address)
+			}},
+			{name: "uplink", check: func(context.Context) finding {
+				return checkAddress(facts().GetInterfaces(), facts().GetNat().GetOutside(), netip.Addr{})
+			}},
+			{name: "DHCP server", check: func(context.Context) finding { return checkDHCP(facts().GetDhcp()) },
+				children: []step{
+					{name: "configuration", check: func(context.Context) finding { return checkDHCPConfig(facts().GetDhcp()) }},
+					{name: "leases", check: func(context.Context) finding { return s.checkLeases(facts().GetDhcp()) }},
+				}},
+			nat,
+			{name: "DNS", check: func(context.Context) finding { return checkDNS(facts().GetDns()) }},
+			{name: "registry", check: func(context.Context) finding { return checkRegistry(facts().GetRegistry()) }},
+		},
+	}
+}
+
+// checkAddress looks for an interface that is up and has an address: want, or
+// any if want is the zero value.
+func checkAddress(all []*v1.InterfaceFacts, name string, want netip.Addr) finding {
+	i := slices.IndexFunc(all, func(f *v1.InterfaceFacts) bool { return f.GetName() == name })
+	if i < 0 {
+		return fail(fmt.Sprintf("there is no interface %s", name))
+	}
+	f := all[i]
+	has := func(a string) bool {
+		p, err := netip.ParsePrefix(a)
+		return err == nil && (p.Addr() == want || !want.IsValid() && p.Addr().Is4())
+	}
+	shown := strings.Join(f.GetAddresses(), " ")
+	switch {
+	case !f.GetUp():
+		return fail(name + " is down")
+	case !slices.ContainsFunc(f.GetAddresses(), has) && want.IsValid():
+		return fail(fmt.Sprintf("%s has %s, not %s", name, cmp.Or(shown, "no address"), want))
+	case !slices.ContainsFunc(f.GetAddresses(), has):
+		return fail(name + " has no IPv4 address")
+	}
+	return pass(fmt.Sprintf("%s on %s", shown, name), fmt.Sprintf("%d: %s: <UP> link/ether %s", f.GetIndex(), name, f.GetMac()))
+}
+
+func checkDHCP(d *v1.DHCPFacts) finding {
+	if !d.GetServing() {
+		return fail("does not serve: " + cmp.Or(d.GetError(), "it is not running"))
+	}
+	return pass(fmt.Sprintf("%s-%s on %s, %d active, %d free", d.GetRangeFirst(), d.GetRangeLast(), d.GetInterface(), d.GetActive(), d.GetFree()),
+		"unit: isc-dhcp-server.service", "port: 67/udp on "+d.GetInterface(), "subnet: "+d.GetSubnet())
+}
+
+func checkDHCPConfig(d *v1.DHCPFacts) finding {
+	if strings.TrimSpace(d.GetConfig()) == "" {
+		return fail(d.GetConfigFile() + " is empty")
+	}
+	notes := []string{"file: " + d.GetConfigFile(), "file: " + d.GetDefaultsFile()}
+	return pass(fmt.Sprintf("%s, leases for %s, at most %s", d.GetConfigFile(), age(d.GetDefaultLease().AsDuration()), age(d.GetMaxLease().AsDuration())),
+		append(notes, strings.Split(strings.TrimSpace(d.GetConfig()), "\n")...)...)
+}
+
+func (s *survey) checkLeases(d *v1.DHCPFacts) finding {
+	leases, err := s.hub.leases()
+	if err != nil {
+		return fail("list leases: " + said(err))
+	}
+	notes := []string{"file: " + d.GetLeasesFile()}
+	for _, l := range leases {
+		notes = append(notes, fmt.Sprintf("%s %s %s %s until %s", l.GetIp(), l.GetMac(), cmp.Or(l.GetHostname(), "-"), l.GetState(),
+			l.GetEnds().AsTime().UTC().Format("2006-01-02 15:04:05")))
+	}
+	found := pass(fmt.Sprintf("%d in %s", len(leases), d.GetLeasesFile()), notes...)
+	if d.GetFree() == 0 {
+		found.status, found.detail = Fail, "no address is free: "+found.detail
+	}
+	return found
+}
+
+func checkForwarding(n *v1.NATFacts) finding {
+	if !n.GetForwarding() {
+		return fail(fmt.Sprintf("the kernel does not forward between %s and %s; `ingot up` sets it again", n.GetInside(), n.GetOutside()))
+	}
+	return pass(n.GetInside() + " to " + n.GetOutside())
+}
+
+// ruleSteps is one check a rule, named by it.
+func ruleSteps(n *v1.NATFacts) []step {
+	present := map[string]bool{}
+	var names []string
+	add := func(rule string, is bool) {
+		if _, ok := present[rule]; !ok {
+			names = append(names, rule)
+		}
+		present[rule] = is
+	}
+	for _, r := range n.GetRules() {
+		add(r.GetRule(), r.GetPresent())
+	}
+	for _, rule := range n.GetMissing() {
+		add(rule, false)
+	}
+	steps := make([]step, len(names))
+	for i, rule := range names {
+		steps[i] = step{name: rule, check: func(context.Context) finding {
+			if !present[rule] {
+				return fail("not in force; `ingot up` sets it again")
+			}
+			return pass("in force")
+		}}
+	}
+	if len(names) == 0 {
+		steps = []step{{name: "rules", check: func(context.Context) finding { return fail("there are none; `ingot up` sets them again") }}}
+	}
+	return steps
+}
+
+func checkDNS(d *v1.DNSFacts) finding {
+	if !d.GetServing() {
+		return fail("does not serve: " + cmp.Or(d.GetError(), "it is not running"))
+	}
+	return pass("on "+strings.Join(d.GetListen(), ", "), "port: 53 udp and tcp", "forwards to: "+cmp.Or(strings.Join(d.GetUpstreams(), ", "), "nobody"))
+}
+
+func checkRegistry(r *v1.RegistryFacts) finding {
+	if !r.GetServing() {
+		return fail("does not serve: " + cmp.Or(r.GetError(), "it is not running"))
+	}
+	return pass(fmt.Sprintf("on %s, %s", r.GetAddress(), count(len(r.GetRepositories()), "repository", "repositories")),
+		"directory: "+r.GetDir(), "repositories: "+strings.Join(r.GetRepositories(), ", "))
+}
