@@ -1,0 +1,143 @@
+package vm
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"regexp"
+	"strings"
+
+	"github.com/containerd/errdefs"
+)
+
+// The metadata interface, as flintlock's guests know it.
+const (
+	MetadataInterface = "eth0"
+	MetadataMAC       = "AA:FF:00:00:00:01"
+)
+
+// Normalize fills in what a spec leaves out.
+func (s *Spec) Normalize() {
+	if s.Namespace == "" {
+		s.Namespace = DefaultNamespace
+	}
+	if s.VCPU == 0 {
+		s.VCPU = DefaultVCPU
+	}
+	if s.Memory == 0 {
+		s.Memory = DefaultMemory
+	}
+	if s.Root.ID == "" {
+		s.Root.ID = "root"
+	}
+}
+
+// Names become parts of paths, of lease ids and of host names (RFC 1123 labels,
+// and dots and underscores, which flintlock's clients use).
+var (
+	nameRule  = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$`)
+	ifaceRule = regexp.MustCompile(`^[a-z][a-z0-9_]{0,14}$`)
+	uidRule   = regexp.MustCompile(`^[0-9A-HJKMNP-TV-Z]{26}$`) // a ULID
+)
+
+// FieldError is one mistake in a spec. It is an errdefs.ErrInvalidArgument.
+type FieldError struct {
+	Field   string // as the API names it: root_volume.source
+	Problem string
+}
+
+func (e *FieldError) Error() string { return e.Field + ": " + e.Problem }
+
+// Unwrap makes a FieldError an errdefs.ErrInvalidArgument.
+func (e *FieldError) Unwrap() error { return errdefs.ErrInvalidArgument }
+
+// Validate returns all mistakes of a normalized spec, each a *FieldError.
+func (s Spec) Validate() error {
+	var all mistakes
+	all.check(nameRule.MatchString(s.Name), "id", "%q is not a name: letters, digits, '.', '_' and '-', 63 at most, a letter or digit first and last", s.Name)
+	all.check(nameRule.MatchString(s.Namespace), "namespace", "%q is not a name", s.Namespace)
+	all.check(s.UID == "" || uidRule.MatchString(s.UID), "uid", "%q is not a ULID", s.UID)
+	all.check(s.VCPU >= 1 && s.VCPU <= MaxVCPU, "vcpu", "%d is not between 1 and %d", s.VCPU, MaxVCPU)
+	all.check(s.Memory >= MinMemory && s.Memory <= MaxMemory, "memory_in_mb", "%d is not between %d and %d", s.Memory, MinMemory, MaxMemory)
+	all.image("kernel.image", s.Kernel.Image)
+	all.path("kernel.filename", s.Kernel.Path)
+	for key, value := range s.Kernel.Cmdline {
+		all.check(key != "" && !strings.ContainsAny(key+value, "\n\x00") && !strings.ContainsAny(key, " \t="), "kernel.cmdline", "%q=%q can't stand on a command line", key, value)
+	}
+	if s.Initrd != nil {
+		all.image("initrd.image", s.Initrd.Image)
+		all.path("initrd.filename", s.Initrd.Path)
+	}
+	s.validateVolumes(&all)
+	s.validateInterfaces(&all)
+	switch s.Restart {
+	case RestartAlways, RestartOnFailure, RestartNever:
+	default:
+		all.add("restart_policy", "%q is not one", s.Restart)
+	}
+	return errors.Join(all...)
+}
+
+func (s Spec) validateVolumes(all *mistakes) {
+	all.volume("root_volume", s.Root)
+	all.check(s.Root.VirtioFS == "", "root_volume.source", "the root can't be a shared directory")
+	seen := map[string]bool{s.Root.ID: true}
+	for i, v := range s.Volumes {
+		field := fmt.Sprintf("additional_volumes[%d]", i)
+		all.volume(field, v)
+		all.check(!seen[v.ID], field+".id", "%q is there twice", v.ID)
+		seen[v.ID] = true
+	}
+}
+
+func (s Spec) validateInterfaces(all *mistakes) {
+	seen := map[string]bool{}
+	for i, n := range s.Interfaces {
+		field := fmt.Sprintf("interfaces[%d]", i)
+		all.check(ifaceRule.MatchString(n.ID), field+".device_id", "%q is not an interface's name", n.ID)
+		all.check(!seen[n.ID], field+".device_id", "%q is there twice", n.ID)
+		seen[n.ID] = true
+		all.check(n.Kind == Tap || n.Kind == Macvtap, field+".type", "%q is neither TAP nor MACVTAP", n.Kind)
+		if n.MAC != "" {
+			mac, err := net.ParseMAC(n.MAC)
+			all.check(err == nil && len(mac) == 6 && mac[0]&1 == 0, field+".guest_mac", "%q is not a card's MAC address", n.MAC)
+		}
+		all.check(!n.Gateway.IsValid() || n.Address.IsValid(), field+".address.gateway", "a gateway needs an address")
+	}
+}
+
+type mistakes []error
+
+func (m *mistakes) add(field, format string, a ...any) {
+	*m = append(*m, &FieldError{Field: field, Problem: fmt.Sprintf(format, a...)})
+}
+
+func (m *mistakes) check(ok bool, field, format string, a ...any) {
+	if !ok {
+		m.add(field, format, a...)
+	}
+}
+
+func (m *mistakes) image(field, ref string) {
+	m.check(ref != "", field, "is required")
+	m.check(len(ref) <= 512 && !strings.ContainsFunc(ref, func(r rune) bool { return r <= ' ' || r == 0x7f }), field, "%q is not an image's name", ref)
+}
+
+// path checks a path inside an image. What leads out of it is refused here, and
+// can't be opened either.
+func (m *mistakes) path(field, path string) {
+	m.check(!strings.ContainsRune(path, 0) && len(path) <= 4096, field, "%q is not a path", path)
+	for _, part := range strings.Split(path, "/") {
+		m.check(part != "..", field, "%q leads out of the image", path)
+	}
+}
+
+func (m *mistakes) volume(field string, v Volume) {
+	m.check(nameRule.MatchString(v.ID), field+".id", "%q is not a volume's name", v.ID)
+	m.check(v.Image == "" || v.VirtioFS == "", field+".source", "is both an image and a directory")
+	m.check(v.Image != "" || v.VirtioFS != "", field+".source", "is required")
+	if v.Image != "" {
+		m.image(field+".source.container_source", v.Image)
+	}
+	m.check(v.Size >= 0 && v.Size <= 1<<24, field+".size_in_mb", "%d is not a size", v.Size)
+}

@@ -1,0 +1,73 @@
+package vm_test
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/containerd/errdefs"
+
+	"ingot/internal/vm"
+)
+
+func good() vm.Spec {
+	s := vm.Spec{
+		Name:       "web",
+		Kernel:     vm.Kernel{File: vm.File{Image: "kernel", Path: "boot/vmlinux"}},
+		Root:       vm.Volume{Image: "busybox"},
+		Interfaces: []vm.Interface{{ID: "eth1", Kind: vm.Tap}},
+	}
+	s.Normalize()
+	return s
+}
+
+func TestDefaults(t *testing.T) {
+	s := good()
+	if s.Namespace != "default" || s.VCPU != 2 || s.Memory != 1024 || s.Root.ID != "root" {
+		t.Errorf("got %+v", s)
+	}
+	if err := s.Validate(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestValidateNamesTheField(t *testing.T) {
+	for field, spoil := range map[string]func(*vm.Spec){
+		"id":                               func(s *vm.Spec) { s.Name = "a/b" },
+		"namespace":                        func(s *vm.Spec) { s.Namespace = ".." },
+		"uid":                              func(s *vm.Spec) { s.UID = "../../etc" },
+		"vcpu":                             func(s *vm.Spec) { s.VCPU = 65 },
+		"memory_in_mb":                     func(s *vm.Spec) { s.Memory = -1 },
+		"kernel.image":                     func(s *vm.Spec) { s.Kernel.Image = "" },
+		"kernel.filename":                  func(s *vm.Spec) { s.Kernel.Path = "boot/../../etc/shadow" },
+		"kernel.cmdline":                   func(s *vm.Spec) { s.Kernel.Cmdline = map[string]string{"a b": ""} },
+		"initrd.image":                     func(s *vm.Spec) { s.Initrd = &vm.File{} },
+		"root_volume.source":               func(s *vm.Spec) { s.Root.Image = "" },
+		"additional_volumes[0].id":         func(s *vm.Spec) { s.Volumes = []vm.Volume{{ID: "root", Image: "x"}} },
+		"interfaces[0].guest_mac":          func(s *vm.Spec) { s.Interfaces[0].MAC = "01:00:00:00:00:01" },
+		"interfaces[0].device_id":          func(s *vm.Spec) { s.Interfaces[0].ID = "ETH 0" },
+		"interfaces[1].device_id":          func(s *vm.Spec) { s.Interfaces = append(s.Interfaces, s.Interfaces[0]) },
+		"interfaces[0].type":               func(s *vm.Spec) { s.Interfaces[0].Kind = "veth" },
+		"restart_policy":                   func(s *vm.Spec) { s.Restart = "sometimes" },
+		"additional_volumes[0].source":     func(s *vm.Spec) { s.Volumes = []vm.Volume{{ID: "d"}} },
+		"additional_volumes[0].size_in_mb": func(s *vm.Spec) { s.Volumes = []vm.Volume{{ID: "d", Image: "x", Size: -1}} },
+	} {
+		t.Run(field, func(t *testing.T) {
+			s := good()
+			spoil(&s)
+			err := s.Validate()
+			var mistake *vm.FieldError
+			if !errors.As(err, &mistake) || mistake.Field != field || !errdefs.IsInvalidArgument(err) {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+}
+
+func TestValidateTellsAllMistakes(t *testing.T) {
+	s := good()
+	s.Name, s.VCPU, s.Kernel.Image = "", 0, ""
+	if got := len(strings.Split(s.Validate().Error(), "\n")); got != 3 {
+		t.Errorf("%d mistakes, want 3: %v", got, s.Validate())
+	}
+}

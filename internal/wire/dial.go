@@ -1,0 +1,148 @@
+package wire
+
+import (
+	"context"
+	"crypto/subtle"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"ingot/internal/pki"
+)
+
+// Error turns an error with a meaning (package errdefs) into a gRPC status. A
+// status that is one already stays as it is.
+func Error(err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := status.FromError(err); ok {
+		return err
+	}
+	if errors.Is(err, context.Canceled) {
+		return status.Error(codes.Canceled, err.Error())
+	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		return status.Error(codes.DeadlineExceeded, err.Error())
+	}
+	return errgrpc.ToGRPC(err)
+}
+
+// Target is a service to dial.
+type Target struct {
+	Address    string // host:port
+	TLS        pki.Files
+	ServerName string // empty: the host of Address
+	Token      pki.Secret
+	Insecure   bool // plaintext, for a service that was made so by choice
+}
+
+// Dial prepares a connection; the first call makes it.
+func Dial(t Target) (*grpc.ClientConn, error) {
+	options := []grpc.DialOption{
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16 << 20)),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 20 * time.Second, Timeout: 10 * time.Second}),
+	}
+	if t.Insecure {
+		options = append(options, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	} else {
+		c, err := t.TLS.Client()
+		if err != nil {
+			return nil, fmt.Errorf("dial %s: %w", t.Address, err)
+		}
+		c.ServerName = t.ServerName
+		options = append(options, grpc.WithTransportCredentials(credentials.NewTLS(c)))
+	}
+	if t.Token != "" {
+		options = append(options, grpc.WithPerRPCCredentials(basic{token: t.Token, secure: !t.Insecure}))
+	}
+	return grpc.NewClient("passthrough:///"+t.Address, options...)
+}
+
+// basic sends the token the way flintlock's clients do.
+type basic struct {
+	token  pki.Secret
+	secure bool
+}
+
+func (b basic) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
+	return map[string]string{"authorization": "Basic " + base64.StdEncoding.EncodeToString([]byte(b.token))}, nil
+}
+
+func (b basic) RequireTransportSecurity() bool { return b.secure }
+
+// ServerOptions are what all our gRPC servers share: the token, if there is one,
+// errors with their codes, a panic that ends a call and not the daemon, and
+// patience with clients that ping often.
+func ServerOptions(token pki.Secret, log *slog.Logger) []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.MaxRecvMsgSize(16 << 20),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
+		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (answer any, err error) {
+			defer recovered(info.FullMethod, log, &err)
+			if err := authorize(ctx, token); err != nil {
+				return nil, err
+			}
+			answer, err = next(ctx, req)
+			log.Debug("call", "method", info.FullMethod, "err", err)
+			return answer, Error(err)
+		}),
+		grpc.ChainStreamInterceptor(func(srv any, s grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
+			defer recovered(info.FullMethod, log, &err)
+			if err := authorize(s.Context(), token); err != nil {
+				return err
+			}
+			err = next(srv, s)
+			log.Debug("stream", "method", info.FullMethod, "err", err)
+			return Error(err)
+		}),
+	}
+}
+
+func recovered(method string, log *slog.Logger, err *error) {
+	if p := recover(); p != nil {
+		log.Error("a call panicked", "method", method, "err", p, "stack", string(debug.Stack()))
+		*err = status.Errorf(codes.Internal, "%s: internal error, see the daemon's log", method)
+	}
+}
+
+// authorize wants `Basic base64(token)`, as flintlock does, or `Bearer token`.
+func authorize(ctx context.Context, token pki.Secret) error {
+	if token == "" {
+		return nil
+	}
+	md, _ := metadata.FromIncomingContext(ctx)
+	given := md.Get("authorization")
+	if len(given) != 1 {
+		return status.Error(codes.Unauthenticated, "Request unauthenticated with basic")
+	}
+	scheme, value, _ := strings.Cut(given[0], " ")
+	switch strings.ToLower(scheme) {
+	case "basic":
+		text, err := base64.StdEncoding.DecodeString(value)
+		if err != nil {
+			return status.Error(codes.Unauthenticated, "invalid auth token: not base64")
+		}
+		value = string(text)
+	case "bearer":
+	default:
+		return status.Error(codes.Unauthenticated, "Request unauthenticated with basic")
+	}
+	if subtle.ConstantTimeCompare([]byte(value), []byte(token)) != 1 {
+		return status.Error(codes.Unauthenticated, "invalid auth token: wrong token")
+	}
+	return nil
+}

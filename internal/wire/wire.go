@@ -1,0 +1,262 @@
+// Package wire is where protobuf ends: it turns the API's messages into specs and
+// statuses back into messages, errors into gRPC codes, and dials. It validates
+// nothing that package vm can, and serves nothing.
+package wire
+
+import (
+	"encoding/base64"
+	"fmt"
+	"maps"
+	"net/netip"
+	"strings"
+	"time"
+	"unicode"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"ingot/api/types"
+	"ingot/internal/vm"
+)
+
+// NotFound is the text with which flintlock's clients recognise a microVM that is
+// not there.
+const NotFound = "microvm spec %s not found"
+
+// SpecFromProto reads a spec as flintlock's clients write it. The error is a
+// *vm.FieldError.
+func SpecFromProto(p *types.MicroVMSpec) (vm.Spec, error) {
+	s := vm.Spec{
+		UID: p.GetUid(), Namespace: p.GetNamespace(), Name: p.GetId(), Labels: maps.Clone(p.GetLabels()),
+		VCPU: int(p.GetVcpu()), Memory: vm.MiB(p.GetMemoryInMb()), Driver: p.GetProvider(),
+		Kernel: vm.Kernel{
+			File:    vm.File{Image: image(p.GetKernel().GetImage()), Path: p.GetKernel().GetFilename()},
+			Cmdline: maps.Clone(p.GetKernel().GetCmdline()), AddNetworkConfig: p.GetKernel().GetAddNetworkConfig(),
+		},
+		Root:       volumeFromProto(p.GetRootVolume()),
+		GuestAgent: p.GetAllowGuestAgent(),
+		Process: vm.Process{
+			Args: p.GetProcess().GetArgs(), Env: maps.Clone(p.GetProcess().GetEnv()),
+			Dir: p.GetProcess().GetWorkingDir(), User: p.GetProcess().GetUser(),
+		},
+	}
+	switch p.GetRestartPolicy() {
+	case types.RestartPolicy_ON_FAILURE:
+		s.Restart = vm.RestartOnFailure
+	case types.RestartPolicy_NEVER:
+		s.Restart = vm.RestartNever
+	}
+	if p.Initrd != nil {
+		s.Initrd = &vm.File{Image: image(p.Initrd.GetImage()), Path: p.Initrd.GetFilename()}
+	}
+	for _, v := range p.GetAdditionalVolumes() {
+		s.Volumes = append(s.Volumes, volumeFromProto(v))
+	}
+	for i, n := range p.GetInterfaces() {
+		iface, err := interfaceFromProto(fmt.Sprintf("interfaces[%d]", i), n)
+		if err != nil {
+			return vm.Spec{}, err
+		}
+		s.Interfaces = append(s.Interfaces, iface)
+	}
+	for key, value := range p.GetMetadata() {
+		if s.Metadata == nil {
+			s.Metadata = map[string]string{}
+		}
+		s.Metadata[key] = decode(value)
+	}
+	return s, nil
+}
+
+// image drops what flintlock drops: white space and control characters.
+func image(ref string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return -1
+		}
+		return r
+	}, strings.TrimSpace(ref))
+}
+
+// decode reads a metadata value. Some clients send the bare text.
+func decode(value string) string {
+	if text, err := base64.StdEncoding.DecodeString(value); err == nil {
+		return string(text)
+	}
+	return value
+}
+
+func volumeFromProto(v *types.Volume) vm.Volume {
+	return vm.Volume{
+		ID: v.GetId(), Image: image(v.GetSource().GetContainerSource()), VirtioFS: v.GetSource().GetVirtiofsSource(),
+		ReadOnly: v.GetIsReadOnly(), MountPoint: v.GetMountPoint(), Partition: v.GetPartitionId(), Size: vm.MiB(v.GetSizeInMb()),
+	}
+}
+
+func interfaceFromProto(field string, n *types.NetworkInterface) (vm.Interface, error) {
+	i := vm.Interface{ID: n.GetDeviceId(), MAC: n.GetGuestMac(), Bridge: n.GetOverrides().GetBridgeName(), Kind: vm.Macvtap}
+	if n.GetType() == types.NetworkInterface_TAP {
+		i.Kind = vm.Tap
+	}
+	if n.Address == nil {
+		return i, nil
+	}
+	var err error
+	if i.Address, err = netip.ParsePrefix(n.Address.GetAddress()); err != nil {
+		return i, &vm.FieldError{Field: field + ".address.address", Problem: fmt.Sprintf("%q is not an address with a prefix length", n.Address.GetAddress())}
+	}
+	if gateway := n.Address.GetGateway(); gateway != "" {
+		// flintlock wants a prefix length here and drops it; take both forms.
+		host, _, _ := strings.Cut(gateway, "/")
+		if i.Gateway, err = netip.ParseAddr(host); err != nil {
+			return i, &vm.FieldError{Field: field + ".address.gateway", Problem: fmt.Sprintf("%q is not an address", gateway)}
+		}
+	}
+	for _, text := range n.Address.GetNameservers() {
+		server, err := netip.ParseAddr(text)
+		if err != nil {
+			return i, &vm.FieldError{Field: field + ".address.nameservers", Problem: fmt.Sprintf("%q is not an address", text)}
+		}
+		i.Nameservers = append(i.Nameservers, server)
+	}
+	return i, nil
+}
+
+// ToProto writes a microVM for flintlock's clients, and for ours.
+func ToProto(s vm.Spec, st vm.Status, dir string) *types.MicroVM {
+	return &types.MicroVM{Version: int32(st.Version), Spec: specToProto(s), Status: statusToProto(st, dir)}
+}
+
+func specToProto(s vm.Spec) *types.MicroVMSpec {
+	p := &types.MicroVMSpec{
+		Id: s.Name, Namespace: s.Namespace, Labels: s.Labels, Vcpu: int32(s.VCPU), MemoryInMb: int32(s.Memory), Uid: &s.UID,
+		Kernel: &types.Kernel{
+			Image: s.Kernel.Image, Filename: &s.Kernel.Path, Cmdline: s.Kernel.Cmdline, AddNetworkConfig: s.Kernel.AddNetworkConfig,
+		},
+		RootVolume: volumeToProto(s.Root), AllowGuestAgent: s.GuestAgent, CreatedAt: stamp(s.CreatedAt),
+	}
+	if s.Driver != "" {
+		p.Provider = &s.Driver
+	}
+	if s.Initrd != nil {
+		p.Initrd = &types.Initrd{Image: s.Initrd.Image, Filename: &s.Initrd.Path}
+	}
+	for _, v := range s.Volumes {
+		p.AdditionalVolumes = append(p.AdditionalVolumes, volumeToProto(v))
+	}
+	for _, n := range s.Interfaces {
+		p.Interfaces = append(p.Interfaces, interfaceToProto(n))
+	}
+	for key, value := range s.Metadata {
+		if p.Metadata == nil {
+			p.Metadata = map[string]string{}
+		}
+		p.Metadata[key] = base64.StdEncoding.EncodeToString([]byte(value))
+	}
+	policy := types.RestartPolicy_ALWAYS
+	switch s.Restart {
+	case vm.RestartOnFailure:
+		policy = types.RestartPolicy_ON_FAILURE
+	case vm.RestartNever:
+		policy = types.RestartPolicy_NEVER
+	}
+	p.RestartPolicy = &policy
+	if len(s.Process.Args) > 0 || len(s.Process.Env) > 0 || s.Process.Dir != "" || s.Process.User != "" {
+		p.Process = &types.Process{Args: s.Process.Args, Env: s.Process.Env, WorkingDir: s.Process.Dir, User: s.Process.User}
+	}
+	return p
+}
+
+func volumeToProto(v vm.Volume) *types.Volume {
+	p := &types.Volume{Id: v.ID, IsReadOnly: v.ReadOnly, Source: &types.VolumeSource{}, PartitionId: &v.Partition}
+	size := int32(v.Size)
+	p.SizeInMb = &size
+	if v.Image != "" {
+		p.Source.ContainerSource = &v.Image
+	}
+	if v.VirtioFS != "" {
+		p.Source.VirtiofsSource = &v.VirtioFS
+	}
+	if v.MountPoint != "" {
+		p.MountPoint = &v.MountPoint
+	}
+	return p
+}
+
+func interfaceToProto(n vm.Interface) *types.NetworkInterface {
+	p := &types.NetworkInterface{DeviceId: n.ID, Type: types.NetworkInterface_MACVTAP, GuestMac: &n.MAC}
+	if n.Kind == vm.Tap {
+		p.Type = types.NetworkInterface_TAP
+	}
+	if n.Bridge != "" {
+		p.Overrides = &types.NetworkOverrides{BridgeName: &n.Bridge}
+	}
+	if n.Address.IsValid() {
+		p.Address = &types.StaticAddress{Address: n.Address.String()}
+		if n.Gateway.IsValid() {
+			gateway := netip.PrefixFrom(n.Gateway, n.Address.Bits()).String()
+			p.Address.Gateway = &gateway
+		}
+		for _, a := range n.Nameservers {
+			p.Address.Nameservers = append(p.Address.Nameservers, a.String())
+		}
+	}
+	return p
+}
+
+// state is what flintlock's clients know of a phase. A microVM that was stopped
+// is CREATED to them: its start has succeeded.
+func state(p vm.Phase) types.MicroVMStatus_MicroVMState {
+	switch p {
+	case vm.Running, vm.Stopping, vm.Stopped:
+		return types.MicroVMStatus_CREATED
+	case vm.Failed:
+		return types.MicroVMStatus_FAILED
+	case vm.Deleting:
+		return types.MicroVMStatus_DELETING
+	}
+	return types.MicroVMStatus_PENDING
+}
+
+func statusToProto(st vm.Status, dir string) *types.MicroVMStatus {
+	p := &types.MicroVMStatus{
+		State: state(st.Phase), Retry: int32(st.Retry), Phase: string(st.Phase), Step: st.Step, Reason: st.Reason,
+		Driver: st.Driver, Accelerator: st.Accelerator, Restarts: int32(st.Restarts), Pid: int32(st.PID),
+		StartedAt: stamp(st.StartedAt), EndedAt: stamp(st.EndedAt), LastCrashAt: stamp(st.LastCrashAt), RetryAt: stamp(st.RetryAt),
+		LastCrashReason: st.LastCrashReason, AgentReady: st.AgentReady, ExitCode: int32(st.ExitCode), Dir: dir,
+	}
+	if st.BootTime != 0 {
+		p.BootTime = durationpb.New(st.BootTime)
+	}
+	for _, a := range st.Addresses {
+		p.Addresses = append(p.Addresses, a.String())
+	}
+	if st.KernelPath != "" {
+		p.KernelMount = &types.Mount{Type: types.Mount_HOSTPATH, Source: st.KernelPath}
+	}
+	if st.InitrdPath != "" {
+		p.InitrdMount = &types.Mount{Type: types.Mount_HOSTPATH, Source: st.InitrdPath}
+	}
+	for id, path := range st.Volumes {
+		if p.Volumes == nil {
+			p.Volumes = map[string]*types.VolumeStatus{}
+		}
+		p.Volumes[id] = &types.VolumeStatus{Mount: &types.Mount{Type: types.Mount_DEV, Source: path}}
+	}
+	for id, l := range st.Links {
+		if p.NetworkInterfaces == nil {
+			p.NetworkInterfaces = map[string]*types.NetworkInterfaceStatus{}
+		}
+		p.NetworkInterfaces[id] = &types.NetworkInterfaceStatus{
+			HostDeviceName: l.Device, Index: int32(l.Index), MacAddress: l.MAC, GuestMac: l.GuestMAC,
+		}
+	}
+	return p
+}
+
+func stamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
+}
