@@ -45,10 +45,18 @@ func QEMU(t testing.TB) {
 	Binary(t, map[string]string{"amd64": "qemu-system-x86_64", "arm64": "qemu-system-aarch64"}[runtime.GOARCH])
 }
 
-// KVM asks for a /dev/kvm that answers.
+// KVM asks for a /dev/kvm with which a guest runs, not for one that opens.
 func KVM(t testing.TB) {
 	t.Helper()
 	lack(t, "kvm", kvm())
+}
+
+// Time asks for minutes, which `go test -short` does not have.
+func Time(t testing.TB) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("this test needs minutes: not with -short")
+	}
 }
 
 // Binary asks for a program in PATH, or in a place that only root's PATH names.
