@@ -1,0 +1,152 @@
+package dns_test
+
+import (
+	"context"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	mdns "github.com/miekg/dns"
+
+	"ingot/internal/dns"
+)
+
+func freePort(t *testing.T) netip.AddrPort {
+	t.Helper()
+	c, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	return netip.MustParseAddrPort(c.LocalAddr().String())
+}
+
+// upstream is a real DNS server that knows one name and counts its questions.
+func upstream(t *testing.T, rcode int) (string, *atomic.Int32) {
+	t.Helper()
+	var asked atomic.Int32
+	c, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &mdns.Server{PacketConn: c, Handler: mdns.HandlerFunc(func(w mdns.ResponseWriter, q *mdns.Msg) {
+		asked.Add(1)
+		m := new(mdns.Msg).SetRcode(q, rcode)
+		if rcode == mdns.RcodeSuccess {
+			r, _ := mdns.NewRR("example.org. 60 IN A 192.0.2.1")
+			m.Answer = []mdns.RR{r}
+		}
+		w.WriteMsg(m)
+	})}
+	go s.ActivateAndServe()
+	t.Cleanup(func() { s.Shutdown() })
+	return c.LocalAddr().String(), &asked
+}
+
+func serve(t *testing.T, c dns.Config) string {
+	t.Helper()
+	at := freePort(t)
+	c.Listen = []netip.AddrPort{at}
+	c.Log = slog.New(slog.NewTextHandler(io.Discard, nil))
+	if c.Allow == nil {
+		c.Allow = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}
+	}
+	s := dns.New(c)
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Run(ctx) }()
+	<-s.Ready()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	return at.String()
+}
+
+func ask(t *testing.T, server, network, name string, kind uint16) *mdns.Msg {
+	t.Helper()
+	m, _, err := (&mdns.Client{Net: network, Timeout: 5 * time.Second}).Exchange(new(mdns.Msg).SetQuestion(name, kind), server)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func TestForwardsAndCaches(t *testing.T) {
+	up, asked := upstream(t, mdns.RcodeSuccess)
+	bad, _ := upstream(t, mdns.RcodeServerFailure)
+	at := serve(t, dns.Config{Upstreams: []string{bad, up}})
+	for _, network := range []string{"udp", "tcp", "udp"} {
+		m := ask(t, at, network, "eXample.org.", mdns.TypeA)
+		if m.Rcode != mdns.RcodeSuccess || len(m.Answer) != 1 {
+			t.Fatalf("%s: %v", network, m)
+		}
+	}
+	if n := asked.Load(); n != 1 {
+		t.Errorf("the upstream was asked %d times", n)
+	}
+}
+
+func TestLocalNames(t *testing.T) {
+	at := serve(t, dns.Config{
+		Domain: "lab.internal",
+		Records: func() map[string]netip.Addr {
+			return map[string]netip.Addr{"host-0": netip.MustParseAddr("192.168.10.3")}
+		},
+	})
+	for _, name := range []string{"host-0.lab.internal.", "host-0.", "HOST-0.lab.internal."} {
+		if m := ask(t, at, "udp", name, mdns.TypeA); len(m.Answer) != 1 || m.Answer[0].(*mdns.A).A.String() != "192.168.10.3" {
+			t.Errorf("%s: %v", name, m)
+		}
+	}
+	if m := ask(t, at, "udp", "3.10.168.192.in-addr.arpa.", mdns.TypePTR); len(m.Answer) != 1 || m.Answer[0].(*mdns.PTR).Ptr != "host-0.lab.internal." {
+		t.Errorf("reverse: %v", m)
+	}
+	if m := ask(t, at, "udp", "other.lab.internal.", mdns.TypeA); m.Rcode != mdns.RcodeNameError {
+		t.Errorf("unknown: %v", m)
+	}
+	if m := ask(t, at, "udp", "host-0.lab.internal.", mdns.TypeAAAA); m.Rcode != mdns.RcodeSuccess || len(m.Answer) != 0 {
+		t.Errorf("no such record: %v", m)
+	}
+}
+
+func TestRefusesStrangersAndFailsFast(t *testing.T) {
+	at := serve(t, dns.Config{Allow: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}})
+	if m := ask(t, at, "udp", "example.org.", mdns.TypeA); m.Rcode != mdns.RcodeRefused {
+		t.Errorf("got %v", m)
+	}
+	at = serve(t, dns.Config{})
+	if m := ask(t, at, "udp", "example.org.", mdns.TypeA); m.Rcode != mdns.RcodeServerFailure {
+		t.Errorf("got %v", m)
+	}
+}
+
+func TestSystemUpstreams(t *testing.T) {
+	dir := t.TempDir()
+	write := func(name, text string) string {
+		p := filepath.Join(dir, name)
+		if err := os.WriteFile(p, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	stub := write("stub", "nameserver 127.0.0.53\noptions edns0\n")
+	real := write("real", "# x\nnameserver 192.0.2.7\nnameserver 2001:db8::1\n")
+	got, err := dns.SystemUpstreams(stub, real)
+	if err != nil || !slices.Equal(got, []string{"192.0.2.7:53", "[2001:db8::1]:53"}) {
+		t.Errorf("got %v, %v", got, err)
+	}
+	if _, err := dns.SystemUpstreams(stub); err == nil || !strings.Contains(err.Error(), "loopback") {
+		t.Errorf("got %v", err)
+	}
+}
