@@ -107,7 +107,7 @@ func handOver(o options, net *network, i imageInit) error {
 	writeNames(newRoot, o.hostname)
 	withNetwork := true
 	if i.systemd {
-		withNetwork = !hasNetworkd(newRoot)
+		withNetwork = !keepsNetwork(newRoot)
 		if err := writeUnits(newRoot+"/run", o, withNetwork); err != nil {
 			return err
 		}
@@ -154,17 +154,24 @@ func forkAgent() error {
 	return err
 }
 
-func hasNetworkd(root string) bool {
-	for _, dir := range []string{"/lib", "/usr/lib"} {
-		if _, err := os.Stat(root + dir + "/systemd/systemd-networkd"); err == nil {
-			return true
+// keepsNetwork says whether a systemd image brings its network up and keeps
+// resolv.conf: with networkd, which waits for ever for links that udev has not
+// seen, and resolved, or cloud-init, whose own business it then is. For any
+// other the agent does it.
+func keepsNetwork(root string) bool {
+	program := func(name string) bool {
+		for _, dir := range []string{"/lib/systemd/", "/usr/lib/systemd/", "/usr/bin/"} {
+			if _, err := os.Stat(root + dir + name); err == nil {
+				return true
+			}
 		}
+		return false
 	}
-	return false
+	return program("systemd-networkd") && program("systemd-udevd") && (program("systemd-resolved") || program("cloud-init"))
 }
 
 // writeUnits writes, below a systemd root's /run, the agent's unit, and the
-// network's configuration for systemd-networkd where the image has it. Names
+// network's configuration for systemd-networkd where the agent does not do it. Names
 // sort after those of cloud-init and of the image, which therefore win.
 func writeUnits(run string, o options, withNetwork bool) error {
 	arguments := ""

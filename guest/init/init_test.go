@@ -212,3 +212,27 @@ func TestFindInit(t *testing.T) {
 		})
 	}
 }
+
+func TestKeepsNetwork(t *testing.T) {
+	for files, want := range map[string]bool{
+		"":                             false,
+		"lib/systemd/systemd-networkd": false,
+		"lib/systemd/systemd-networkd lib/systemd/systemd-udevd":                              false,
+		"lib/systemd/systemd-networkd lib/systemd/systemd-udevd lib/systemd/systemd-resolved": true,
+		"usr/lib/systemd/systemd-networkd usr/lib/systemd/systemd-udevd usr/bin/cloud-init":   true,
+		"lib/systemd/systemd-networkd lib/systemd/systemd-resolved usr/bin/cloud-init":        false,
+	} {
+		root := t.TempDir()
+		for _, f := range strings.Fields(files) {
+			if err := os.MkdirAll(filepath.Join(root, filepath.Dir(f)), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(root, f), nil, 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := keepsNetwork(root); got != want {
+			t.Errorf("%q: %v, want %v", files, got, want)
+		}
+	}
+}
