@@ -70,8 +70,22 @@ func (l *Lab) endProcesses(ctx context.Context) error {
 	return errors.Join(problems...)
 }
 
-// processes finds the processes in the lab's network namespaces.
+// processes finds the roles, also those that are only about to enter their
+// machine, and all processes in the lab's network namespaces.
 func (l *Lab) processes() ([]*run.Process, error) {
+	var found []*run.Process
+	seen := map[int]bool{os.Getpid(): true}
+	roles, _ := filepath.Glob(filepath.Join(l.RunDir, "roles", "*.json"))
+	for _, path := range roles {
+		r, err := readRole(path)
+		if err != nil {
+			continue
+		}
+		if p, err := run.FindProcess(r.PID, r.Start); err == nil {
+			found = append(found, p)
+			seen[r.PID] = true
+		}
+	}
 	ours := map[uint64]bool{}
 	pins, _ := os.ReadDir(filepath.Join(l.RunDir, "ns"))
 	for _, pin := range pins {
@@ -82,17 +96,13 @@ func (l *Lab) processes() ([]*run.Process, error) {
 			ns.Close()
 		}
 	}
-	if len(ours) == 0 {
-		return nil, nil
-	}
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil, err
 	}
-	var found []*run.Process
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
-		if err != nil || pid == os.Getpid() {
+		if err != nil || seen[pid] {
 			continue
 		}
 		var s unix.Stat_t

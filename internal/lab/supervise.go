@@ -19,6 +19,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"ingot/internal/link"
 	"ingot/internal/run"
 )
 
@@ -307,10 +308,15 @@ func (k *keeper) start(w wanted, print string, restarts int) (*run.Process, time
 		return nil, time.Time{}, err
 	}
 	defer log.Close()
-	c := w.lab.Command(context.Background(), w.machine, append([]string{w.lab.Binary}, w.role.Args...)...)
+	ns, err := link.OpenNamespace(w.lab.pin(w.machine))
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	defer ns.Close()
+	c := exec.Command(w.lab.Binary, w.role.Args...)
 	c.Stdout, c.Stderr, c.Dir = log, log, "/"
 	c.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := c.Start(); err != nil {
+	if err := ns.Start(c); err != nil {
 		return nil, time.Time{}, err
 	}
 	p, err := run.FindProcess(c.Process.Pid, 0)

@@ -3,6 +3,7 @@ package link
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 
@@ -91,6 +92,20 @@ func (n *Namespace) Do(f func() error) error {
 			return
 		}
 		done <- f()
+	}()
+	return <-done
+}
+
+// Start starts a command inside all three namespaces.
+func (n *Namespace) Start(c *exec.Cmd) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		if err := n.Enter(); err != nil {
+			done <- err
+			return
+		}
+		done <- c.Start()
 	}()
 	return <-done
 }
