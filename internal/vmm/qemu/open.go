@@ -9,6 +9,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"ingot/internal/vmm"
 )
 
 // open opens all that the process will need, and makes the files.
@@ -132,7 +134,11 @@ func (l *launch) openDevices() error {
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", disk.ID, err)
 		}
-		l.h.disks = append(l.h.disks, l.pass(disk.File))
+		file, err := l.diskFile(disk)
+		if err != nil {
+			return fmt.Errorf("disk %s: %w", disk.ID, err)
+		}
+		l.h.disks = append(l.h.disks, file)
 		l.h.blockDisks = append(l.h.blockDisks, block)
 	}
 	for _, nic := range l.c.NICs {
@@ -145,6 +151,19 @@ func (l *launch) openDevices() error {
 		l.h.nics = append(l.h.nics, l.pass(nic.File))
 	}
 	return nil
+}
+
+// diskFile passes a disk on. QEMU takes one that is only read as such only if
+// its file is open for nothing else.
+func (l *launch) diskFile(disk vmm.Disk) (int, error) {
+	if !disk.ReadOnly {
+		return l.pass(disk.File), nil
+	}
+	f, err := os.Open(fdPath(int(disk.File.Fd())))
+	if err != nil {
+		return 0, err
+	}
+	return l.own(f), nil
 }
 
 // usable says whether a file is open.

@@ -135,7 +135,7 @@ func (l *launch) meet(ctx context.Context, p *process, conn net.Conn) (*monitor,
 		conn.Close()
 		return nil, err
 	}
-	note(l.c.Dir, "started: process %d, version %s, %s %s", p.pid, version, l.r.Accelerator, l.d.KVM.Reason())
+	note(l.c.Dir, "started: process %d, version %s, %s %s", p.pid, version, l.r.Accelerator, l.d.notKVM())
 	return newMonitor(ctx, conn)
 }
 
