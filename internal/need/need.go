@@ -5,6 +5,7 @@
 package need
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -12,6 +13,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"ingot/internal/kvm"
 )
 
 // exempt names what continuous integration may lack, and why: these needs skip
@@ -48,7 +51,7 @@ func QEMU(t testing.TB) {
 // KVM asks for a /dev/kvm with which a guest runs, not for one that opens.
 func KVM(t testing.TB) {
 	t.Helper()
-	lack(t, "kvm", kvm())
+	lack(t, "kvm", usableKVM())
 }
 
 // Time asks for minutes, which `go test -short` does not have.
@@ -114,7 +117,12 @@ func loop() error {
 	return nil
 }
 
-func kvm() error { return openable("/dev/kvm") }
+func usableKVM() error {
+	if v := kvm.Probe(); !v.Usable {
+		return errors.New(v.Reason())
+	}
+	return nil
+}
 
 func openable(path string) error {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
