@@ -39,8 +39,9 @@ type Driver interface {
 	// when ctx ends before Start returns, nothing is left behind.
 	Start(ctx context.Context, c Config) (Machine, error)
 	// Attach finds the microVM that was started in dir, by this process or an
-	// earlier one. errdefs.ErrNotFound means that none runs there any more; if
-	// its end was recorded, the error is an *Ended.
+	// earlier one. errdefs.ErrNotFound means that none runs there; if one has
+	// ended, watched or not, the error is an *Ended that says how. A Machine that
+	// this process has of it must be closed before: a hypervisor listens to one.
 	Attach(ctx context.Context, dir string) (Machine, error)
 }
 
@@ -54,7 +55,8 @@ type Facts struct {
 
 // Config is all that a driver needs for one microVM. Disks and network cards
 // come as open files, because the hypervisor runs as another user. Start uses
-// the files but does not close them.
+// the files but does not close them. Dir stays the caller's: the hypervisor needs
+// no way into it.
 type Config struct {
 	UID    string // the microVM's uid, for the process's name
 	Dir    string // the state directory; files in it are named after the driver: qemu.pid, qemu.stdout
@@ -62,8 +64,8 @@ type Config struct {
 	VCPU   int
 	Memory vm.MiB
 
-	Kernel  string   // path of an ELF vmlinux or a bzImage
-	Initrd  string   // path, or empty
+	Kernel  string   // path of an ELF vmlinux or a bzImage; User must be allowed to read the file, not to enter its directory
+	Initrd  string   // path, or empty; likewise
 	Cmdline []string // without what the driver itself must add (console, TSC)
 
 	Disks []Disk // vda, vdb, … in the guest
@@ -119,6 +121,14 @@ type Exit struct {
 	At     time.Time `json:"at"`
 }
 
+// Metrics are what a hypervisor uses, or how it ended.
+type Metrics struct {
+	At       time.Time     `json:"at"`
+	CPU      time.Duration `json:"cpu_ns,omitempty"`         // so far, with its guest's
+	Resident int64         `json:"resident_bytes,omitempty"` // memory that it holds now
+	Exit     *Exit         `json:"exit,omitempty"`
+}
+
 // Ended is the error of an Attach that finds a microVM which has ended. It is
 // an errdefs.ErrNotFound.
 type Ended struct{ Exit Exit }
@@ -141,13 +151,17 @@ type Machine interface {
 	// Exit says how it ended. It may be called once Done is closed.
 	Exit() Exit
 	// Console connects to the serial console. One connection at a time: the host
-	// multiplexes. The boot log is in the state directory either way.
+	// multiplexes. Who connects must read: a guest whose output is not taken is
+	// held up, by seconds a line. The boot log is in the state directory either way.
 	Console(ctx context.Context) (io.ReadWriteCloser, error)
 	// Agent connects to the channel of the guest's agent. One at a time.
 	Agent(ctx context.Context) (net.Conn, error)
 	// Pause and Resume stop and continue the guest's CPUs.
 	Pause(ctx context.Context) error
 	Resume(ctx context.Context) error
+	// Metrics says what the hypervisor uses. The answer is also appended to the
+	// metrics file in the state directory, a JSON object a line; so is the end.
+	Metrics(ctx context.Context) (Metrics, error)
 	// Close lets go of the microVM without ending it: connections, watches. Attach finds it again.
 	Close() error
 }

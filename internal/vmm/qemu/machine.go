@@ -47,11 +47,9 @@ func (m *machine) watch() {
 		return // let go of
 	}
 	m.exit = cause(m.dir, m.r, status, child)
-	m.mu.Lock()
-	if m.stopped {
+	if m.claimed() {
 		m.exit.Cause = vmm.Stopped
 	}
-	m.mu.Unlock()
 	if err := finish(m.dir, m.r, m.exit); err != nil {
 		m.log.Warn("cannot record the end of a microVM", "uid", m.r.UID, "err", err)
 	}
@@ -137,10 +135,18 @@ func (m *machine) claim() {
 	m.stopped = true
 }
 
+func (m *machine) claimed() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.stopped
+}
+
+// Console connects to the serial console.
 func (m *machine) Console(ctx context.Context) (io.ReadWriteCloser, error) {
 	return dial(ctx, m.dir, consoleSocket)
 }
 
+// Agent connects to the channel of the guest's agent.
 func (m *machine) Agent(ctx context.Context) (net.Conn, error) {
 	if m.r.Sockets["agent"] == "" {
 		return nil, fmt.Errorf("connect to the agent: the microVM has no channel for one: %w", errdefs.ErrFailedPrecondition)

@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"os"
 	"strconv"
-	"strings"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -62,25 +60,6 @@ func startTime(pid int) (uint64, error) {
 		return 0, fmt.Errorf("process %d has ended: %w", pid, errdefs.ErrNotFound)
 	}
 	return strconv.ParseUint(string(fields[19]), 10, 64)
-}
-
-// cpuTime is how long the process has run, in user and kernel mode.
-func (p *process) cpuTime() (time.Duration, error) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.pid))
-	if err != nil {
-		return 0, err
-	}
-	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-	var ticks int64
-	for _, f := range fields[11:13] {
-		n, err := strconv.ParseInt(f, 10, 64)
-		if err != nil {
-			return 0, err
-		}
-		ticks += n
-	}
-	const perSecond = 100 // USER_HZ, the same on every architecture that Go runs on
-	return time.Duration(ticks) * time.Second / perSecond, nil
 }
 
 // wait returns when the process has ended, with its status if it was a child of

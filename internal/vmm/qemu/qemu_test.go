@@ -31,7 +31,7 @@ func TestSuite(t *testing.T) {
 
 // guest makes what the suite boots, once for this process and the ones that it
 // starts of itself.
-func guest(t *testing.T) vmmtest.Guest {
+func guest(t testing.TB) vmmtest.Guest {
 	t.Helper()
 	dir := os.Getenv("INGOT_QEMU_TEST_GUEST")
 	if dir == "" {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"ingot/internal/vmm"
 )
@@ -133,7 +134,7 @@ func finish(dir string, r record, exit vmm.Exit) error {
 	r.Exit = &exit
 	removeAll(dir, pidFile, qmpSocket, consoleSocket, agentSocket)
 	note(dir, "ended: %s (%s)", exit.Cause, exit.Detail)
-	return errors.Join(r.write(dir), appendMetrics(dir, Metrics{At: exit.At, Exit: &exit}))
+	return errors.Join(r.write(dir), appendMetrics(dir, vmm.Metrics{At: exit.At, Exit: &exit}))
 }
 
 // sweep ends a QEMU that an earlier process of ours started and did not live to
@@ -157,7 +158,7 @@ func sweep(dir string) {
 		}
 		// Once more, now that it is held.
 		if got, err := os.ReadFile(path); err == nil && string(got) == want {
-			p.signal(sigKill)
+			p.signal(unix.SIGKILL)
 			p.wait()
 		}
 		p.close()

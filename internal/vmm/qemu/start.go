@@ -19,8 +19,6 @@ import (
 	"ingot/internal/vmm"
 )
 
-const sigKill = unix.SIGKILL
-
 // launch is a start in progress: what is open, and what was made.
 type launch struct {
 	d     *Driver

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -14,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"ingot/internal/link"
 	"ingot/internal/vmm"
 )
 
@@ -24,6 +26,14 @@ func (s suite) life(t *testing.T) {
 	c.User = 64999
 	for _, id := range []string{"root", "data"} {
 		c.Disks = append(c.Disks, vmm.Disk{ID: id, File: blank(t), ReadOnly: id == "data"})
+	}
+	for i, name := range []string{"vmmtest0", "vmmtest1"} {
+		tap, err := link.OpenTap(name) // gone when all have closed it
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { tap.Close() })
+		c.NICs = append(c.NICs, vmm.NIC{ID: fmt.Sprintf("eth%d", i), File: tap, MAC: net.HardwareAddr{2, 0, 0, 0, 0, byte(i)}})
 	}
 	began := time.Now()
 	m := s.start(t, c)
@@ -38,13 +48,19 @@ func (s suite) life(t *testing.T) {
 	if got := con.hear(t, "disks "); got != "root data" {
 		t.Errorf("disks %q, want them in order", got)
 	}
+	if got := con.hear(t, "nics "); got != "02:00:00:00:00:00 02:00:00:00:00:01" {
+		t.Errorf("network cards %q, want them in order", got)
+	}
 	expectAgent(t, m)
 	s.pause(t, m, con)
+	if metrics, err := m.Metrics(t.Context()); err != nil || metrics.CPU == 0 || metrics.Resident == 0 {
+		t.Errorf("metrics %+v, %v", metrics, err)
+	}
 
 	if _, err := s.driver(t).Start(t.Context(), c); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("a second start in the same directory: %v", err)
 	}
-	con.Close()
+	con.shut()
 	if err := m.Close(); err != nil {
 		t.Error(err)
 	}

@@ -106,18 +106,27 @@ func report(t testing.TB, dir string) {
 // console is a conversation with the guest's program.
 type console struct {
 	io.ReadWriteCloser
-	lines *bufio.Reader
+	lines  chan string
+	reader sync.WaitGroup
 }
 
 // open connects to the console and waits until the guest listens: its first
-// words may have come before there was a connection.
+// words may have come before there was a connection. Everything is read as it
+// comes, since a hypervisor holds a guest up whose console nobody reads.
 func open(t testing.TB, m vmm.Machine, dir string) *console {
 	t.Helper()
 	conn, err := m.Console(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { conn.Close() })
+	c := &console{ReadWriteCloser: conn, lines: make(chan string, 10000)}
+	c.reader.Go(func() {
+		defer close(c.lines)
+		for lines := bufio.NewScanner(conn); lines.Scan(); {
+			c.lines <- strings.TrimRight(lines.Text(), "\r")
+		}
+	})
+	t.Cleanup(c.shut)
 	await(t, m, "the guest to be ready", func() bool {
 		logs, _ := filepath.Glob(filepath.Join(dir, "*.stdout"))
 		return slices.ContainsFunc(logs, func(f string) bool {
@@ -125,7 +134,12 @@ func open(t testing.TB, m vmm.Machine, dir string) *console {
 			return bytes.Contains(b, []byte("guest ready"))
 		})
 	})
-	return &console{conn, bufio.NewReader(conn)}
+	return c
+}
+
+func (c *console) shut() {
+	c.Close()
+	c.reader.Wait()
 }
 
 // tell sends the guest a line.
@@ -136,19 +150,21 @@ func (c *console) tell(t testing.TB, words string) {
 	}
 }
 
-// hear reads until a line begins as wanted, and returns the rest of that line.
+// hear waits for a line that begins as wanted, and returns the rest of it.
 func (c *console) hear(t testing.TB, want string) string {
 	t.Helper()
-	if d, ok := c.ReadWriteCloser.(interface{ SetReadDeadline(time.Time) error }); ok {
-		d.SetReadDeadline(time.Now().Add(patience))
-	}
+	deadline := time.After(patience)
 	for {
-		line, err := c.lines.ReadString('\n')
-		if rest, ok := strings.CutPrefix(strings.TrimRight(line, "\r\n"), want); ok && err == nil {
-			return strings.TrimSpace(rest)
-		}
-		if err != nil {
-			t.Fatalf("wait for %q: %v", want, err)
+		select {
+		case line, ok := <-c.lines:
+			if rest, found := strings.CutPrefix(line, want); found {
+				return strings.TrimSpace(rest)
+			}
+			if !ok {
+				t.Fatalf("wait for %q: the console was closed", want)
+			}
+		case <-deadline:
+			t.Fatalf("wait for %q: no", want)
 		}
 	}
 }
