@@ -1,0 +1,275 @@
+package host
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"ingot/internal/agent"
+	"ingot/internal/boot"
+	"ingot/internal/image"
+	"ingot/internal/link"
+	"ingot/internal/metadata"
+	"ingot/internal/run"
+	"ingot/internal/vm"
+	"ingot/internal/vmm"
+)
+
+// boot starts the microVM: images, network, metadata, hypervisor. Each step finds
+// what an earlier try has made.
+func (v *instance) boot(ctx context.Context) error {
+	spec := v.spec
+	driver, err := v.host.driver(spec)
+	if err != nil {
+		return err
+	}
+	step := func(name string) {
+		v.set(func(s *vm.Status) { s.Phase, s.Step = vm.Pending, name })
+	}
+	step("pull")
+	prepared, err := v.host.c.Images.Prepare(ctx, v.lease(), image.Request{
+		Kernel: spec.Kernel.File, Initrd: spec.Initrd, Root: spec.Root, Volumes: spec.Volumes,
+	}, v.progress)
+	if err != nil {
+		return fmt.Errorf("prepare images: %w", err)
+	}
+	step("network")
+	links, err := v.ensureLinks(spec)
+	if err != nil {
+		return err
+	}
+	v.set(func(s *vm.Status) {
+		s.Links, s.Volumes = links, prepared.Volumes
+		s.KernelPath, s.InitrdPath = prepared.Kernel, prepared.Initrd
+	})
+	if err := v.serveMetadata(); err != nil {
+		return err
+	}
+	spec.Process = boot.Process(spec.Process, prepared.Process)
+	cmdline, err := boot.Cmdline(spec)
+	if err != nil {
+		return fmt.Errorf("make command line: %w", err)
+	}
+	config := vmm.Config{
+		UID: spec.UID, Dir: v.dir, User: v.user, VCPU: spec.VCPU, Memory: spec.Memory,
+		Kernel: prepared.Kernel, Initrd: prepared.Initrd, Cmdline: cmdline, Agent: true,
+	}
+	var files run.Cleanup
+	defer files.Clean()
+	if err := v.open(spec, prepared, links, &config, &files); err != nil {
+		return err
+	}
+	v.set(func(s *vm.Status) {
+		s.Phase, s.Step, s.Driver, s.Accelerator = vm.Starting, "boot", driver.Name(), driver.Facts().Accelerator
+	})
+	m, err := driver.Start(ctx, config)
+	if err != nil {
+		return fmt.Errorf("start %s: %w", driver.Name(), err)
+	}
+	v.set(func(s *vm.Status) { s.StartedAt, s.BootTime, s.ExitCode = time.Now(), 0, 0 })
+	v.running(m)
+	v.note(ctx)
+	return nil
+}
+
+// progress shows what is being pulled.
+func (v *instance) progress(p image.Progress) {
+	if p.Status == "" || p.Status == "done" {
+		return
+	}
+	text := p.Status
+	if p.Total > 0 {
+		text = fmt.Sprintf("%s %d%%", p.Status, p.Offset*100/p.Total)
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.status.Step != text {
+		v.status.Step = text
+		v.tell()
+	}
+}
+
+// ensureLinks makes the interfaces' taps.
+func (v *instance) ensureLinks(spec vm.Spec) (map[string]vm.InterfaceStatus, error) {
+	links := map[string]vm.InterfaceStatus{}
+	for _, n := range spec.Interfaces {
+		name := device(spec.UID, n)
+		mac, err := net.ParseMAC(n.MAC)
+		if err != nil {
+			return nil, fmt.Errorf("make interface %s: %w", n.ID, err)
+		}
+		var info link.Info
+		switch {
+		case n.Kind == vm.Macvtap:
+			info, err = link.EnsureMacvtap(name, v.host.c.Parent, mac)
+		case n.Metadata:
+			if info, err = link.EnsureTap(name, link.Tap{}); err == nil {
+				err = link.Metadata(name)
+			}
+		default:
+			info, err = link.EnsureTap(name, link.Tap{Bridge: n.Bridge})
+		}
+		if err != nil {
+			return nil, fmt.Errorf("make interface %s: %w", n.ID, err)
+		}
+		links[n.ID] = vm.InterfaceStatus{
+			Device: name, Index: info.Index, MAC: strings.ToUpper(info.MAC.String()), GuestMAC: n.MAC,
+		}
+	}
+	return links, nil
+}
+
+// serveMetadata answers the guest on its metadata interface, and writes down what
+// it is told.
+func (v *instance) serveMetadata() error {
+	spec := v.spec
+	data := boot.Metadata(spec)
+	text, err := json.MarshalIndent(map[string]any{"latest": data}, "", " ")
+	if err != nil {
+		return err
+	}
+	if err := replace(filepath.Join(v.dir, "metadata.json"), text, false); err != nil {
+		return err
+	}
+	for _, n := range spec.Interfaces {
+		if !n.Metadata || v.metadata != nil {
+			continue
+		}
+		if v.metadata, err = metadata.Listen(device(spec.UID, n)); err != nil {
+			return err
+		}
+	}
+	if v.metadata != nil {
+		v.metadata.Set(data)
+	}
+	return nil
+}
+
+// open opens the disks and network cards for the hypervisor.
+func (v *instance) open(spec vm.Spec, prepared image.Prepared, links map[string]vm.InterfaceStatus, c *vmm.Config, files *run.Cleanup) error {
+	for _, volume := range append([]vm.Volume{spec.Root}, spec.Volumes...) {
+		path, ok := prepared.Volumes[volume.ID]
+		if !ok {
+			return fmt.Errorf("open volume %s: it was not prepared: %w", volume.ID, errdefs.ErrInternal)
+		}
+		mode := os.O_RDWR
+		if volume.ReadOnly {
+			mode = os.O_RDONLY
+		}
+		f, err := os.OpenFile(path, mode, 0)
+		if err != nil {
+			return fmt.Errorf("open volume %s: %w", volume.ID, err)
+		}
+		files.Add(func() { f.Close() })
+		c.Disks = append(c.Disks, vmm.Disk{ID: volume.ID, File: f, ReadOnly: volume.ReadOnly})
+	}
+	for _, n := range spec.Interfaces {
+		open := link.OpenTap
+		if n.Kind == vm.Macvtap {
+			open = link.OpenMacvtap
+		}
+		f, err := open(links[n.ID].Device)
+		if err != nil {
+			return err
+		}
+		files.Add(func() { f.Close() })
+		mac, err := net.ParseMAC(n.MAC)
+		if err != nil {
+			return err
+		}
+		c.NICs = append(c.NICs, vmm.NIC{ID: n.ID, File: f, MAC: mac})
+	}
+	return nil
+}
+
+// running notes that the hypervisor runs, and listens to the guest's agent.
+func (v *instance) running(m vmm.Machine) {
+	v.mu.Lock()
+	v.machine = m
+	v.mu.Unlock()
+	v.set(func(s *vm.Status) {
+		s.Phase, s.Step, s.Reason, s.PID, s.RetryAt = vm.Running, "", "", m.PID(), time.Time{}
+	})
+	v.log.Info("microVM runs", "pid", m.PID())
+	v.host.running.Go(func() { v.listen(m) })
+}
+
+// listen hears what the guest's agent says, until the hypervisor ends or this
+// daemon does.
+func (v *instance) listen(m vmm.Machine) {
+	ctx := v.host.ctx
+	conn, err := m.Agent(ctx)
+	if err != nil {
+		select {
+		case <-m.Done():
+		default:
+			v.log.Warn("reach the guest's agent", "err", err)
+		}
+		return
+	}
+	client := agent.NewClient(conn)
+	v.mu.Lock()
+	v.agent = client
+	v.mu.Unlock()
+	stop := context.AfterFunc(ctx, func() { client.Close() })
+	defer stop()
+	for e := range client.Events() {
+		switch e.Kind {
+		case agent.Ready:
+			v.set(func(s *vm.Status) {
+				if !s.AgentReady && s.BootTime == 0 {
+					s.BootTime = time.Since(s.StartedAt)
+				}
+				s.AgentReady = true
+				if len(e.Addresses) > 0 {
+					s.Addresses = e.Addresses
+				}
+				s.Retry = 0
+			})
+		case agent.Address:
+			v.set(func(s *vm.Status) { s.Addresses = e.Addresses })
+		case agent.Exited:
+			v.set(func(s *vm.Status) { s.ExitCode = e.Code })
+		}
+	}
+}
+
+// dropAgent ends the conversation with the guest's agent, and the console.
+func (v *instance) dropAgent() {
+	v.mu.Lock()
+	client, console := v.agent, v.console
+	v.agent, v.console = nil, nil
+	v.mu.Unlock()
+	if client != nil {
+		client.Close()
+	}
+	if console != nil {
+		console.close()
+	}
+}
+
+// note writes the spec into containerd, where `ctr content ls` shows it and a lost
+// directory can be rebuilt from. The microVM runs already: nothing waits for it.
+func (v *instance) note(ctx context.Context) {
+	v.mu.Lock()
+	text, err := json.Marshal(v.record)
+	v.mu.Unlock()
+	if err == nil {
+		err = v.host.c.Images.Record(ctx, v.lease(), map[string]string{
+			"dev.liquidmetal.flintlockd/name": v.spec.Name, "dev.liquidmetal.flintlockd/ns": v.spec.Namespace,
+			"dev.liquidmetal.flintlockd/uid": v.spec.UID, "dev.liquidmetal.flintlockd/type": "microvm",
+			"dev.liquidmetal.flintlockd/version": "1",
+		}, text)
+	}
+	if err != nil && !errors.Is(err, context.Canceled) {
+		v.log.Warn("write spec into containerd", "err", err)
+	}
+}

@@ -1,0 +1,84 @@
+// Package rpc serves a host over gRPC: flintlock's MicroVM service and ingot.v1's
+// Host, on one listener. It keeps nothing and decides nothing.
+package rpc
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"log/slog"
+	"net"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/health"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/reflection"
+
+	ingotv1 "ingot/api/ingot/v1"
+	"ingot/api/services/microvm/v1alpha1"
+	"ingot/internal/host"
+	"ingot/internal/image"
+	"ingot/internal/pki"
+	"ingot/internal/wire"
+)
+
+// Config is all that the services need.
+type Config struct {
+	Listen     string
+	TLS        *tls.Config // nil: plaintext, by choice
+	Token      pki.Secret  // empty: anybody, by choice
+	Host       *host.Host
+	Images     *image.Store
+	Pool       string // where volumes live
+	Segment    string // the interface whose address is the host's
+	Version    string
+	ConfigFile string
+	StateDir   string
+	Log        *slog.Logger
+}
+
+// Server serves one host.
+type Server struct {
+	c     Config
+	ready chan struct{}
+}
+
+// New makes a server.
+func New(c Config) *Server { return &Server{c: c, ready: make(chan struct{})} }
+
+// Ready is closed once the server listens.
+func (s *Server) Ready() <-chan struct{} { return s.ready }
+
+func (s *Server) String() string { return "grpc api" }
+
+// Run serves until ctx ends.
+func (s *Server) Run(ctx context.Context) error {
+	s.c.Log.Info("flintlockd grpc api server starting")
+	options := wire.ServerOptions(s.c.Token, s.c.Log)
+	if s.c.Token == "" {
+		s.c.Log.Warn("basic authentication is DISABLED")
+	}
+	if s.c.TLS == nil {
+		s.c.Log.Warn("TLS is DISABLED")
+	} else {
+		options = append(options, grpc.Creds(credentials.NewTLS(s.c.TLS)))
+	}
+	g := grpc.NewServer(options...)
+	v1alpha1.RegisterMicroVMServer(g, &microVM{host: s.c.Host})
+	ingotv1.RegisterHostServer(g, &hostService{Config: s.c})
+	grpc_health_v1.RegisterHealthServer(g, health.NewServer())
+	reflection.Register(g)
+	l, err := net.Listen("tcp", s.c.Listen)
+	if err != nil {
+		return fmt.Errorf("serve gRPC on %s: %w", s.c.Listen, err)
+	}
+	s.c.Log.Debug("starting grpc server listening on endpoint " + s.c.Listen)
+	stop := context.AfterFunc(ctx, g.Stop)
+	defer stop()
+	close(s.ready)
+	if err := g.Serve(l); err != nil && ctx.Err() == nil {
+		return fmt.Errorf("serve gRPC: %w", err)
+	}
+	return nil
+}
