@@ -22,7 +22,6 @@ type handover struct {
 	qmp, serial, agent     int // listening sockets
 	disks, nics            []int
 	blockDisks             []bool // which disks are block devices, not files
-	keepOpen               int    // the writing end of stdin
 	consoleSet, diskSetOne int    // QEMU's numbers of sets of files
 }
 

@@ -64,7 +64,7 @@ func (l *launch) openStandard() error {
 		}
 		l.own(f)
 	}
-	l.h.keepOpen = l.pass(out)
+	l.pass(out)
 	console, err := l.create(stdoutFile, os.O_APPEND)
 	if err != nil {
 		return err

@@ -81,7 +81,7 @@ func (d *Driver) Facts() vmm.Facts {
 	}
 	f.Available, f.Version = true, v
 	if !d.KVM.Usable {
-		f.Reason = "guests are translated, not run by the CPU: " + d.notKVM()
+		f.Reason = d.KVM.Reason() + " Guests are translated instead of run by the CPU."
 	}
 	return f
 }
@@ -91,18 +91,6 @@ func (d *Driver) accelerator() string {
 		return "kvm"
 	}
 	return "tcg"
-}
-
-// notKVM is why guests don't run with KVM; empty, if they do.
-func (d *Driver) notKVM() string {
-	switch {
-	case d.KVM.Usable:
-		return ""
-	case d.KVM.Err == nil:
-		return "KVM was not tried"
-	default:
-		return d.KVM.Err.Error()
-	}
 }
 
 // version asks a QEMU for its version: 7.2.22.

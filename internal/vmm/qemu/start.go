@@ -133,7 +133,7 @@ func (l *launch) meet(ctx context.Context, p *process, conn net.Conn) (*monitor,
 		conn.Close()
 		return nil, err
 	}
-	note(l.c.Dir, "started: process %d, version %s, %s %s", p.pid, version, l.r.Accelerator, l.d.notKVM())
+	note(l.c.Dir, "started: process %d, version %s, %s %s", p.pid, version, l.r.Accelerator, l.d.KVM.Reason())
 	return newMonitor(ctx, conn)
 }
 

@@ -23,7 +23,7 @@ import (
 func (s suite) life(t *testing.T) {
 	dir := stateDir(t, "vmmtest-life")
 	c := s.config(dir)
-	c.User = 64999
+	c.User, c.VCPU = 64999, 2
 	for _, id := range []string{"root", "data"} {
 		c.Disks = append(c.Disks, vmm.Disk{ID: id, File: blank(t), ReadOnly: id == "data"})
 	}
