@@ -11,8 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	v1 "ingot/api/ingot/v1"
@@ -254,6 +252,9 @@ func (s *survey) checkPing(ctx context.Context, to netip.Addr) finding {
 	return pass(fmt.Sprintf("%s answers the hub in %s", to, quick(r.GetRoundTrip().AsDuration())))
 }
 
+// notFound is the exit code of a command that the image does not have.
+const notFound = 127
+
 // checkAgent has the guest's agent do something. That an image has no such
 // command is an answer of the agent, too.
 func (h *hostSurvey) checkAgent(ctx context.Context, vm *types.MicroVM) finding {
@@ -264,8 +265,7 @@ func (h *hostSurvey) checkAgent(ctx context.Context, vm *types.MicroVM) finding 
 		return fail(fmt.Sprintf("has not answered since the start %s ago", since(vm.GetStatus(), time.Now())))
 	}
 	start := time.Now()
-	_, _, err := h.exec(ctx, vm, "true")
-	if err != nil && status.Code(err) != codes.NotFound {
+	if _, _, err := h.exec(ctx, vm, "true"); err != nil {
 		return fail(said(err))
 	}
 	return pass("answers in " + quick(time.Since(start)))
@@ -291,11 +291,11 @@ func checkOutside(ctx context.Context, h *hostSurvey, hub *v1.HubFacts) finding 
 		start := time.Now()
 		code, out, err := h.exec(ctx, vm, "ping", "-c", "1", "-W", fmt.Sprint(int(pingPatience.Seconds())), to.String())
 		switch {
-		case status.Code(err) == codes.NotFound:
-			why = vmName(vm) + " has no ping"
-			continue // another image may have one
 		case err != nil:
 			return fail(fmt.Sprintf("%s: %s", vmName(vm), said(err)))
+		case code == notFound:
+			why = vmName(vm) + " has no ping"
+			continue // another image may have one
 		case code != 0:
 			return fail(fmt.Sprintf("%s does not reach %s: %s", vmName(vm), to, cmp.Or(strings.Join(strings.Fields(out), " "), fmt.Sprintf("ping ended with %d", code))))
 		}

@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -167,6 +168,11 @@ func run(stream ingotv1.Host_ExecServer, client *agent.Client, start *ingotv1.Ex
 	// It ends with the stream's context, which ends when this call returns.
 	go receive(stream, session, typed)
 	code, err := session.Wait()
+	var refused *agent.Error
+	if errors.As(err, &refused) { // the agent's no is told as a shell's: in words, and by its code
+		code = refused.Code
+		err = send(&ingotv1.ExecResponse{Payload: &ingotv1.ExecResponse_Stderr{Stderr: []byte(refused.Text + "\n")}})
+	}
 	if err != nil {
 		return err
 	}
