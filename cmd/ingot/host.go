@@ -1,0 +1,196 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+
+	"github.com/goccy/go-yaml"
+	"github.com/spf13/cobra"
+
+	"ingot/internal/host"
+	"ingot/internal/image"
+	"ingot/internal/kvm"
+	"ingot/internal/link"
+	"ingot/internal/nat"
+	"ingot/internal/pki"
+	"ingot/internal/rpc"
+	"ingot/internal/run"
+	"ingot/internal/vmm"
+	"ingot/internal/vmm/qemu"
+)
+
+// hostConfig is the host's configuration file. Its keys are flintlock's, and
+// ours below them.
+type hostConfig struct {
+	GRPCEndpoint    string `yaml:"grpc-endpoint"`
+	BasicAuthToken  string `yaml:"basic-auth-token"`
+	Insecure        bool   `yaml:"insecure"`
+	TLSCert         string `yaml:"tls-cert"`
+	TLSKey          string `yaml:"tls-key"`
+	TLSClientCheck  bool   `yaml:"tls-client-validate"`
+	TLSClientCA     string `yaml:"tls-client-ca"`
+	Containerd      string `yaml:"containerd-socket"`
+	ContainerdNS    string `yaml:"containerd-ns"`
+	BridgeName      string `yaml:"bridge-name"`
+	ParentInterface string `yaml:"parent-iface"`
+	StateDir        string `yaml:"state-dir"`
+	DefaultProvider string `yaml:"default-provider"`
+	Verbosity       int    `yaml:"verbosity"`
+
+	TokenFile       string       `yaml:"token-file"`
+	DefaultRegistry string       `yaml:"default-registry"` // what short image names mean
+	RegistryCA      string       `yaml:"registry-ca"`
+	Pool            string       `yaml:"pool"`         // where containerd's volumes live
+	Machines        []netip.Addr `yaml:"machines"`     // of the environment: guests are kept from them
+	Trusted         netip.Prefix `yaml:"trusted"`      // who reaches gRPC beside the machines
+	Segment         string       `yaml:"segment"`      // the segment's interface
+	SegmentPort     string       `yaml:"segment-port"` // its other end on the bridge, in a lab
+}
+
+const hostConfigFile = "/etc/opt/flintlockd/config.yaml"
+
+func defaultHostConfig() hostConfig {
+	return hostConfig{
+		GRPCEndpoint: "localhost:9090", Containerd: "/run/containerd/containerd.sock", ContainerdNS: image.DefaultNamespace,
+		StateDir: "/var/lib/flintlock", Pool: "/var/lib/containerd",
+	}
+}
+
+// hostCommand runs the microVM host's daemon in the foreground.
+func hostCommand() *cobra.Command {
+	var file string
+	cmd := &cobra.Command{
+		Use:   "host",
+		Short: "Run the microVM host's daemon (also: flintlockd run)",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := readHostConfig(file, cmd.Flags().Changed("config"))
+			if err != nil {
+				return err
+			}
+			return runHost(cmd.Context(), c, file)
+		},
+	}
+	cmd.Flags().StringVar(&file, "config", hostConfigFile, "configuration file")
+	return cmd
+}
+
+func readHostConfig(file string, must bool) (hostConfig, error) {
+	c := defaultHostConfig()
+	b, err := os.ReadFile(file)
+	if errors.Is(err, fs.ErrNotExist) && !must {
+		err = nil
+	}
+	if err != nil {
+		return c, fmt.Errorf("read configuration: %w", err)
+	}
+	if err := yaml.UnmarshalWithOptions(b, &c, yaml.Strict()); err != nil && len(b) > 0 {
+		return c, fmt.Errorf("read %s: %w", file, err)
+	}
+	if c.BridgeName == "" && c.ParentInterface == "" {
+		return c, errors.New("you must supply at least one of parent interface, bridge name (parent-iface, bridge-name in " + file + ")")
+	}
+	if c.TokenFile != "" {
+		token, err := os.ReadFile(c.TokenFile)
+		if err != nil {
+			return c, fmt.Errorf("read token: %w", err)
+		}
+		c.BasicAuthToken = strings.TrimSpace(string(token))
+	}
+	return c, nil
+}
+
+func (c hostConfig) tls() (*tls.Config, error) {
+	if c.Insecure {
+		if c.TLSCert != "" {
+			return nil, errors.New("insecure: there is a certificate as well: choose one")
+		}
+		return nil, nil
+	}
+	if c.TLSCert == "" || c.TLSKey == "" {
+		return nil, errors.New("tls-cert and tls-key are required, unless insecure is true")
+	}
+	f := pki.Files{Cert: c.TLSCert, Key: c.TLSKey}
+	if c.TLSClientCheck {
+		f.CA = c.TLSClientCA
+	}
+	return f.Server()
+}
+
+// runHost is the daemon: it refuses what guests must not reach, then keeps the
+// microVMs and serves them.
+func runHost(ctx context.Context, c hostConfig, file string) error {
+	level := slog.LevelInfo
+	if c.Verbosity >= 2 {
+		level = slog.LevelDebug
+	}
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+	b := buildInfo()
+	log.Info(fmt.Sprintf("flintlockd, version=%s, commit=%s", b.Version, b.Revision))
+	security, err := c.tls()
+	if err != nil {
+		return err
+	}
+	if err := c.guard(); err != nil {
+		return err
+	}
+	images, err := image.Open(ctx, image.Config{
+		Socket: c.Containerd, Namespace: c.ContainerdNS, Registry: c.DefaultRegistry, CAFile: c.RegistryCA, Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	defer images.Close()
+	verdict := kvm.Probe()
+	if !verdict.Usable {
+		log.Warn("KVM can't run guests here: QEMU translates their instructions, which is slow", "err", verdict.Err)
+	}
+	h := host.New(host.Config{
+		StateDir: c.StateDir, Bridge: c.BridgeName, Parent: c.ParentInterface, DefaultDriver: c.DefaultProvider,
+		Images: images, Drivers: []vmm.Driver{qemu.New(qemu.Config{KVM: verdict, Log: log})}, Log: log.With("controller", "microvm"),
+	})
+	server := rpc.New(rpc.Config{
+		Listen: c.GRPCEndpoint, TLS: security, Token: pki.Secret(c.BasicAuthToken), Host: h, Images: images,
+		Pool: c.Pool, Segment: c.Segment, Version: b.Version, ConfigFile: file, StateDir: c.StateDir, Log: log,
+	})
+	return run.All(ctx, log, h, run.Func(server.String(), func(ctx context.Context, ready func()) error {
+		select {
+		case <-h.Ready(): // so that nobody is told of half the microVMs
+		case <-ctx.Done():
+			return nil
+		}
+		ready()
+		return server.Run(ctx)
+	}))
+}
+
+// guard keeps guests from this machine's services and from other machines'.
+func (c hostConfig) guard() error {
+	if c.Segment == "" {
+		return nil // an operator's own network
+	}
+	_, port, err := net.SplitHostPort(c.GRPCEndpoint)
+	if err != nil {
+		return fmt.Errorf("grpc-endpoint: %w", err)
+	}
+	number, err := net.LookupPort("tcp", port)
+	if err != nil {
+		return fmt.Errorf("grpc-endpoint: %w", err)
+	}
+	segment, err := link.Get(c.Segment)
+	if err != nil {
+		return err
+	}
+	return nat.SetHost(nat.Host{
+		Segment: c.Segment, MAC: segment.MAC, Bridge: c.BridgeName, Port: c.SegmentPort,
+		Platform: c.Machines, Trusted: c.Trusted, Management: []uint16{uint16(number)},
+	})
+}

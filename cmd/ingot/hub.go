@@ -1,0 +1,33 @@
+package main
+
+import (
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"ingot/internal/hub"
+)
+
+// hubCommand runs the network hub in the foreground.
+func hubCommand() *cobra.Command {
+	var file string
+	cmd := &cobra.Command{
+		Use:   "hub",
+		Short: "Run the network hub: DHCP, DNS, NAT and the image registry",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := hub.ReadConfig(file, buildInfo().Version)
+			if err != nil {
+				return err
+			}
+			h, err := hub.New(c, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+			if err != nil {
+				return err
+			}
+			return h.Run(cmd.Context())
+		},
+	}
+	cmd.Flags().StringVar(&file, "config", "/etc/ingot/hub.yaml", "configuration file")
+	return cmd
+}

@@ -1,0 +1,179 @@
+// Package hub is an environment's network hub: addresses, names, the way out, and
+// images, as parts that run side by side on one interface. A part that fails
+// ends the hub, with the reason; whoever started it starts it again.
+package hub
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/goccy/go-yaml"
+
+	"ingot/internal/dhcp"
+	"ingot/internal/dns"
+	"ingot/internal/nat"
+	"ingot/internal/pki"
+	"ingot/internal/registry"
+	"ingot/internal/run"
+)
+
+// Ports of the hub's services, on its address on the segment.
+const (
+	GRPCPort     = 9091
+	HostPort     = 9090 // of the hosts
+	RegistryPort = 5000
+)
+
+// Config is the hub's configuration file.
+type Config struct {
+	Format    int          `yaml:"format"`
+	Interface string       `yaml:"interface"` // the segment's
+	Uplink    string       `yaml:"uplink"`
+	Address   netip.Addr   `yaml:"address"`
+	Subnet    netip.Prefix `yaml:"subnet"`
+	First     netip.Addr   `yaml:"range-first"`
+	Last      netip.Addr   `yaml:"range-last"`
+	Trusted   netip.Prefix `yaml:"trusted"` // who reaches the segment from the uplink
+	Machines  []Machine    `yaml:"machines"`
+	Domain    string       `yaml:"domain"`
+	Upstreams []string     `yaml:"dns-upstreams"`
+	PKI       string       `yaml:"pki"` // directory of ca.pem, cert.pem, key.pem
+	TokenFile string       `yaml:"token-file"`
+	Registry  string       `yaml:"registry"` // directory
+
+	file    string
+	version string
+}
+
+// Machine is a machine of the environment.
+type Machine struct {
+	Name    string     `yaml:"name"`
+	Address netip.Addr `yaml:"address"`
+}
+
+// Default is what a configuration starts from.
+func Default() Config {
+	return Config{
+		Format: 1, Interface: "bond0.1000", Uplink: "bond0", PKI: "/etc/ingot/pki", TokenFile: "/etc/ingot/token",
+		Registry: "/var/lib/ingot/registry",
+	}
+}
+
+// ReadConfig reads the configuration file. An unknown key is an error.
+func ReadConfig(path, version string) (Config, error) {
+	c := Default()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return c, fmt.Errorf("read configuration: %w", err)
+	}
+	if err := yaml.UnmarshalWithOptions(b, &c, yaml.Strict()); err != nil {
+		return c, fmt.Errorf("read %s: %w", path, err)
+	}
+	c.file, c.version = path, version
+	switch {
+	case c.Format != 1:
+		err = fmt.Errorf("format: %d is not known to this version", c.Format)
+	case !c.Subnet.IsValid() || !c.Subnet.Contains(c.Address):
+		err = fmt.Errorf("address: %s is not in subnet %s", c.Address, c.Subnet)
+	case !c.Subnet.Contains(c.First) || !c.Subnet.Contains(c.Last) || c.Last.Less(c.First):
+		err = fmt.Errorf("range-first, range-last: %s - %s is no range in %s", c.First, c.Last, c.Subnet)
+	}
+	if err != nil {
+		return c, fmt.Errorf("read %s: %w: %w", path, err, errdefs.ErrInvalidArgument)
+	}
+	return c, nil
+}
+
+// Hub is a network hub. New only allocates.
+type Hub struct {
+	c        Config
+	log      *slog.Logger
+	token    pki.Secret
+	began    time.Time
+	dhcp     *dhcp.Server
+	dns      *dns.Server
+	registry *registry.Server
+}
+
+// New makes a hub of its configuration.
+func New(c Config, log *slog.Logger) (*Hub, error) {
+	token, err := os.ReadFile(c.TokenFile)
+	if err != nil {
+		return nil, fmt.Errorf("read token: %w", err)
+	}
+	h := &Hub{c: c, log: log, token: pki.Secret(strings.TrimSpace(string(token))), began: time.Now()}
+	h.dhcp, err = dhcp.New(dhcp.Config{
+		Interface: c.Interface, Server: c.Address, Subnet: c.Subnet, First: c.First, Last: c.Last,
+		Router: c.Address, DNS: []netip.Addr{c.Address}, Domain: c.Domain,
+		LeaseFile: leasesFile, ConfigFile: dhcpConfigFile, DefaultsFile: dhcpDefaultsFile, Log: log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	port := func(p uint16) netip.AddrPort { return netip.AddrPortFrom(c.Address, p) }
+	h.dns = dns.New(dns.Config{
+		Listen: []netip.AddrPort{port(53)}, Allow: []netip.Prefix{c.Subnet, netip.PrefixFrom(c.Address, 32)},
+		Upstreams: c.Upstreams, Domain: c.Domain, Records: h.names, Log: log,
+	})
+	files := pki.In(c.PKI)
+	h.registry, err = registry.New(registry.Config{
+		Dir: c.Registry, Listen: port(RegistryPort).String(), CertFile: files.Cert, KeyFile: files.Key,
+		User: "ingot", Password: string(h.token), Log: log,
+	})
+	return h, err
+}
+
+// The files of the DHCP server, where isc-dhcp-server has them.
+const (
+	leasesFile       = "/var/lib/dhcp/dhcpd.leases"
+	dhcpConfigFile   = "/etc/dhcp/dhcpd.conf"
+	dhcpDefaultsFile = "/etc/default/isc-dhcp-server"
+)
+
+// Run serves until ctx ends or a part fails.
+func (h *Hub) Run(ctx context.Context) error {
+	for _, name := range []string{h.c.Interface, h.c.Uplink} {
+		if _, err := nat.SetForwarding(name, true); err != nil {
+			return err
+		}
+	}
+	if err := nat.SetHub(h.rules()); err != nil {
+		return err
+	}
+	return run.All(ctx, h.log, h.dhcp, h.dns, h.registry, run.Func("grpc api", h.serve))
+}
+
+func (h *Hub) rules() nat.Hub {
+	return nat.Hub{
+		Inside: h.c.Interface, Outside: h.c.Uplink, Trusted: h.c.Trusted,
+		Platform: h.platform(), Management: []uint16{GRPCPort},
+	}
+}
+
+func (h *Hub) platform() []netip.Addr {
+	addrs := []netip.Addr{h.c.Address}
+	for _, m := range h.c.Machines {
+		addrs = append(addrs, m.Address)
+	}
+	return addrs
+}
+
+// names are the machines' and the guests' names, as DNS answers them.
+func (h *Hub) names() map[string]netip.Addr {
+	names := map[string]netip.Addr{}
+	for _, l := range h.dhcp.Leases() {
+		if l.State == dhcp.Active && l.Hostname != "" {
+			names[strings.ToLower(l.Hostname)] = l.IP
+		}
+	}
+	for _, m := range h.c.Machines { // a guest can't take a machine's name
+		names[m.Name] = m.Address
+	}
+	return names
+}

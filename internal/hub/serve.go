@@ -1,0 +1,178 @@
+package hub
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/reflection"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	ingotv1 "ingot/api/ingot/v1"
+	"ingot/internal/dhcp"
+	"ingot/internal/link"
+	"ingot/internal/nat"
+	"ingot/internal/pki"
+	"ingot/internal/wire"
+)
+
+// serve is the hub's own gRPC service.
+func (h *Hub) serve(ctx context.Context, ready func()) error {
+	tls, err := pki.In(h.c.PKI).Server()
+	if err != nil {
+		return err
+	}
+	g := grpc.NewServer(append(wire.ServerOptions(h.token, h.log), grpc.Creds(credentials.NewTLS(tls)))...)
+	ingotv1.RegisterHubServer(g, &service{Hub: h})
+	reflection.Register(g)
+	l, err := net.Listen("tcp", netip.AddrPortFrom(h.c.Address, GRPCPort).String())
+	if err != nil {
+		return fmt.Errorf("serve gRPC: %w", err)
+	}
+	stop := context.AfterFunc(ctx, g.Stop)
+	defer stop()
+	ready()
+	return g.Serve(l)
+}
+
+type service struct {
+	ingotv1.UnimplementedHubServer
+	*Hub
+}
+
+func lease(l dhcp.Lease) *ingotv1.Lease {
+	m := &ingotv1.Lease{Ip: l.IP.String(), Mac: l.MAC.String(), Hostname: l.Hostname, State: l.State}
+	if !l.Starts.IsZero() {
+		m.Starts, m.Ends = timestamppb.New(l.Starts), timestamppb.New(l.Ends)
+	}
+	return m
+}
+
+func (s *service) ListLeases(context.Context, *ingotv1.ListLeasesRequest) (*ingotv1.ListLeasesResponse, error) {
+	var r ingotv1.ListLeasesResponse
+	for _, l := range s.dhcp.Leases() {
+		r.Leases = append(r.Leases, lease(l))
+	}
+	return &r, nil
+}
+
+func (s *service) Reserve(_ context.Context, r *ingotv1.ReserveRequest) (*ingotv1.Lease, error) {
+	mac, err := net.ParseMAC(r.GetMac())
+	if err != nil || len(mac) != 6 {
+		return nil, fmt.Errorf("mac: %q is not a MAC address: %w", r.GetMac(), errdefs.ErrInvalidArgument)
+	}
+	var ip netip.Addr
+	if r.GetIp() != "" {
+		if ip, err = netip.ParseAddr(r.GetIp()); err != nil {
+			return nil, fmt.Errorf("ip: %q is not an address: %w", r.GetIp(), errdefs.ErrInvalidArgument)
+		}
+	}
+	l, err := s.dhcp.Reserve(mac, ip)
+	if err != nil {
+		return nil, err
+	}
+	return lease(l), nil
+}
+
+func (s *service) ReleaseLease(_ context.Context, r *ingotv1.ReleaseLeaseRequest) (*emptypb.Empty, error) {
+	ip, err := netip.ParseAddr(r.GetIp())
+	if err != nil {
+		return nil, fmt.Errorf("ip: %q is not an address: %w", r.GetIp(), errdefs.ErrInvalidArgument)
+	}
+	return &emptypb.Empty{}, s.dhcp.Release(ip)
+}
+
+func (s *service) Ping(ctx context.Context, r *ingotv1.PingRequest) (*ingotv1.PingResponse, error) {
+	ip, err := netip.ParseAddr(r.GetAddress())
+	if err != nil {
+		return nil, fmt.Errorf("address: %q is not an address: %w", r.GetAddress(), errdefs.ErrInvalidArgument)
+	}
+	timeout := time.Second
+	if r.Timeout != nil {
+		timeout = r.Timeout.AsDuration()
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	took, err := link.Ping(ctx, ip)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
+	}
+	return &ingotv1.PingResponse{RoundTrip: durationpb.New(took)}, nil
+}
+
+// Facts says how the hub's parts are. A part that fails is a fact, and no error.
+func (s *service) Facts(ctx context.Context, _ *emptypb.Empty) (*ingotv1.HubFacts, error) {
+	f := &ingotv1.HubFacts{
+		Version: s.c.version, Uptime: durationpb.New(time.Since(s.began)), RssBytes: wire.RSS(), ConfigFile: s.c.file,
+		Dhcp: s.dhcpFacts(), Nat: s.natFacts(), Registry: s.registryFacts(ctx),
+	}
+	f.Hostname, _ = os.Hostname()
+	d := s.dns.Facts()
+	f.Dns = &ingotv1.DNSFacts{Serving: d.Serving, Upstreams: d.Upstreams}
+	for _, at := range d.Listen {
+		f.Dns.Listen = append(f.Dns.Listen, at.String())
+	}
+	var err error
+	f.Interfaces, err = wire.Interfaces(nil)
+	return f, err
+}
+
+func (s *service) dhcpFacts() *ingotv1.DHCPFacts {
+	d := s.dhcp.Facts()
+	return &ingotv1.DHCPFacts{
+		Serving: d.Serving, Error: text(d.Error), Interface: s.c.Interface, Subnet: s.c.Subnet.Masked().String(),
+		RangeFirst: s.c.First.String(), RangeLast: s.c.Last.String(),
+		DefaultLease: durationpb.New(10 * time.Minute), MaxLease: durationpb.New(2 * time.Hour),
+		ConfigFile: dhcpConfigFile, LeasesFile: leasesFile, DefaultsFile: dhcpDefaultsFile,
+		Active: int32(d.Active), Free: int32(d.Free), Config: d.Config,
+	}
+}
+
+func (s *service) natFacts() *ingotv1.NATFacts {
+	f := &ingotv1.NATFacts{Inside: s.c.Interface, Outside: s.c.Uplink}
+	in, err := nat.Forwarding(s.c.Interface)
+	out, err2 := nat.Forwarding(s.c.Uplink)
+	f.Forwarding = in && out && errors.Join(err, err2) == nil
+	rules, err := nat.CheckHub(s.rules())
+	if err != nil {
+		s.log.Error("read NAT rules", "err", err)
+	}
+	for _, r := range rules {
+		f.Rules = append(f.Rules, &ingotv1.NATRule{Rule: r.Text, Present: r.Present})
+		if !r.Present {
+			f.Missing = append(f.Missing, r.Text)
+		}
+	}
+	return f
+}
+
+func (s *service) registryFacts(ctx context.Context) *ingotv1.RegistryFacts {
+	f := &ingotv1.RegistryFacts{Serving: true, Address: netip.AddrPortFrom(s.c.Address, RegistryPort).String(), Dir: s.c.Registry}
+	r, err := s.registry.Facts(ctx)
+	if err != nil {
+		f.Serving, f.Error = false, err.Error()
+		return f
+	}
+	for _, repository := range r.Repositories {
+		f.Repositories = append(f.Repositories, repository.Name)
+	}
+	slices.Sort(f.Repositories)
+	return f
+}
+
+func text(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
