@@ -3,25 +3,32 @@ package main
 import (
 	"context"
 	"errors"
+	"regexp"
 	"strings"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
 
+// preamble is what gRPC puts before the text of a server's error.
+var preamble = regexp.MustCompile(`rpc error: code = \w+ desc = `)
+
 // explain is err in one line for a person: what, where, and where it is known,
-// what to do. A gRPC error's text is what the server said of it.
+// what to do. Of a gRPC error it has what the server said; joined errors stand
+// side by side.
 func explain(err error) string {
-	text := err.Error()
-	if s, ok := status.FromError(err); ok && s.Code() != codes.Unknown {
-		// FromError's message repeats the wrapping in front of "rpc error: …".
-		text = strings.ReplaceAll(text, "rpc error: code = "+s.Code().String()+" desc = ", "")
-	}
-	text = strings.Join(strings.Fields(text), " ")
-	switch {
-	case errors.Is(err, context.Canceled), status.Code(err) == codes.Canceled:
+	if errors.Is(err, context.Canceled) || status.Code(err) == codes.Canceled {
 		return "interrupted"
-	case status.Code(err) == codes.Unauthenticated, status.Code(err) == codes.PermissionDenied:
+	}
+	var lines []string
+	for line := range strings.Lines(preamble.ReplaceAllString(err.Error(), "")) {
+		if line = strings.Join(strings.Fields(line), " "); line != "" {
+			lines = append(lines, line)
+		}
+	}
+	text := strings.Join(lines, "; ")
+	switch status.Code(err) {
+	case codes.Unauthenticated, codes.PermissionDenied:
 		text += " (the environment's certificates or token have changed; `ingot up` renews them)"
 	}
 	return text

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -79,16 +80,46 @@ func rootCommand() *cobra.Command {
 		Short:         "A microVM cloud from ordinary Linux machines",
 		SilenceUsage:  true,
 		SilenceErrors: true,
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
+			if name := environment(cmd); !environmentName.MatchString(name) {
+				return fmt.Errorf("an environment cannot be called %q: only lower-case letters, digits and dashes, at most 32", name)
+			}
+			return nil
+		},
 	}
 	root.PersistentFlags().String("env", "", "environment (default: $INGOT_ENV, else lab)")
 	root.AddCommand(
-		containerdCommand(),
+		// The environment.
+		upCommand(),
+		downCommand(),
+		inspectCommand(),
+		machineCommand(),
+		// MicroVMs.
+		runCommand(),
+		psCommand(),
+		rmCommand(),
+		logsCommand(),
+		consoleCommand(),
+		execCommand(),
+		vmCommand(),
+		// What they are made of and reached by.
 		imageCommand(),
+		leaseCommand(),
+		natCommand(),
+		// The roles.
+		hostCommand(),
+		hubCommand(),
+		containerdCommand(),
 		ctrCommand(),
+		labCommand(),
 		versionCommand(),
 	)
 	return root
 }
+
+// environmentName is what an environment can be called: its name becomes that
+// of directories and interfaces, and a part of DNS names.
+var environmentName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,31}$`)
 
 // environment is the name of the environment that a command is about.
 func environment(cmd *cobra.Command) string {

@@ -1,0 +1,171 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	ingotv1 "ingot/api/ingot/v1"
+	"ingot/api/types"
+	"ingot/internal/inspect"
+)
+
+func TestArguments(t *testing.T) {
+	for _, c := range []struct{ argv, want string }{
+		{"/usr/bin/ingot ps -o json", "ps -o json"},
+		{"flintlockd run --config x", "host --config x"},
+		{"/usr/local/bin/flintlockd version", "version"},
+		{"ctr -n flintlock images ls", "ctr -n flintlock images ls"},
+		{"dhcp-lease-list", "dhcp-lease-list"},
+		{"./dhcp-leases-list --parsable", "dhcp-lease-list --parsable"},
+	} {
+		if got := strings.Join(arguments(strings.Fields(c.argv)), " "); got != c.want {
+			t.Errorf("%s: %s, want %s", c.argv, got, c.want)
+		}
+	}
+}
+
+func TestPick(t *testing.T) {
+	h := &hostClient{Machine: inspect.Machine{Name: "host-0"}}
+	newVM := func(namespace, name, uid string) microVM {
+		return microVM{&types.MicroVM{Spec: &types.MicroVMSpec{Namespace: namespace, Id: name, Uid: &uid}}, h}
+	}
+	all := []microVM{
+		newVM("default", "a", "01AAAA1"), newVM("default", "b", "01AAAA2"),
+		newVM("team", "a", "01BBBB1"), newVM("team", "c", "01BBBB2"), newVM("x", "c", "01CCCC1"), newVM("x", "01dd", "01EEEE1"),
+	}
+	for _, c := range []struct{ name, want string }{
+		{"a", "01AAAA1"},
+		{"default/a", "01AAAA1"},
+		{"team/a", "01BBBB1"},
+		{"01bbbb1", "01BBBB1"},
+		{"01CC", "01CCCC1"},
+		{"01dd", "01EEEE1"}, // a name comes before the beginning of a uid
+		{"c", "find microVM c: invalid argument: it could be team/c 01BBBB2 on host-0, or x/c 01CCCC1 on host-0"},
+		{"01AAAA", "find microVM 01AAAA: invalid argument: it could be default/a 01AAAA1 on host-0, or default/b 01AAAA2 on host-0"},
+		{"01C", "find microVM 01C: not found; `ingot ps` shows what there is"}, // too short
+		{"team/b", "find microVM team/b: not found; `ingot ps` shows what there is"},
+		{"", "find microVM : not found; `ingot ps` shows what there is"},
+	} {
+		vm, err := pick(all, c.name)
+		got := ""
+		if err != nil {
+			got = err.Error()
+		} else {
+			got = vm.uid()
+		}
+		if got != c.want {
+			t.Errorf("%q: %s, want %s", c.name, got, c.want)
+		}
+	}
+}
+
+func TestChoose(t *testing.T) {
+	hosts := make([]*hostClient, 3)
+	for i := range hosts {
+		hosts[i] = &hostClient{Machine: inspect.Machine{Name: fmt.Sprint("host-", i)}}
+	}
+	for _, c := range []struct {
+		name  string
+		facts []*ingotv1.HostFacts
+		want  string
+	}{
+		{"all alike", []*ingotv1.HostFacts{{MemoryBytes: 8}, {MemoryBytes: 8}, {MemoryBytes: 8}}, "host-0"},
+		{"most room", []*ingotv1.HostFacts{{MemoryBytes: 8, MemoryCommittedBytes: 4}, {MemoryBytes: 7, MemoryCommittedBytes: 2}, {MemoryBytes: 8, MemoryCommittedBytes: 4}}, "host-1"},
+		{"fewer microVMs", []*ingotv1.HostFacts{{MemoryBytes: 8, Microvms: 2}, {MemoryBytes: 8, Microvms: 1}, {MemoryBytes: 8, Microvms: 3}}, "host-1"},
+		{"two are silent", []*ingotv1.HostFacts{nil, nil, {MemoryBytes: 1}}, "host-2"},
+	} {
+		facts := map[*hostClient]*ingotv1.HostFacts{}
+		for i, f := range c.facts {
+			if f != nil {
+				facts[hosts[i]] = f
+			}
+		}
+		if got := choose(hosts, facts).Name; got != c.want {
+			t.Errorf("%s: %s, want %s", c.name, got, c.want)
+		}
+	}
+}
+
+func TestParseMemory(t *testing.T) {
+	for s, want := range map[string]int32{
+		"256": 256, "512M": 512, "512MiB": 512, "2G": 2048, "2GiB": 2048,
+		"": 0, "0": 0, "-1": 0, "G": 0, "1.5G": 0, "2097152G": 0, "99999999999": 0, "1K": 0,
+	} {
+		got, err := parseMemory(s)
+		if got != want || (err == nil) != (want != 0) {
+			t.Errorf("%q: %d, %v, want %d", s, got, err, want)
+		}
+	}
+}
+
+func TestFreeName(t *testing.T) {
+	taken := map[string]bool{}
+	for range len(firstWords)*len(secondWords) + 5 { // more than there are pairs
+		name := freeName(taken)
+		if taken[name] {
+			t.Fatalf("%s is taken", name)
+		}
+		taken[name] = true
+	}
+}
+
+func TestLineStart(t *testing.T) {
+	for _, c := range []struct {
+		data string
+		n    int
+		want int
+	}{
+		{"a\nb\nc\n", 1, 4},
+		{"a\nb\nc", 1, 4},
+		{"a\nb\nc\n", 2, 2},
+		{"a\nb\nc\n", 3, -1}, // whether the first line is whole cannot be known
+		{"a\n\n", 1, 2},
+		{"a\n", 0, 2},
+		{"", 1, -1},
+		{"", 0, 0},
+	} {
+		if got := lineStart([]byte(c.data), c.n); got != c.want {
+			t.Errorf("%q, %d lines: %d, want %d", c.data, c.n, got, c.want)
+		}
+	}
+}
+
+func TestTransferred(t *testing.T) {
+	for _, c := range []struct {
+		offset, total int64
+		want          string
+	}{
+		{0, 0, ""}, {2_500_000, 0, "2.5 MB"}, {2_500_000, 10_000_000, "2.5/10.0 MB 25 %"}, {11_000_000, 10_000_000, "11.0/10.0 MB 100 %"},
+	} {
+		if got := transferred(c.offset, c.total); got != c.want {
+			t.Errorf("%d of %d: %q, want %q", c.offset, c.total, got, c.want)
+		}
+	}
+}
+
+func TestExplain(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		want string
+	}{
+		{fmt.Errorf("create default/a on host-0: %w", status.Error(codes.InvalidArgument, "vcpu: 99 is more than 64")),
+			"create default/a on host-0: vcpu: 99 is more than 64"},
+		{errors.Join(fmt.Errorf("host-0: %w", status.Error(codes.Unavailable, "connection refused")), errors.New("host-1: gone")),
+			"host-0: connection refused; host-1: gone"},
+		{fmt.Errorf("list leases: %w", status.Error(codes.Unauthenticated, "the token is wrong")),
+			"list leases: the token is wrong (the environment's certificates or token have changed; `ingot up` renews them)"},
+		{fmt.Errorf("find lease x: %w", errdefs.ErrNotFound), "find lease x: not found"},
+		{errors.New("a\n  b"), "a; b"},
+	} {
+		if diff := cmp.Diff(c.want, explain(c.err)); diff != "" {
+			t.Error(diff)
+		}
+	}
+}

@@ -1,0 +1,162 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/spf13/cobra"
+
+	"ingot/internal/env"
+	"ingot/internal/host"
+	"ingot/internal/lab"
+)
+
+// machineCommand enters the environment's machines.
+func machineCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "machine", Short: "List the environment's machines and enter them"}
+	cmd.AddCommand(machineListCommand(), machineShellCommand(), machineExecCommand(), machineLogsCommand())
+	return cmd
+}
+
+// machineView is a machine as -o json shows it.
+type machineView struct {
+	Name    string          `json:"name"`
+	Address string          `json:"address"`
+	Up      bool            `json:"up"`
+	Roles   []lab.RoleState `json:"roles"`
+}
+
+func openLab(cmd *cobra.Command) (*lab.Lab, error) {
+	e, err := env.Open(environment(cmd))
+	if err != nil {
+		return nil, err
+	}
+	binary, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	return e.Lab(binary), nil
+}
+
+func machineListCommand() *cobra.Command {
+	var out *output
+	cmd := &cobra.Command{
+		Use: "list", Aliases: []string{"ls"}, Short: "List machines and what runs on them", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			l, err := openLab(cmd)
+			if err != nil {
+				return err
+			}
+			var views []machineView
+			var rows [][]string
+			for _, s := range l.States() {
+				views = append(views, machineView{Name: s.Name, Address: s.Address.String(), Up: s.Up, Roles: s.Roles})
+				for _, r := range s.Roles {
+					state, age := "dead", ""
+					if r.Running {
+						state, age = "running", time.Since(r.Since).Round(time.Second).String()
+					}
+					rows = append(rows, []string{s.Name, s.Address.String(), r.Name, state, fmt.Sprint(r.PID), age, fmt.Sprint(r.Restarts)})
+				}
+			}
+			return out.write(cmd.OutOrStdout(), views, func(w io.Writer) error {
+				return table(w, "MACHINE ADDRESS ROLE STATE PID AGE RESTARTS", rows)
+			})
+		},
+	}
+	out = outputFlag(cmd)
+	return cmd
+}
+
+func machineShellCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "shell MACHINE", Short: "Open a shell in a machine", Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			shell := os.Getenv("SHELL")
+			if shell == "" {
+				shell = "/bin/sh"
+			}
+			return inMachine(cmd, args[0], shell)
+		},
+	}
+}
+
+func machineExecCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use: "exec MACHINE -- COMMAND…", Short: "Run a command in a machine", Args: cobra.MinimumNArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error { return inMachine(cmd, args[0], args[1:]...) },
+	}
+	cmd.Flags().SetInterspersed(false)
+	return cmd
+}
+
+func inMachine(cmd *cobra.Command, name string, argv ...string) error {
+	l, err := openLab(cmd)
+	if err != nil {
+		return err
+	}
+	if err := hasMachine(l, name); err != nil {
+		return err
+	}
+	// Ctrl-C is for the command: it gets it from the terminal.
+	c := l.Command(context.WithoutCancel(cmd.Context()), name, argv...)
+	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
+	err = c.Run()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.ExitCode() >= 0 {
+		return exitCode(exit.ExitCode())
+	}
+	return err
+}
+
+func hasMachine(l *lab.Lab, name string) error {
+	var names []string
+	for _, m := range l.Machines {
+		names = append(names, m.Name)
+	}
+	if !slices.Contains(names, name) {
+		return fmt.Errorf("find machine %s: %w: environment %s has %s", name, errdefs.ErrNotFound, l.Name, strings.Join(names, ", "))
+	}
+	return nil
+}
+
+func machineLogsCommand() *cobra.Command {
+	var follow bool
+	cmd := &cobra.Command{
+		Use: "logs MACHINE [ROLE]", Short: "Show what a machine's roles have logged", Args: cobra.RangeArgs(1, 2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			l, err := openLab(cmd)
+			if err != nil {
+				return err
+			}
+			if err := hasMachine(l, args[0]); err != nil {
+				return err
+			}
+			for _, m := range l.Machines {
+				if m.Name != args[0] {
+					continue
+				}
+				for i, r := range m.Roles {
+					if len(args) == 2 && args[1] != r.Name {
+						continue
+					}
+					last := len(args) == 2 || i == len(m.Roles)-1
+					if err := host.Follow(cmd.Context(), l.LogPath(m.Name, r.Name), 0, follow && last, cmd.OutOrStdout()); err != nil {
+						return err
+					}
+				}
+			}
+			return nil
+		},
+	}
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on until interrupted (of several roles, the last)")
+	return cmd
+}

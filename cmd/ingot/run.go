@@ -1,0 +1,286 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/spf13/cobra"
+
+	ingotv1 "ingot/api/ingot/v1"
+	"ingot/api/services/microvm/v1alpha1"
+	"ingot/api/types"
+)
+
+const (
+	// cleanUp is how long a microVM of --rm may take to go.
+	cleanUp = time.Minute
+	// farewell is how long its guest is asked before.
+	farewell = 2 * time.Second
+)
+
+// runOptions is what `ingot run` was asked for, beside the microVM itself.
+type runOptions struct {
+	specFlags
+	image      string
+	command    []string
+	rm         bool
+	stdin, tty bool
+	env        map[string]string // of the command, where that is not the main process
+	timeout    time.Duration
+}
+
+func runCommand() *cobra.Command {
+	var o runOptions
+	cmd := &cobra.Command{
+		Use:   "run IMAGE [-- COMMAND…]",
+		Short: "Boot a microVM from an image",
+		Long: `Boot a microVM from an OCI image, on the host with most room, and say its address.
+
+A COMMAND takes the place of the image's own process. With -i, -t or --rm it is
+run beside that, joined to this terminal, and its exit code becomes that of ingot;
+--rm then deletes the microVM.`,
+		Example: `  ingot run busybox
+  ingot run busybox --rm -it -- sh`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			o.image = args[0]
+			if o.command, err = commandAfter(cmd, args); err != nil {
+				return err
+			}
+			spec, err := o.spec(cmd, o.image, o.command)
+			if err != nil {
+				return err
+			}
+			if o.attached() { // both are for the command beside the image's own process
+				o.env, spec.Process = spec.GetProcess().GetEnv(), nil
+			}
+			return withCloud(cmd, func(c *cloud) error { return c.run(cmd, o, spec) })
+		},
+	}
+	o.register(cmd)
+	f := cmd.Flags()
+	f.BoolVar(&o.rm, "rm", false, "delete the microVM at the end")
+	f.BoolVarP(&o.stdin, "stdin", "i", false, "pass standard input to the command")
+	f.BoolVarP(&o.tty, "tty", "t", false, "give the command a terminal")
+	f.DurationVar(&o.timeout, "timeout", 5*time.Minute, "how long it may take to be up")
+	return cmd
+}
+
+// attached says whether a command is run by the agent, joined to this terminal.
+func (o *runOptions) attached() bool {
+	return o.stdin || o.tty || o.rm && len(o.command) > 0
+}
+
+func (c *cloud) run(cmd *cobra.Command, o runOptions, spec *types.MicroVMSpec) (err error) {
+	ctx := cmd.Context()
+	p := newProgress()
+	defer p.clear()
+	host, err := c.choose(ctx, o.host, spec)
+	if err != nil {
+		return err
+	}
+	boot, cancel := context.WithTimeoutCause(ctx, o.timeout, fmt.Errorf("not up after %s", o.timeout))
+	defer cancel()
+	if err := pull(boot, host, p, spec); err != nil {
+		return err
+	}
+	vm, err := create(boot, host, spec)
+	if err != nil {
+		return err
+	}
+	if o.rm {
+		defer func() {
+			if failed := farewellTo(ctx, vm); failed != nil && err == nil {
+				err = failed
+			} else if failed != nil { // the command's own exit code is worth more
+				fmt.Fprintln(os.Stderr, "ingot:", explain(failed))
+			}
+		}()
+	}
+	if vm, err = up(boot, vm, p); err != nil {
+		if cause := context.Cause(boot); boot.Err() != nil && ctx.Err() == nil {
+			err = cause
+		}
+		return fmt.Errorf("boot %s on %s: %w (`ingot logs %s` shows its boot log)", vm, host.Name, err, vm)
+	}
+	ip := address(vm.MicroVM, nil)
+	switch {
+	case o.attached():
+		p.line("%s is up on %s at %s", vm, host.Name, ip)
+		return attach(ctx, vm, o.start(vm))
+	case o.rm:
+		return untilEnd(ctx, vm)
+	case state(vm.GetStatus()) == "stopped": // a process that was quicker than we
+		fmt.Fprintln(cmd.OutOrStdout(), vm)
+		fmt.Fprintf(os.Stderr, "next: ingot logs %s\n", vm)
+		return ended(vm)
+	}
+	p.line("%s is up on %s at %s", vm, host.Name, ip)
+	fmt.Fprintf(cmd.OutOrStdout(), "%s %s\n", vm, ip)
+	fmt.Fprintf(os.Stderr, "next: ingot exec %s -- sh\n", vm)
+	return nil
+}
+
+// ended is the end of a microVM's own process as ours.
+func ended(vm microVM) error {
+	if code := vm.GetStatus().GetExitCode(); code != 0 {
+		return exitCode(code)
+	}
+	return nil
+}
+
+// start is the command of -it.
+func (o *runOptions) start(vm microVM) *ingotv1.ExecStart {
+	command := o.command
+	if len(command) == 0 {
+		command = []string{"sh"}
+	}
+	env := o.env
+	if env == nil {
+		env = map[string]string{}
+	}
+	return &ingotv1.ExecStart{Uid: vm.uid(), Args: command, Env: env, Tty: o.tty, Stdin: o.stdin}
+}
+
+// choose finds a host and a name for a microVM.
+func (c *cloud) choose(ctx context.Context, wanted string, spec *types.MicroVMSpec) (*hostClient, error) {
+	var host *hostClient
+	var vms []microVM
+	var placeErr, listErr error
+	var wg sync.WaitGroup
+	wg.Go(func() { host, placeErr = c.place(ctx, wanted, spec) })
+	wg.Go(func() { vms, listErr = c.list(ctx, spec.GetNamespace()) })
+	wg.Wait()
+	if placeErr != nil {
+		return nil, placeErr
+	}
+	if listErr != nil {
+		// One host's silence must not keep another from booting a microVM.
+		fmt.Fprintln(os.Stderr, "ingot:", explain(listErr))
+	}
+	taken := map[string]bool{}
+	for _, vm := range vms {
+		taken[vm.GetSpec().GetId()] = true
+		if vm.GetSpec().GetId() == spec.GetId() {
+			return nil, fmt.Errorf("create %s: %w on %s", vm, errdefs.ErrAlreadyExists, vm.host.Name)
+		}
+	}
+	if spec.GetId() == "" {
+		spec.Id = freeName(taken)
+	}
+	return host, nil
+}
+
+// pull fetches the images ahead, for the progress that a create does not show.
+func pull(ctx context.Context, host *hostClient, p *progress, spec *types.MicroVMSpec) error {
+	images := []string{spec.GetKernel().GetImage()}
+	if root := spec.GetRootVolume().GetSource().GetContainerSource(); root != images[0] {
+		images = append(images, root)
+	}
+	errs := make([]error, len(images))
+	var wg sync.WaitGroup
+	for i, image := range images {
+		wg.Go(func() {
+			stream, err := host.Pull(ctx, &ingotv1.PullRequest{Image: image})
+			for err == nil {
+				var r *ingotv1.PullResponse
+				if r, err = stream.Recv(); err == nil {
+					p.say("pull "+image, transferred(r.GetOffset(), r.GetTotal()))
+				}
+			}
+			if !errors.Is(err, io.EOF) {
+				errs[i] = fmt.Errorf("pull %s on %s: %w", image, host.Name, err)
+			}
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+func create(ctx context.Context, host *hostClient, spec *types.MicroVMSpec) (microVM, error) {
+	r, err := host.CreateMicroVM(ctx, &v1alpha1.CreateMicroVMRequest{Microvm: spec})
+	if err != nil {
+		return microVM{}, fmt.Errorf("create %s/%s on %s: %w", spec.GetNamespace(), spec.GetId(), host.Name, err)
+	}
+	return microVM{r.GetMicrovm(), host}, nil
+}
+
+// up waits until a microVM runs, its agent answers and it has an address, or
+// its process has ended already.
+func up(ctx context.Context, vm microVM, p *progress) (microVM, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	watch, err := vm.host.Watch(ctx, &ingotv1.WatchRequest{Uid: vm.uid()})
+	if err != nil {
+		return vm, err
+	}
+	for {
+		r, err := watch.Recv()
+		if err != nil {
+			return vm, err
+		}
+		vm.MicroVM = r.GetMicrovm()
+		st := vm.GetStatus()
+		switch state(st) {
+		case "running":
+			if address(vm.MicroVM, nil) != "" && st.GetAgentReady() {
+				return vm, nil
+			}
+			p.say("wait for the address", "")
+		case "failed":
+			return vm, errors.New(st.GetReason())
+		case "stopped":
+			if st.GetStartedAt() == nil {
+				return vm, errors.New("somebody stopped it")
+			}
+			return vm, nil
+		case "deleting":
+			return vm, errors.New("somebody deletes it")
+		default:
+			p.say(stepWords(st), "")
+		}
+	}
+}
+
+// stepWords says what a host is doing for a microVM.
+func stepWords(st *types.MicroVMStatus) string {
+	words := map[string]string{"pull": "pull", "volume": "make the volume", "network": "make the interfaces", "boot": "boot"}[st.GetStep()]
+	if words == "" {
+		words = state(st)
+	}
+	if st.GetRetry() > 0 && st.GetReason() != "" {
+		words = "try again after: " + st.GetReason()
+	}
+	return words
+}
+
+// untilEnd waits for the end of the guest's own process; its exit code is ours.
+func untilEnd(ctx context.Context, vm microVM) error {
+	watch, err := vm.host.Watch(ctx, &ingotv1.WatchRequest{Uid: vm.uid()})
+	for err == nil {
+		var r *ingotv1.WatchResponse
+		if r, err = watch.Recv(); err == nil && state(r.GetMicrovm().GetStatus()) == "stopped" {
+			return ended(microVM{r.GetMicrovm(), vm.host})
+		}
+	}
+	return fmt.Errorf("watch %s on %s: %w", vm, vm.host.Name, err)
+}
+
+// farewellTo stops and deletes a microVM of --rm, also when ctx has ended.
+func farewellTo(ctx context.Context, vm microVM) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUp)
+	defer cancel()
+	if err := stop(ctx, vm, farewell); err != nil && !gone(err) {
+		fmt.Fprintf(os.Stderr, "ingot: stop %s: %s\n", vm, explain(err))
+	}
+	if err := remove(ctx, vm); err != nil && !gone(err) {
+		return fmt.Errorf("delete %s on %s: %w", vm, vm.host.Name, err)
+	}
+	return nil
+}

@@ -1,0 +1,253 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	ingotv1 "ingot/api/ingot/v1"
+	"ingot/api/services/microvm/v1alpha1"
+)
+
+// vmCommand is `ingot vm …`.
+func vmCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "vm",
+		Short: "Create, look at and end microVMs",
+	}
+	list := psCommand()
+	list.Use, list.Aliases = "list", []string{"ls"}
+	remove := rmCommand()
+	remove.Use, remove.Aliases = "delete NAME…", []string{"rm"}
+	cmd.AddCommand(vmCreateCommand(), list, vmGetCommand(), vmStartCommand(), vmStopCommand(), remove,
+		logsCommand(), consoleCommand(), execCommand())
+	return cmd
+}
+
+// naming is what the help of commands that take a microVM says of its name.
+const naming = "A microVM is NAME, NAMESPACE/NAME, or its uid or the beginning of it."
+
+// inCloud opens the environment around a command.
+func inCloud(f func(cmd *cobra.Command, c *cloud, args []string) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		return withCloud(cmd, func(c *cloud) error { return f(cmd, c, args) })
+	}
+}
+
+// withCloud is for a command that has something to say before it needs the
+// environment: that it was misused.
+func withCloud(cmd *cobra.Command, f func(c *cloud) error) error {
+	c, err := openCloud(environment(cmd))
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	return f(c)
+}
+
+func psCommand() *cobra.Command {
+	var out *output
+	var namespace string
+	cmd := &cobra.Command{
+		Use:   "ps",
+		Short: "List microVMs",
+		Args:  cobra.NoArgs,
+		RunE: inCloud(func(cmd *cobra.Command, c *cloud, _ []string) error {
+			ctx := cmd.Context()
+			var leases map[string]*ingotv1.Lease
+			var wg sync.WaitGroup
+			wg.Go(func() { leases = c.leases(ctx) })
+			vms, err := c.list(ctx, namespace)
+			wg.Wait()
+			views := make([]vmView, len(vms))
+			for i, vm := range vms {
+				views[i] = view(vm, leases)
+			}
+			return errors.Join(out.write(cmd.OutOrStdout(), views, func(w io.Writer) error { return vmTable(w, views) }), err)
+		}),
+	}
+	out = outputFlag(cmd)
+	cmd.Flags().StringVarP(&namespace, "namespace", "n", "", "only this namespace")
+	return cmd
+}
+
+func vmTable(w io.Writer, views []vmView) error {
+	rows := make([][]string, len(views))
+	for i, v := range views {
+		driver := v.Driver
+		if v.Accelerator != "" {
+			driver += "/" + v.Accelerator
+		}
+		rows[i] = []string{v.Namespace, v.Name, v.Host, v.State, v.IP, driver, since(v.Created)}
+	}
+	return table(w, "NAMESPACE NAME HOST STATE IP DRIVER AGE", rows)
+}
+
+// since is an age in its largest unit.
+func since(t *time.Time) string {
+	if t == nil {
+		return ""
+	}
+	d := max(0, time.Since(*t))
+	switch {
+	case d < 2*time.Minute:
+		return fmt.Sprintf("%ds", int(d.Seconds()))
+	case d < 2*time.Hour:
+		return fmt.Sprintf("%dm", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%dh", int(d.Hours()))
+	}
+	return fmt.Sprintf("%dd", int(d.Hours()/24))
+}
+
+func vmGetCommand() *cobra.Command {
+	var out *output
+	cmd := &cobra.Command{
+		Use:               "get NAME",
+		Short:             "Show one microVM",
+		Long:              "Show one microVM. " + naming,
+		Args:              cobra.ExactArgs(1),
+		ValidArgsFunction: completeVMs,
+		RunE: inCloud(func(cmd *cobra.Command, c *cloud, args []string) error {
+			vm, err := c.find(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			v := view(vm, c.leases(cmd.Context()))
+			return out.write(cmd.OutOrStdout(), v, func(w io.Writer) error {
+				yaml := asYAML // of one microVM there is too much for a row
+				return yaml.write(w, v, nil)
+			})
+		}),
+	}
+	out = outputFlag(cmd)
+	return cmd
+}
+
+func vmStartCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:               "start NAME…",
+		Short:             "Boot stopped microVMs",
+		Long:              "Boot stopped microVMs. " + naming,
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: completeVMs,
+		RunE: inCloud(func(cmd *cobra.Command, c *cloud, args []string) error {
+			return c.each(cmd, args, "start", func(ctx context.Context, vm microVM) error {
+				_, err := vm.host.Start(ctx, &ingotv1.StartRequest{Uid: vm.uid()})
+				return err
+			})
+		}),
+	}
+}
+
+func vmStopCommand() *cobra.Command {
+	var timeout time.Duration
+	cmd := &cobra.Command{
+		Use:               "stop NAME…",
+		Short:             "Shut microVMs down; they stay there and can be started again",
+		Long:              "Shut microVMs down and wait until they are. " + naming,
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: completeVMs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if timeout < 0 {
+				return misused(cmd, "--timeout is %s; it cannot be negative", timeout)
+			}
+			return withCloud(cmd, func(c *cloud) error {
+				return c.each(cmd, args, "stop", func(ctx context.Context, vm microVM) error {
+					return stop(ctx, vm, timeout)
+				})
+			})
+		},
+	}
+	cmd.Flags().DurationVarP(&timeout, "timeout", "t", 30*time.Second, "how long the guest is asked before its power is cut; 0 cuts it at once")
+	return cmd
+}
+
+func stop(ctx context.Context, vm microVM, timeout time.Duration) error {
+	_, err := vm.host.Stop(ctx, &ingotv1.StopRequest{Uid: vm.uid(), Timeout: durationpb.New(timeout)})
+	return err
+}
+
+func rmCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:               "rm NAME…",
+		Short:             "Delete microVMs with all that is theirs",
+		Long:              "Delete microVMs and wait until nothing is left of them. " + naming,
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: completeVMs,
+		RunE: inCloud(func(cmd *cobra.Command, c *cloud, args []string) error {
+			return c.each(cmd, args, "delete", remove)
+		}),
+	}
+}
+
+// remove deletes a microVM and returns when nothing of it is left.
+func remove(ctx context.Context, vm microVM) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	// The watch begins first: what is gone already cannot be watched any more.
+	watch, err := vm.host.Watch(ctx, &ingotv1.WatchRequest{Uid: vm.uid()})
+	if err != nil {
+		return err
+	}
+	if _, err := vm.host.DeleteMicroVM(ctx, &v1alpha1.DeleteMicroVMRequest{Uid: vm.uid()}); err != nil && !gone(err) {
+		return err
+	}
+	for err == nil {
+		_, err = watch.Recv()
+	}
+	if gone(err) || errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
+}
+
+// each does something to several microVMs at the same time, and prints the name
+// of each with which it was done.
+func (c *cloud) each(cmd *cobra.Command, args []string, verb string, f func(context.Context, microVM) error) error {
+	ctx := cmd.Context()
+	// With one wrong name nothing is done: it may have been meant for another.
+	vms, err := c.findAll(ctx, args)
+	if err != nil {
+		return err
+	}
+	errs := make([]error, len(vms))
+	var wg sync.WaitGroup
+	var mu sync.Mutex // guards the output
+	for i, vm := range vms {
+		wg.Go(func() {
+			if err := f(ctx, vm); err != nil {
+				errs[i] = fmt.Errorf("%s %s on %s: %w", verb, vm, vm.host.Name, err)
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			fmt.Fprintln(cmd.OutOrStdout(), vm)
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// completeVMs completes the names of microVMs.
+func completeVMs(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+	c, err := openCloud(environment(cmd))
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	defer c.close()
+	ctx, cancel := context.WithTimeout(cmd.Context(), 2*time.Second)
+	defer cancel()
+	vms, _ := c.list(ctx, "")
+	var found []string
+	for _, vm := range vms {
+		found = append(found, vm.String())
+	}
+	return found, cobra.ShellCompDirectiveNoFileComp
+}
