@@ -95,6 +95,9 @@ func (l *Lab) wireMachines() (changed bool, err error) {
 		if err := link.Up("lo"); err != nil {
 			return err
 		}
+		if err := unhookBridges(); err != nil {
+			return err
+		}
 		if _, err := link.EnsureBridge("segment"); err != nil {
 			return err
 		}
@@ -144,6 +147,9 @@ func (l *Lab) wireHost(hub *link.Namespace, m Machine) (changed bool, err error)
 		if err := link.Up("lo"); err != nil {
 			return err
 		}
+		if err := unhookBridges(); err != nil {
+			return err
+		}
 		if _, err := link.EnsureBridge(Bridge); err != nil {
 			return err
 		}
@@ -163,6 +169,20 @@ func (l *Lab) wireHost(hub *link.Namespace, m Machine) (changed bool, err error)
 		changed = changed || did
 		return err
 	})
+}
+
+// unhookBridges keeps the rules for routed packets away from frames that a bridge
+// of this namespace passes on. Where br_netfilter is in the kernel each new
+// namespace begins with them, and the hub's chain, which drops what it does not
+// know, would cut the segment.
+func unhookBridges() error {
+	for _, key := range []string{"iptables", "ip6tables", "arptables"} {
+		path := "/proc/sys/net/bridge/bridge-nf-call-" + key
+		if err := os.WriteFile(path, []byte("0"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("keep routing rules from bridges: %w", err)
+		}
+	}
+	return nil
 }
 
 var everywhere = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
