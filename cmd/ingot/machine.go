@@ -94,7 +94,6 @@ func machineExecCommand() *cobra.Command {
 		Use: "exec MACHINE -- COMMAND…", Short: "Run a command in a machine", Args: cobra.MinimumNArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error { return inMachine(cmd, args[0], args[1:]...) },
 	}
-	cmd.Flags().SetInterspersed(false)
 	return cmd
 }
 
