@@ -9,19 +9,19 @@ import (
 )
 
 // progress tells on standard error what is being done: one line that is
-// rewritten where that is a terminal, else a line for each new thing.
+// rewritten where that is a terminal, else a line for each step, once.
 type progress struct {
 	w     io.Writer
 	live  bool
 	start time.Time
 
-	mu    sync.Mutex // guards what is below, and w
-	step  string
-	shown bool // a live line stands there
+	mu    sync.Mutex      // guards what is below, and w
+	told  map[string]bool // steps that have a line
+	shown bool            // a live line stands there
 }
 
 func newProgress() *progress {
-	return &progress{w: os.Stderr, live: isTerminal(os.Stderr), start: time.Now()}
+	return &progress{w: os.Stderr, live: isTerminal(os.Stderr), start: time.Now(), told: map[string]bool{}}
 }
 
 // say shows a step, and on a terminal the detail that changes within it.
@@ -31,10 +31,10 @@ func (p *progress) say(step, detail string) {
 	if p.live {
 		fmt.Fprintf(p.w, "\r\x1b[K%5.1fs  %s %s", time.Since(p.start).Seconds(), step, detail)
 		p.shown = true
-	} else if step != p.step {
+	} else if !p.told[step] {
 		fmt.Fprintf(p.w, "%5.1fs  %s\n", time.Since(p.start).Seconds(), step)
 	}
-	p.step = step
+	p.told[step] = true
 }
 
 // line writes a line that stays.

@@ -250,7 +250,7 @@ func up(ctx context.Context, vm microVM, p *progress) (microVM, error) {
 
 // stepWords says what a host is doing for a microVM.
 func stepWords(st *types.MicroVMStatus) string {
-	words := map[string]string{"pull": "pull", "volume": "make the volume", "network": "make the interfaces", "boot": "boot"}[st.GetStep()]
+	words := map[string]string{"pull": "prepare the images", "volume": "make the volume", "network": "make the interfaces", "boot": "boot"}[st.GetStep()]
 	if words == "" {
 		words = state(st)
 	}

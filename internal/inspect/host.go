@@ -141,7 +141,8 @@ func checkDriver(f *v1.HostFacts) finding {
 	}
 	detail := fmt.Sprintf("%s %s with %s", chosen.GetName(), chosen.GetVersion(), chosen.GetAccelerator())
 	if chosen.GetReason() != "" {
-		detail += " (" + chosen.GetReason() + ")"
+		detail += ", since KVM cannot be used here"
+		notes = append(notes, chosen.GetReason())
 	}
 	return pass(detail, notes...)
 }

@@ -28,7 +28,7 @@ func (r Report) Text(w io.Writer, s Style) error {
 	})
 	counts := map[Status]int{}
 	walk(r.Checks, nil, func(c Check, path []string) {
-		if len(c.Children) == 0 {
+		if len(c.Children) == 0 && (c.Status == Pass || c.Status == Skip) {
 			counts[c.Status]++
 		}
 		indent := strings.Repeat("  ", len(path))
@@ -41,9 +41,14 @@ func (r Report) Text(w io.Writer, s Style) error {
 			b.WriteString(strings.TrimRight("      "+indent+"  | "+note, " ") + "\n")
 		}
 	})
+	found := r.Findings() // headings are no more than their findings
+	for _, line := range found {
+		status, _, _ := strings.Cut(line, ":")
+		counts[Status(status)]++
+	}
 	fmt.Fprintf(&b, "\n%s: %d pass, %d warn, %d fail, %d skip, in %.2f s\n", r.Environment,
 		counts[Pass], counts[Warn], counts[Fail], counts[Skip], r.Took.Seconds())
-	for _, line := range r.Findings() {
+	for _, line := range found {
 		b.WriteString(line + "\n")
 	}
 	_, err := io.WriteString(w, b.String())
