@@ -368,8 +368,8 @@ func terminal(t *testing.T, vm *guestVM) {
 	x.Resize(33, 101)
 	fmt.Fprint(typing, "stty size\n")
 	expect("33 101")
-	fmt.Fprint(typing, "sleep 100\n")
-	expect("sleep 100")
+	fmt.Fprint(typing, "sh -c 'echo up$((1+1)); exec sleep 100'\n")
+	expect("up2")
 	fmt.Fprint(typing, "\x03echo $((6*7))\n") // ^C reaches the foreground
 	expect("42")
 	go io.Copy(io.Discard, out) // ends with seen

@@ -69,10 +69,9 @@ func TestConsoleShell(t *testing.T) {
 	con := dial(t, vm.dir+"/con.sock")
 	defer con.Close()
 	con.SetDeadline(time.Now().Add(20 * time.Second))
-	fmt.Fprint(con, "echo up$((1+1))\n") // ^C before the shell reads would end it
+	// ^C is a signal only once the shell has given the terminal to the command.
+	fmt.Fprint(con, "sh -c 'echo up$((1+1)); exec sleep 100'\n")
 	expectLine(t, con, "up2")
-	fmt.Fprint(con, "sleep 100\n")
-	expectLine(t, con, "sleep 100")
 	fmt.Fprint(con, "\x03")
 	fmt.Fprint(con, "echo $((40+2)); exit 6\n")
 	expectLine(t, con, "42")

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -23,15 +24,20 @@ func serve(ctx context.Context, s *agent.Server) {
 	go watchAddresses(ctx, func(a []netip.Addr) {
 		s.Notify(agent.Event{Kind: agent.Address, Addresses: a})
 	})
-	p, err := openPort(ctx)
-	if err != nil {
-		report(fmt.Errorf("open the agent's port: %w", err))
-		return
-	}
-	if err := s.Serve(p); err != nil {
-		say("talk to the host: %v", err)
+	for ctx.Err() == nil {
+		p, err := openPort(ctx)
+		if err == nil {
+			err = errors.Join(s.Serve(p), p.file.Close())
+		}
+		if err != nil && ctx.Err() == nil {
+			say("talk to the host: %v", err)
+		}
+		pause(ctx, portWait)
 	}
 }
+
+// portWait is how long a port that failed is left alone.
+const portWait = time.Second
 
 func info() agent.Info {
 	i := agent.Info{Addresses: addresses()}

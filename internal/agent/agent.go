@@ -21,8 +21,9 @@ const Port = "org.ingot.agent.0"
 // ErrClosed is the error of a conversation that has ended.
 var ErrClosed = errors.New("agent connection closed")
 
-// ErrReset is the error of a command whose guest agent was started anew.
-var ErrReset = errors.New("guest agent restarted")
+// ErrReset is the error of a command whose guest agent was started anew, or has
+// ended the session.
+var ErrReset = errors.New("guest agent ended the session")
 
 // ErrDetached is what a server's stream returns from Read, once, when the host
 // has gone. The next Read waits for the next host.

@@ -84,6 +84,9 @@ func (p *port) Read(b []byte) (int, error) {
 	p.read = c
 	p.mu.Unlock()
 	n, err := c.Read(b)
+	if errors.Is(err, ErrDetached) {
+		return 0, err
+	}
 	if err != nil {
 		p.gone(c)
 		if n == 0 {
@@ -623,4 +626,43 @@ func (c *chunks) Read(p []byte) (int, error) {
 	n := copy(p, c.b[:min(c.n, len(c.b))])
 	c.b = c.b[n:]
 	return n, nil
+}
+
+// A host's first bytes may be read before the kernel has heard that it
+// connected: between them and the rest there seems to be none.
+func TestHelloOvertakesConnection(t *testing.T) {
+	g := newGuest(t)
+	for range 20 {
+		first := g.connect(t)
+		if _, err := first.Info(context10(t)); err != nil {
+			t.Fatal(err)
+		}
+		first.Close()
+		host, end := socketpair(t)
+		g.port.attach(&overtaken{Conn: end})
+		second := NewClient(host)
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		_, err := second.Info(ctx)
+		cancel()
+		second.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+type overtaken struct {
+	net.Conn
+	read int
+	said bool
+}
+
+func (o *overtaken) Read(b []byte) (int, error) {
+	if o.read > headerSize+maxPayload && !o.said { // the padding, and the hello
+		o.said = true
+		return 0, ErrDetached
+	}
+	n, err := o.Conn.Read(b)
+	o.read += n
+	return n, err
 }

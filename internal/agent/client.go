@@ -110,8 +110,18 @@ func (c *Client) Close() error {
 	return err
 }
 
-// ask makes a request that has one answer.
+// ask makes a request that has one answer, and makes it again if its session
+// ends first: what is asked for so may be done twice.
 func (c *Client) ask(ctx context.Context, r request) (result, error) {
+	for {
+		a, err := c.askOnce(ctx, r)
+		if !errors.Is(err, ErrReset) {
+			return a, err
+		}
+	}
+}
+
+func (c *Client) askOnce(ctx context.Context, r request) (result, error) {
 	id, s, err := c.open(ctx, r)
 	if err != nil {
 		return result{}, err
@@ -260,11 +270,11 @@ func (c *Client) handle(f frame) {
 	}
 }
 
-// announced is told that the guest's agent has started. One that started after
-// it had welcomed us knows nothing of us.
+// announced is told that the guest's agent has no session: it has started anew,
+// or has taken us for gone. What it ran for us has ended.
 func (c *Client) announced(f frame) {
 	var g greeting
-	if json.Unmarshal(f.payload, &g) != nil || g.Epoch == "" || g.Epoch == c.epoch {
+	if json.Unmarshal(f.payload, &g) != nil || g.Epoch == "" {
 		return
 	}
 	if c.epoch != "" {

@@ -103,6 +103,13 @@ func (o *outbox) close(err error) {
 	o.wake.Broadcast()
 }
 
+// failed is why nothing is written any more, or nil.
+func (o *outbox) failed() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.err
+}
+
 // credit is how much may still be sent on a channel.
 type credit struct {
 	mu   sync.Mutex

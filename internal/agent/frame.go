@@ -29,7 +29,7 @@ type kind uint8
 const (
 	kindHello    kind = iota + 1 // client: a new session
 	kindWelcome                  // server: the session's start
-	kindAnnounce                 // server: I have just started, say hello
+	kindAnnounce                 // server: there is no session, say hello
 	kindOpen                     // client: a request, on a new stream
 	kindData
 	kindEOF

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"slices"
 	"sync"
@@ -46,12 +47,13 @@ func NewServer(h Handler) *Server {
 }
 
 // Serve talks to the hosts at the other end of conn, one after the other, until
-// reading fails with anything but ErrDetached. It returns nil at io.EOF.
+// writing fails, or reading with anything but ErrDetached. It returns nil at
+// io.EOF.
 func (s *Server) Serve(conn io.ReadWriter) error {
 	out := newOutbox(conn)
 	s.mu.Lock()
 	s.out = out
-	out.send(frame{kind: kindAnnounce, payload: encode(greeting{Version: version, Epoch: s.epoch})})
+	s.announce()
 	s.mu.Unlock()
 	in := &scanner{r: conn}
 	for {
@@ -59,9 +61,16 @@ func (s *Server) Serve(conn io.ReadWriter) error {
 		switch {
 		case errors.Is(err, ErrDetached):
 			in.reset()
-			s.endSession()
+			s.mu.Lock()
+			s.drop()
+			// The next host's first bytes may have overtaken the news that it is there,
+			// and its session has ended with the last one's. It waits for this one.
+			s.announce()
+			s.mu.Unlock()
 		case err != nil:
-			s.endSession()
+			s.mu.Lock()
+			s.drop()
+			s.mu.Unlock()
 			out.close(ErrClosed)
 			s.running.Wait()
 			if errors.Is(err, io.EOF) {
@@ -70,8 +79,20 @@ func (s *Server) Serve(conn io.ReadWriter) error {
 			return err
 		default:
 			s.handle(f)
+			if err := out.failed(); err != nil {
+				s.mu.Lock()
+				s.drop()
+				s.mu.Unlock()
+				s.running.Wait()
+				return fmt.Errorf("write to the host: %w", err)
+			}
 		}
 	}
+}
+
+// announce says that no session is open; s.mu is held.
+func (s *Server) announce() {
+	s.out.send(frame{kind: kindAnnounce, payload: encode(greeting{Version: version, Epoch: s.epoch})})
 }
 
 // Notify tells the host what happened, now or when there is one.
@@ -112,14 +133,7 @@ func (s *Server) report(r report) {
 	s.out.send(frame{session: s.session, kind: kindEvent, payload: encode(r)})
 }
 
-// endSession ends the commands of a host that has gone.
-func (s *Server) endSession() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.drop()
-}
-
-// drop is endSession with s.mu held.
+// drop ends the commands of a host that has gone; s.mu is held.
 func (s *Server) drop() {
 	if s.session == 0 {
 		return
