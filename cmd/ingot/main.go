@@ -111,6 +111,7 @@ func rootCommand() *cobra.Command {
 		hubCommand(),
 		containerdCommand(),
 		ctrCommand(),
+		dhcpLeaseListCommand(),
 		labCommand(),
 		versionCommand(),
 	)

@@ -117,19 +117,6 @@ func EnsureBridge(name string) (Info, error) {
 	return Get(name)
 }
 
-// BridgePlainly keeps this network namespace's rules for IP packets away from
-// frames that a bridge only carries, where the br_netfilter module would apply
-// them (bridge-nf-call-iptables; it is the namespace's own setting).
-func BridgePlainly() error {
-	for _, key := range []string{"iptables", "ip6tables", "arptables"} {
-		path := "/proc/sys/net/bridge/bridge-nf-call-" + key
-		if err := os.WriteFile(path, []byte("0"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return fmt.Errorf("let bridges carry frames plainly: %w", err)
-		}
-	}
-	return nil
-}
-
 // EnsureVeth makes a pair of joined interfaces: a in the current namespace, b in
 // peer (nil: the current one too). A pair that is there is left as it is; an
 // end without its peer is made anew.

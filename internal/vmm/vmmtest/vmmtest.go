@@ -213,12 +213,3 @@ func (s suite) boot(t *testing.T, names ...string) (machines map[string]vmm.Mach
 	}
 	return machines, dirs
 }
-
-// each runs f for all machines at once.
-func each(machines map[string]vmm.Machine, f func(name string, m vmm.Machine)) {
-	var group sync.WaitGroup
-	for name, m := range machines {
-		group.Go(func() { f(name, m) })
-	}
-	group.Wait()
-}

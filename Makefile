@@ -1,0 +1,61 @@
+# Ingot. `make` alone lists the words.
+
+# One set of build settings for all words: a build of one is in the cache of the others.
+export CGO_ENABLED = 0
+export GOFLAGS = -trimpath -buildvcs=false
+GO = $(shell scripts/go)
+VERSION = $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+# Packages that share memory between goroutines and build quickly with the race detector.
+RACE = ./internal/agent ./internal/boot ./internal/dhcp ./internal/dns ./internal/lab ./internal/metadata \
+	./internal/nat ./internal/pki ./internal/run ./internal/vm
+FUZZTIME = 10s
+
+.DEFAULT_GOAL = help
+.PHONY: help build up test check bench fuzz e2e
+
+help: ## list these words
+	@sed -n 's/^\([a-z0-9]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
+
+build: guest/bin/init ## build bin/ingot
+	@$(GO) build -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ingot ./cmd/ingot
+	@for name in flintlockd ctr dhcp-lease-list dhcp-leases-list; do ln -sf ingot bin/$$name; done
+
+# The guest's init is built into ingot. It is written only if it has changed.
+guest/bin/init: $(wildcard guest/init/*.go internal/agent/*.go) go.mod
+	@scripts/go >/dev/null
+	@echo "build the guest's init, then ingot: the first time this takes some minutes"
+	@$(GO) build -ldflags '-s -w' -o $@ ./guest/init
+	@touch $@
+
+up: ## bring the lab up: two hosts, two microVMs, all checked
+	@scripts/packages run
+	@$(MAKE) --no-print-directory build
+	@bin/ingot up
+	@bin/ingot inspect
+
+test: ## run all tests
+	@scripts/packages run test
+	@$(MAKE) --no-print-directory build
+	$(GO) test -p 1 -timeout 20m ./...
+	CGO_ENABLED=1 $(GO) test -p 1 -race -short -timeout 10m $(RACE)
+
+check: ## format, vet, staticcheck, layout
+	@bad=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$bad" || { echo "not gofmt'd: $$bad"; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+	$(GO) test -run TestLayout .
+
+bench: build ## measure what docs/benchmarks.md shows
+	@scripts/packages run test
+	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 20m ./bench
+
+fuzz: ## run every fuzz target for FUZZTIME
+	@for target in $$(grep -rl 'func Fuzz' --include='*_test.go' . | xargs -n1 dirname | sort -u); do \
+		for name in $$(grep -ho 'func Fuzz[A-Za-z]*' $$target/*_test.go | cut -c6-); do \
+			echo "$$target $$name"; $(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) $$target || exit 1; \
+		done; \
+	done
+
+e2e: build ## bring an environment up, use it, break it, take it down
+	@scripts/packages run test
+	$(GO) test -run TestE2E -count 1 -timeout 15m -v ./cmd/ingot

@@ -1,0 +1,47 @@
+package main
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"ingot/internal/dhcp"
+)
+
+// dhcpLeaseListCommand shows a lease log as isc-dhcp-server's script of that name
+// does. It runs on the hub's machine and reads the file, not the service.
+func dhcpLeaseListCommand() *cobra.Command {
+	var file string
+	var all bool
+	cmd := &cobra.Command{
+		Use:    "dhcp-lease-list",
+		Short:  "Show the DHCP leases of this machine's lease log (also: dhcp-leases-list)",
+		Hidden: true,
+		Args:   cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			leases, err := dhcp.ReadLeases(file)
+			if err != nil {
+				return err
+			}
+			w := cmd.OutOrStdout()
+			fmt.Fprintf(w, "Reading leases from %s\n", file)
+			fmt.Fprintf(w, "%-18s %-15s %-14s %-19s %s\n", "MAC", "IP", "hostname", "valid until", "manufacturer")
+			fmt.Fprintln(w, "===============================================================================================")
+			for _, l := range leases {
+				if l.State != dhcp.Active && !all {
+					continue
+				}
+				name := l.Hostname
+				if name == "" {
+					name = "-NA-"
+				}
+				fmt.Fprintf(w, "%-18s %-15s %-14s %-19s %s\n", l.MAC, l.IP, name, l.Ends.UTC().Format(time.DateTime), "-NA-")
+			}
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&file, "lease", "/var/lib/dhcp/dhcpd.leases", "the lease log")
+	cmd.Flags().BoolVar(&all, "all", false, "with leases that have ended")
+	return cmd
+}
