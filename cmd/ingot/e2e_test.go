@@ -47,6 +47,7 @@ func TestE2E(t *testing.T) {
 	if out, err := exec.Command("cp", "../../bin/ingot", program).CombinedOutput(); err != nil {
 		t.Fatalf("cp: %v\n%s", err, out)
 	}
+	onlyOne(t)
 	down := func() {
 		if out, err := exec.Command(program, "--env", e2eEnv, "down").CombinedOutput(); err != nil {
 			t.Errorf("down: %v\n%s", err, out)
@@ -64,6 +65,9 @@ func TestE2E(t *testing.T) {
 					e.Setenv("INGOT_ENV", e2eEnv)
 					e.Setenv("PATH", bin+string(os.PathListSeparator)+e.Getenv("PATH")+":/usr/sbin:/sbin")
 					e.Setenv("PROGRAM", program)
+					if script != "up" {
+						e.Defer(func() { removeVMs(t, program) })
+					}
 					return nil
 				},
 				Cmds: map[string]func(*testscript.TestScript, bool, []string){
@@ -76,6 +80,36 @@ func TestE2E(t *testing.T) {
 		})
 		if !ok && script == "up" {
 			t.Fatal("there is no environment for the other scripts")
+		}
+	}
+}
+
+// onlyOne waits for another run of these tests on this machine: it has the same
+// environment. A fixed name lets a run clear away what a killed one has left.
+func onlyOne(t *testing.T) {
+	t.Helper()
+	f, err := os.OpenFile(filepath.Join(os.TempDir(), "ingot-"+e2eEnv+".lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// removeVMs deletes what a script that failed has left.
+func removeVMs(t *testing.T, program string) {
+	out, err := exec.Command(program, "--env", e2eEnv, "ps", "-o", "json").Output()
+	var vms []vmView
+	if err != nil || json.Unmarshal(out, &vms) != nil {
+		return // the environment is down
+	}
+	for _, vm := range vms {
+		if !strings.HasPrefix(vm.Name, "vm-") { // those of `up`
+			if out, err := exec.Command(program, "--env", e2eEnv, "rm", vm.UID).CombinedOutput(); err != nil {
+				t.Errorf("rm %s: %v: %s", vm.Name, err, out)
+			}
 		}
 	}
 }
