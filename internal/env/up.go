@@ -88,6 +88,7 @@ func Up(ctx context.Context, name string, o Options) (Env, error) {
 		{"configuration", u.configure},
 		{"roles", u.startRoles},
 		{"services", u.awaitServices},
+		{"rules", u.restoreRules},
 		{"images", u.provideImages},
 		{"microVMs", u.startMicroVMs},
 		{"inspect", u.awaitGreen},
@@ -365,6 +366,26 @@ func (u *up) await(ctx context.Context, m Machine) error {
 		case <-time.After(wait):
 		}
 	}
+}
+
+// restoreRules has the hub set its rules again, which it does when it starts, if
+// somebody took one away.
+func (u *up) restoreRules(ctx context.Context) (string, error) {
+	hub := u.env.Hub()
+	facts, err := ingotv1.NewHubClient(u.conns[hub.Name]).Facts(ctx, &emptypb.Empty{})
+	if err != nil {
+		return "", err
+	}
+	nat := facts.GetNat()
+	if len(nat.GetMissing()) == 0 && nat.GetForwarding() {
+		return "in force", nil
+	}
+	if err := u.lab.Restart(ctx, hub.Name, "hub"); err != nil {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	return "set again", u.await(ctx, hub)
 }
 
 // provideImages builds and pushes the images that the registry has not got, or
