@@ -23,11 +23,20 @@ import (
 	"ingot/internal/link"
 	"ingot/internal/nat"
 	"ingot/internal/pki"
+	"ingot/internal/run"
 	"ingot/internal/wire"
 )
 
-// serve is the hub's own gRPC service.
+// serve is the hub's own gRPC service. It begins once the other parts serve, so
+// that whoever reaches it reaches them.
 func (h *Hub) serve(ctx context.Context, ready func()) error {
+	for _, part := range []run.Task{h.dhcp, h.dns, h.registry} {
+		select {
+		case <-part.Ready():
+		case <-ctx.Done():
+			return nil
+		}
+	}
 	tls, err := pki.In(h.c.PKI).Server()
 	if err != nil {
 		return err
