@@ -89,7 +89,6 @@ func Up(ctx context.Context, name string, o Options) (Env, error) {
 		{"roles", u.startRoles},
 		{"services", u.awaitServices},
 		{"rules", u.restoreRules},
-		{"rules", u.mendRules},
 		{"images", u.provideImages},
 		{"microVMs", u.startMicroVMs},
 		{"inspect", u.awaitGreen},
@@ -387,22 +386,6 @@ func (u *up) restoreRules(ctx context.Context) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	return "set again", u.await(ctx, hub)
-}
-
-// mendRules has the hub set its NAT rules again, if somebody has deleted one.
-func (u *up) mendRules(ctx context.Context) (string, error) {
-	hub := u.env.Hub()
-	facts, err := ingotv1.NewHubClient(u.conns[hub.Name]).Facts(ctx, &emptypb.Empty{})
-	if err != nil {
-		return "", err
-	}
-	if len(facts.GetNat().GetMissing()) == 0 && facts.GetNat().GetForwarding() {
-		return "in force", nil
-	}
-	if err := u.lab.Restart(ctx, hub.Name, "hub"); err != nil {
-		return "", err
-	}
-	return "set again, by a restart of the hub", u.await(ctx, hub)
 }
 
 // provideImages builds and pushes the images that the registry has not got, or

@@ -177,5 +177,6 @@ func (s *Server) distribution() *configuration.Configuration {
 	c.Log.Level = "error"
 	c.HTTP.Secret = hex.EncodeToString(secret) // signs upload URLs; a restart only breaks uploads under way
 	c.HTTP.RelativeURLs = true
+	c.Catalog.MaxEntries = 1000 // a page; 0 would refuse every listing
 	return c
 }
