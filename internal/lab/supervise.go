@@ -35,8 +35,54 @@ const (
 const stopTime = 10 * time.Second
 
 // Start starts the lab's supervisor and with it the roles, as far as they don't
-// run as they should. A new binary, or new arguments, restart a role.
+// run as they should, and returns when all of them have been started. A new
+// binary, or new arguments, restart a role.
 func (l *Lab) Start(ctx context.Context) error {
+	if err := l.supervise(ctx); err != nil {
+		return err
+	}
+	return l.settle(ctx)
+}
+
+// settle waits until every role is the one that is wanted. The supervisor is
+// another process: its notes are looked at, for the moment that it takes.
+func (l *Lab) settle(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*stopTime)
+	defer cancel()
+	look := time.NewTicker(10 * time.Millisecond)
+	defer look.Stop()
+	for {
+		late := l.unsettled()
+		if late == "" {
+			return nil
+		}
+		select {
+		case <-look.C:
+		case <-ctx.Done():
+			return fmt.Errorf("start %s, see %s: %w", late, filepath.Join(l.Dir, "log", "supervisor.log"), context.Cause(ctx))
+		}
+	}
+}
+
+// unsettled names a role that does not run as it should.
+func (l *Lab) unsettled() string {
+	for _, m := range l.Machines {
+		for _, r := range m.Roles {
+			print, err := l.fingerprint(r.Args)
+			if err != nil {
+				return r.Name + " on " + m.Name
+			}
+			s, err := readRole(l.rolePath(m.Name, r.Name))
+			if err != nil || s.Print != print || !s.alive() {
+				return r.Name + " on " + m.Name
+			}
+		}
+	}
+	return ""
+}
+
+// supervise starts the supervisor, or tells it what is wanted now.
+func (l *Lab) supervise(ctx context.Context) error {
 	b, err := json.MarshalIndent(l.Config, "", "  ")
 	if err != nil {
 		return err
