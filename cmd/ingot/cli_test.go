@@ -162,6 +162,8 @@ func TestExplain(t *testing.T) {
 		{fmt.Errorf("list leases: %w", status.Error(codes.Unauthenticated, "the token is wrong")),
 			"list leases: the token is wrong (the environment's certificates or token have changed; `ingot up` renews them)"},
 		{fmt.Errorf("find lease x: %w", errdefs.ErrNotFound), "find lease x: not found"},
+		{status.Error(codes.Unavailable, `connection error: desc = "transport: Error while dialing: dial tcp 192.168.10.3:9090: i/o timeout"`),
+			"dial tcp 192.168.10.3:9090: i/o timeout"},
 		{errors.New("a\n  b"), "a; b"},
 	} {
 		if diff := cmp.Diff(c.want, explain(c.err)); diff != "" {

@@ -47,6 +47,12 @@ func TestE2E(t *testing.T) {
 	if out, err := exec.Command("cp", "../../bin/ingot", program).CombinedOutput(); err != nil {
 		t.Fatalf("cp: %v\n%s", err, out)
 	}
+	probe := filepath.Join(bin, "probe") // what isolation.txtar puts into guests
+	build := exec.Command("go", "build", "-ldflags", "-s -w", "-o", probe, "./testdata/probe")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build the probe: %v\n%s", err, out)
+	}
 	onlyOne(t)
 	down := func() {
 		if out, err := exec.Command(program, "--env", e2eEnv, "down").CombinedOutput(); err != nil {
@@ -65,6 +71,7 @@ func TestE2E(t *testing.T) {
 					e.Setenv("INGOT_ENV", e2eEnv)
 					e.Setenv("PATH", bin+string(os.PathListSeparator)+e.Getenv("PATH")+":/usr/sbin:/sbin")
 					e.Setenv("PROGRAM", program)
+					e.Setenv("PROBE", probe)
 					if script != "up" {
 						e.Defer(func() { removeVMs(t, program) })
 					}

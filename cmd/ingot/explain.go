@@ -10,8 +10,11 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// preamble is what gRPC puts before the text of a server's error.
-var preamble = regexp.MustCompile(`rpc error: code = \w+ desc = `)
+// What gRPC puts around a server's error, and around one of a connection.
+var (
+	preamble   = regexp.MustCompile(`rpc error: code = \w+ desc = `)
+	connection = regexp.MustCompile(`(?:latest balancer error: )?connection error: desc = "(?:transport: (?:Error while dialing|authentication handshake failed): )?((?:[^"\\]|\\.)*)"`)
+)
 
 // explain is err in one line for a person: what, where, and where it is known,
 // what to do. Of a gRPC error it has what the server said; joined errors stand
@@ -21,7 +24,7 @@ func explain(err error) string {
 		return "interrupted"
 	}
 	var lines []string
-	for line := range strings.Lines(preamble.ReplaceAllString(err.Error(), "")) {
+	for line := range strings.Lines(plain(err.Error())) {
 		if line = strings.Join(strings.Fields(line), " "); line != "" {
 			lines = append(lines, line)
 		}
@@ -32,4 +35,9 @@ func explain(err error) string {
 		text += " (the environment's certificates or token have changed; `ingot up` renews them)"
 	}
 	return text
+}
+
+// plain takes gRPC's own words out of an error's text.
+func plain(text string) string {
+	return connection.ReplaceAllString(preamble.ReplaceAllString(text, ""), "$1")
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"regexp"
 	"strings"
 	"sync"
 	"time"
@@ -95,18 +96,21 @@ func sameMAC(a, b string) bool {
 	return err1 == nil && err2 == nil && x.String() == y.String()
 }
 
+// connection is what gRPC puts around the error of a connection.
+var connection = regexp.MustCompile(`^(?:latest balancer error: )?connection error: desc = "(?:transport: (?:Error while dialing|authentication handshake failed): )?(.*)"$`)
+
 // said is what went wrong with a question, without gRPC's own words.
 func said(err error) string {
 	s := status.Convert(err)
 	switch s.Code() {
 	case codes.DeadlineExceeded:
-		if s.Message() == context.DeadlineExceeded.Error() { // our own
+		if strings.HasPrefix(s.Message(), context.DeadlineExceeded.Error()) { // our own
 			return fmt.Sprintf("no answer within %s", patience)
 		}
 	case codes.Unimplemented:
 		return "this version does not know the question"
 	}
-	return strings.Join(strings.Fields(s.Message()), " ")
+	return strings.Join(strings.Fields(connection.ReplaceAllString(s.Message(), "$1")), " ")
 }
 
 // unreachable is the finding about a machine whose service does not answer.
