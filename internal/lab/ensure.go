@@ -246,6 +246,11 @@ func (l *Lab) openUplink() (changed bool, err error) {
 			return changed, err
 		}
 	}
+	added, err := nat.SetPassage(l.Device())
+	if err != nil {
+		return changed, err
+	}
+	changed = changed || len(added) > 0
 	uplinks, err := Uplinks()
 	if err != nil {
 		return changed, err

@@ -34,7 +34,7 @@ func (l *Lab) Remove(ctx context.Context) error {
 	for _, pin := range pins {
 		problems = append(problems, link.UnpinNamespace(l.pin(pin.Name())))
 	}
-	problems = append(problems, link.Remove(l.Device()), nat.Remove(l.Device()), l.restoreForwarding())
+	problems = append(problems, link.Remove(l.Device()), nat.Remove(l.Device()), nat.RemovePassage(l.Device()), l.restoreForwarding())
 	for mounted(l.RunDir) {
 		if err := unix.Unmount(l.RunDir, unix.MNT_DETACH); err != nil {
 			problems = append(problems, fmt.Errorf("unmount %s: %w", l.RunDir, err))

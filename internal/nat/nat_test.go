@@ -1,6 +1,7 @@
 package nat_test
 
 import (
+	"bytes"
 	"flag"
 	"fmt"
 	"net/netip"
@@ -141,4 +142,31 @@ func TestLab(t *testing.T) {
 		}
 	}
 	golden(t, "lab.nft", "ip", "ingot-test")
+}
+
+// Docker and ufw leave a chain like this one.
+func TestPassageThroughAnothersDrop(t *testing.T) {
+	needs(t)
+	nft := func(script string) {
+		t.Helper()
+		if out, err := exec.Command("nft", script).CombinedOutput(); err != nil {
+			t.Fatalf("nft: %v %s", err, out)
+		}
+	}
+	nft("table ip filter { chain FORWARD { type filter hook forward priority filter; policy drop; }; chain DOCKER-USER {}; }")
+	nft("table inet other { chain forward { type filter hook forward priority filter; policy accept; }; }")
+	for i, want := range []int{1, 0} { // twice changes nothing
+		added, err := nat.SetPassage("ingot-lab")
+		if err != nil || len(added) != want {
+			t.Fatalf("time %d: %v, %v", i, added, err)
+		}
+	}
+	golden(t, "passage.nft", "ip", "filter")
+	if err := nat.RemovePassage("ingot-lab"); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("nft", "list", "chain", "ip", "filter", "FORWARD").Output()
+	if err != nil || bytes.Contains(out, []byte("ingot")) {
+		t.Errorf("left behind: %v\n%s", err, out)
+	}
 }

@@ -1,0 +1,113 @@
+package nat
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+)
+
+// passageMark begins the comment of our rules in others' chains.
+const passageMark = "ingot: let pass "
+
+// SetPassage lets packets of an interface through the forward chains of others
+// that drop what they don't know (Docker's, ufw's): an accept in a table of our
+// own can't undo another table's drop. Two rules go to the head of each such
+// chain, in a form that iptables can show; what may come in is decided in our own
+// table. It returns the chains that it added rules to.
+func SetPassage(iface string) (added []string, err error) {
+	c, err := nftables.New()
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	chains, err := droppingChains(c)
+	if err != nil {
+		return nil, err
+	}
+	for _, chain := range chains {
+		have, err := passageRules(c, chain, iface)
+		if err != nil {
+			return nil, err
+		}
+		if len(have) == 2 {
+			continue
+		}
+		for _, match := range [][]expr.Any{oif(iface), iif(iface)} {
+			c.InsertRule(&nftables.Rule{
+				Table: chain.Table, Chain: chain,
+				Exprs:    append(match, &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictAccept}),
+				UserData: userdata.AppendString(nil, userdata.TypeComment, passageMark+iface),
+			})
+		}
+		added = append(added, chain.Table.Name+" "+chain.Name)
+	}
+	if err := c.Flush(); err != nil {
+		return nil, fmt.Errorf("let %s pass: %w", iface, err)
+	}
+	return added, nil
+}
+
+// RemovePassage takes away what SetPassage has added.
+func RemovePassage(iface string) error {
+	c, err := nftables.New()
+	if err != nil {
+		return fmt.Errorf("open nftables: %w", err)
+	}
+	chains, err := c.ListChains()
+	if err != nil {
+		return fmt.Errorf("list nftables chains: %w", err)
+	}
+	for _, chain := range chains {
+		if chain.Hooknum == nil || *chain.Hooknum != *nftables.ChainHookForward {
+			continue
+		}
+		rules, err := passageRules(c, chain, iface)
+		if err != nil {
+			return err
+		}
+		for _, r := range rules {
+			if err := c.DelRule(r); err != nil {
+				return fmt.Errorf("remove rule: %w", err)
+			}
+		}
+	}
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("remove rules of %s: %w", iface, err)
+	}
+	return nil
+}
+
+// droppingChains are others' base chains that drop forwarded IPv4 packets by policy.
+func droppingChains(c *nftables.Conn) ([]*nftables.Chain, error) {
+	chains, err := c.ListChains()
+	if err != nil {
+		return nil, fmt.Errorf("list nftables chains: %w", err)
+	}
+	var found []*nftables.Chain
+	for _, chain := range chains {
+		family := chain.Table.Family
+		if strings.HasPrefix(chain.Table.Name, Table) || family != nftables.TableFamilyIPv4 && family != nftables.TableFamilyINet {
+			continue
+		}
+		if chain.Hooknum != nil && *chain.Hooknum == *nftables.ChainHookForward && chain.Policy != nil && *chain.Policy == nftables.ChainPolicyDrop {
+			found = append(found, chain)
+		}
+	}
+	return found, nil
+}
+
+func passageRules(c *nftables.Conn, chain *nftables.Chain, iface string) ([]*nftables.Rule, error) {
+	rules, err := c.GetRules(chain.Table, chain)
+	if err != nil {
+		return nil, fmt.Errorf("read rules of %s %s: %w", chain.Table.Name, chain.Name, err)
+	}
+	var ours []*nftables.Rule
+	for _, r := range rules {
+		if text, ok := userdata.GetString(r.UserData, userdata.TypeComment); ok && text == passageMark+iface {
+			ours = append(ours, r)
+		}
+	}
+	return ours, nil
+}
