@@ -30,6 +30,7 @@ import (
 	images "ingot/internal/image/build"
 	"ingot/internal/inspect"
 	"ingot/internal/lab"
+	"ingot/internal/nat"
 	"ingot/internal/pki"
 	"ingot/internal/wire"
 )
@@ -237,6 +238,9 @@ func (u *up) pki(m Machine) string {
 
 func (u *up) makeMachines(ctx context.Context) (string, error) {
 	_, err := u.lab.Ensure(ctx)
+	if there, _ := nat.Present("firewalld"); there {
+		u.say("note: firewalld refuses what it does not know; so that microVMs reach the world:\n  firewall-cmd --zone=trusted --add-interface=%s", u.lab.Device())
+	}
 	var names []string
 	for _, m := range u.env.Machines {
 		names = append(names, m.Name)
