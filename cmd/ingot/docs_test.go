@@ -17,13 +17,15 @@ import (
 // and back: neither may have a key that the other lacks.
 func TestJSONDocs(t *testing.T) {
 	types := map[string]any{
-		"ingot inspect":    &inspect.Report{},
-		"ingot ps":         &[]vmView{},
-		"ingot vm get":     &vmView{},
-		"ingot lease list": &[]leaseView{},
-		"ingot lease show": &leaseView{},
-		"ingot nat list":   &natView{},
-		"ingot version":    &build{},
+		"ingot inspect":      &inspect.Report{},
+		"ingot ps":           &[]vmView{},
+		"ingot vm get":       &vmView{},
+		"ingot lease list":   &[]leaseView{},
+		"ingot lease show":   &leaseView{},
+		"ingot nat list":     &natView{},
+		"ingot machine list": &[]machineView{},
+		"ingot image list":   &[]imageRow{},
+		"ingot version":      &build{},
 	}
 	page, err := os.ReadFile("../../docs/json.md")
 	if err != nil {

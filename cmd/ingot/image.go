@@ -136,12 +136,12 @@ func imagePushCommand(r *registryFlags) *cobra.Command {
 	}
 }
 
-// imageRow is an image as -o json shows it.
+// imageRow is an image as -o json shows it. docs/json.md describes it.
 type imageRow struct {
 	Name    string `json:"name"`
 	Digest  string `json:"digest"`
 	Size    int64  `json:"size"`
-	Version string `json:"version,omitempty"`
+	Version string `json:"version"`
 }
 
 func imageListCommand(r *registryFlags) *cobra.Command {

@@ -26,12 +26,21 @@ func machineCommand() *cobra.Command {
 	return cmd
 }
 
-// machineView is a machine as -o json shows it.
+// machineView is a machine as -o json shows it. docs/json.md describes it.
 type machineView struct {
-	Name    string          `json:"name"`
-	Address string          `json:"address"`
-	Up      bool            `json:"up"`
-	Roles   []lab.RoleState `json:"roles"`
+	Name    string     `json:"name"`
+	Address string     `json:"address"`
+	Up      bool       `json:"up"`
+	Roles   []roleView `json:"roles"`
+}
+
+type roleView struct {
+	Name     string    `json:"name"`
+	Running  bool      `json:"running"`
+	PID      int       `json:"pid"`
+	Since    time.Time `json:"since"`
+	Restarts int       `json:"restarts"`
+	Log      string    `json:"log"`
 }
 
 func openLab(cmd *cobra.Command) (*lab.Lab, error) {
@@ -55,17 +64,19 @@ func machineListCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			var views []machineView
+			views := []machineView{}
 			var rows [][]string
 			for _, s := range l.States() {
-				views = append(views, machineView{Name: s.Name, Address: s.Address.String(), Up: s.Up, Roles: s.Roles})
+				v := machineView{Name: s.Name, Address: s.Address.String(), Up: s.Up, Roles: []roleView{}}
 				for _, r := range s.Roles {
+					v.Roles = append(v.Roles, roleView{r.Name, r.Running, r.PID, r.Since.UTC(), r.Restarts, r.Log})
 					state, age := "dead", ""
 					if r.Running {
 						state, age = "running", time.Since(r.Since).Round(time.Second).String()
 					}
 					rows = append(rows, []string{s.Name, s.Address.String(), r.Name, state, fmt.Sprint(r.PID), age, fmt.Sprint(r.Restarts)})
 				}
+				views = append(views, v)
 			}
 			return out.write(cmd.OutOrStdout(), views, func(w io.Writer) error {
 				return table(w, "MACHINE ADDRESS ROLE STATE PID AGE RESTARTS", rows)

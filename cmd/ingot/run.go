@@ -1,11 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -243,21 +245,22 @@ func up(ctx context.Context, vm microVM, p *progress) (microVM, error) {
 		case "deleting":
 			return vm, errors.New("somebody deletes it")
 		default:
-			p.say(stepWords(st), "")
+			p.say(stepWords(st))
 		}
 	}
 }
 
-// stepWords says what a host is doing for a microVM.
-func stepWords(st *types.MicroVMStatus) string {
-	words := map[string]string{"pull": "prepare the images", "volume": "make the volume", "network": "make the interfaces", "boot": "boot"}[st.GetStep()]
-	if words == "" {
-		words = state(st)
-	}
+// stepWords says what a host is doing for a microVM, and how far it is: a step
+// may have a number after it.
+func stepWords(st *types.MicroVMStatus) (step, detail string) {
 	if st.GetRetry() > 0 && st.GetReason() != "" {
-		words = "try again after: " + st.GetReason()
+		return "try again after: " + st.GetReason(), ""
 	}
-	return words
+	name, detail, _ := strings.Cut(st.GetStep(), " ")
+	step = map[string]string{
+		"pull": "prepare the images", "unpack": "prepare the images", "volume": "make the volume", "network": "make the interfaces", "boot": "boot",
+	}[name]
+	return cmp.Or(step, st.GetStep(), state(st)), detail
 }
 
 // untilEnd waits for the end of the guest's own process; its exit code is ours.
