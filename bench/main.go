@@ -217,7 +217,7 @@ func (b *bench) remove(ctx context.Context, uid string) error {
 
 // creates measures create accepted to VMM started, images present.
 func (b *bench) creates(ctx context.Context) error {
-	var all, accepted []time.Duration
+	var all, accepted, answers []time.Duration
 	for i := range 21 {
 		before := time.Now()
 		r, err := b.vms.CreateMicroVM(ctx, &v1alpha1.CreateMicroVMRequest{Microvm: spec(fmt.Sprint("create-", i))})
@@ -226,19 +226,26 @@ func (b *bench) creates(ctx context.Context) error {
 		}
 		start := time.Now()
 		uid := r.GetMicrovm().GetSpec().GetUid()
-		if err := b.watch(ctx, uid, started); err != nil {
+		var took time.Duration
+		if err := b.watch(ctx, uid, func(vm *types.MicroVM) bool {
+			if took == 0 && vm.GetStatus().GetPid() != 0 {
+				took = time.Since(start)
+			}
+			return started(vm)
+		}); err != nil {
 			return err
 		}
-		took := time.Since(start)
+		answer := time.Since(start)
 		if err := b.remove(ctx, uid); err != nil {
 			return err
 		}
 		if i > 0 { // the first one pulls
-			all, accepted = append(all, took), append(accepted, start.Sub(before))
+			all, accepted, answers = append(all, took), append(accepted, start.Sub(before)), append(answers, answer)
 		}
 	}
 	show("create asked to accepted (durable)", accepted)
 	show("create accepted to VMM started", all)
+	show("create accepted to VMM answering", answers)
 	return nil
 }
 

@@ -61,6 +61,9 @@ func (v *instance) boot(ctx context.Context) error {
 	config := vmm.Config{
 		UID: spec.UID, Dir: v.dir, User: v.user, VCPU: spec.VCPU, Memory: spec.Memory,
 		Kernel: prepared.Kernel, Initrd: prepared.Initrd, Cmdline: cmdline, Agent: true,
+		Spawned: func(pid int) {
+			v.set(func(s *vm.Status) { s.PID, s.StartedAt, s.BootTime, s.ExitCode = pid, time.Now(), 0, 0 })
+		},
 	}
 	var files run.Cleanup
 	defer files.Clean()
@@ -74,7 +77,6 @@ func (v *instance) boot(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("start %s: %w", driver.Name(), err)
 	}
-	v.set(func(s *vm.Status) { s.StartedAt, s.BootTime, s.ExitCode = time.Now(), 0, 0 })
 	v.running(m)
 	v.note(ctx)
 	return nil

@@ -411,7 +411,7 @@ func (v *instance) failed(_ context.Context, err error) {
 	v.log.Error("microVM", "err", err)
 	v.set(func(s *vm.Status) {
 		s.Retry++
-		s.Reason, s.Step = err.Error(), ""
+		s.Reason, s.Step, s.PID = err.Error(), "", 0
 		final := errdefs.IsInvalidArgument(err) || errdefs.IsNotFound(err) && s.Retry >= hopeless
 		if final && !v.record.Deleting {
 			s.Phase, s.RetryAt = vm.Failed, time.Time{}

@@ -24,6 +24,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
@@ -59,6 +60,9 @@ type Server struct {
 // Listen serves the guest behind a device of this network namespace. Guests all
 // ask the same address: each listener hears only what came in by its device.
 func Listen(device string) (*Server, error) {
+	if device == "" {
+		return nil, fmt.Errorf("serve metadata: no device is named: %w", errdefs.ErrInvalidArgument)
+	}
 	config := net.ListenConfig{Control: func(_, _ string, conn syscall.RawConn) error { return bind(conn, device) }}
 	l, err := config.Listen(context.Background(), "tcp4", Address)
 	if err != nil {

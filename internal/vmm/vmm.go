@@ -71,6 +71,9 @@ type Config struct {
 	Disks []Disk // vda, vdb, … in the guest
 	NICs  []NIC  // eth0, eth1, … in the guest
 	Agent bool   // make a channel to the guest's agent
+	// Spawned, if not nil, is told of the hypervisor's process as soon as it is
+	// there, and found again by Attach: before it answers, and before Start returns.
+	Spawned func(pid int)
 	// Cgroup, if not empty, is a cgroup directory's path that the process is put
 	// into before it runs.
 	Cgroup string

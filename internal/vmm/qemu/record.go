@@ -47,7 +47,9 @@ func readRecord(dir string) (record, error) {
 		return r, err
 	}
 	if err := json.Unmarshal(data, &r); err != nil {
-		return r, fmt.Errorf("read %s: %w", filepath.Join(dir, recordFile), err)
+		// A power cut may tear it. No process outlives that, and another one would
+		// be found by its command line.
+		return r, fmt.Errorf("read %s: %w: %w", filepath.Join(dir, recordFile), err, errdefs.ErrNotFound)
 	}
 	if r.Format != recordFormat || r.Driver != Name {
 		return r, fmt.Errorf("read %s: it is format %d of driver %q: %w", filepath.Join(dir, recordFile), r.Format, r.Driver, errdefs.ErrFailedPrecondition)

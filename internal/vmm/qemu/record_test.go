@@ -164,3 +164,40 @@ func TestFacts(t *testing.T) {
 		t.Errorf("start without QEMU: %v", err)
 	}
 }
+
+func TestTornRecordIsNone(t *testing.T) {
+	for name, text := range map[string]string{"empty": "", "torn": `{"format": 1, "dri`} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			if err := os.WriteFile(filepath.Join(dir, recordFile), []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := New(Config{}).Attach(t.Context(), dir); !errdefs.IsNotFound(err) {
+				t.Errorf("attach: %v", err)
+			}
+			if err := vacant(dir); err != nil {
+				t.Errorf("start: %v", err)
+			}
+		})
+	}
+}
+
+// The daemon was killed between making the process and writing its record, and
+// the record of an earlier run is still there.
+func TestStartFindsAStrayBehindAnOldRecord(t *testing.T) {
+	stray := bystander(t)
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, cfgFile), []byte("sleep\n1000\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := record{Format: recordFormat, Driver: Name, PID: 1 << 22, BootID: bootID(), Exit: &vmm.Exit{Cause: vmm.PowerOff}}
+	if err := r.write(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := vacant(dir); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := startTime(stray.Process.Pid); err == nil {
+		t.Error("the stray still runs")
+	}
+}

@@ -71,6 +71,7 @@ func vacant(dir string) error {
 	}
 	p, err := r.find()
 	if errdefs.IsNotFound(err) {
+		sweep(dir)
 		return nil
 	}
 	if err != nil {
@@ -93,6 +94,12 @@ func (l *launch) run(ctx context.Context, binary string) (vmm.Machine, error) {
 	// polling for a socket to appear.
 	conn, err := dial(ctx, l.c.Dir, qmpSocket)
 	if err != nil {
+		return nil, err
+	}
+	// From here until the new record is written, a process of this directory is
+	// known by its command line only: an old record would hide it.
+	if err := os.Remove(filepath.Join(l.c.Dir, recordFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		conn.Close()
 		return nil, err
 	}
 	p, err := l.spawn(binary, argv)
@@ -132,6 +139,9 @@ func (l *launch) meet(ctx context.Context, p *process, conn net.Conn) (*monitor,
 	if err != nil {
 		conn.Close()
 		return nil, err
+	}
+	if l.c.Spawned != nil {
+		l.c.Spawned(p.pid)
 	}
 	note(l.c.Dir, "started: process %d, version %s, %s %s", p.pid, version, l.r.Accelerator, l.d.KVM.Reason())
 	return newMonitor(ctx, conn)
