@@ -26,6 +26,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"ingot/internal/run"
 )
 
 // Address is where guests ask.
@@ -37,9 +39,12 @@ const (
 	MetaData = "meta-data"
 )
 
+// vendorData is one that it asks for ten times if it is not there, a second apart.
+const vendorData = "vendor-data"
+
 // emptyUserData is what a guest without user data gets. An empty answer would
 // make cloud-init warn.
-const emptyUserData = "#cloud-config\n"
+const emptyUserData = "#cloud-config\n{}\n"
 
 // What one guest may take of the host.
 const (
@@ -64,7 +69,7 @@ func Listen(device string) (*Server, error) {
 		return nil, fmt.Errorf("serve metadata: no device is named: %w", errdefs.ErrInvalidArgument)
 	}
 	config := net.ListenConfig{Control: func(_, _ string, conn syscall.RawConn) error { return bind(conn, device) }}
-	l, err := config.Listen(context.Background(), "tcp4", Address)
+	l, err := run.Listen(context.Background(), config, "tcp4", Address)
 	if err != nil {
 		return nil, fmt.Errorf("serve metadata on %s: %w", device, err)
 	}
@@ -101,8 +106,10 @@ func (s *Server) Set(values map[string]string) {
 	if values[UserData] == "" {
 		values[UserData] = emptyUserData
 	}
-	if _, ok := values[MetaData]; !ok {
-		values[MetaData] = ""
+	for _, key := range []string{MetaData, vendorData} {
+		if _, ok := values[key]; !ok {
+			values[key] = ""
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -160,7 +160,7 @@ func TestTwoGuestsWithTheSameAddress(t *testing.T) {
 	expect(t, one, "/latest/vendor-data", 200, "v")
 	expect(t, one, "/latest/none", 404, "no such metadata: /latest/none\n")
 	expect(t, one, "/latest/../etc/passwd", 404, "")
-	expect(t, two, "/latest/user-data", 200, "#cloud-config\n")
+	expect(t, two, "/latest/user-data", 200, "#cloud-config\n{}\n")
 
 	_, body := one.get(t, "/latest/", "Accept: application/json")
 	var values map[string]string
@@ -170,11 +170,11 @@ func TestTwoGuestsWithTheSameAddress(t *testing.T) {
 
 	first.Set(map[string]string{"meta-data": "new"})
 	expect(t, one, "/latest/meta-data", 200, "new")
-	expect(t, one, "/latest/vendor-data", 404, "")
+	expect(t, one, "/latest/vendor-data", 200, "")
 
 	first.Close()
 	again := serve(t, "mdtest1", nil) // at once
-	expect(t, one, "/latest/user-data", 200, "#cloud-config\n")
+	expect(t, one, "/latest/user-data", 200, "#cloud-config\n{}\n")
 	expect(t, two, "/latest/meta-data", 200, "instance-id: two\n")
 	again.Close()
 }
