@@ -1,6 +1,7 @@
 package link
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 
@@ -59,4 +60,22 @@ func EnsureRoute(dst netip.Prefix, via netip.Addr) (changed bool, err error) {
 		return false, fmt.Errorf("route %s via %s: %w", dst, via, err)
 	}
 	return true, nil
+}
+
+// ForgetNeighbour drops what is known of the MAC address behind an IPv4 address, on
+// all interfaces. The next packet asks for it anew.
+func ForgetNeighbour(a netip.Addr) error {
+	known, err := netlink.NeighList(0, unix.AF_INET)
+	if err != nil {
+		return fmt.Errorf("list neighbours: %w", err)
+	}
+	for _, n := range known {
+		if ip, ok := netip.AddrFromSlice(n.IP); !ok || ip.Unmap() != a {
+			continue
+		}
+		if err := netlink.NeighDel(&n); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("forget neighbour %s: %w", a, err)
+		}
+	}
+	return nil
 }

@@ -103,8 +103,9 @@ type Host struct {
 	Bridge  string           // the guests' bridge; empty: none
 	Port    string           // Segment's other end, a port of Bridge
 	// Platform are the addresses of the environment's machines, which guests
-	// reach only for names, addresses and images.
+	// reach only for names, addresses and images, and these only at Hub.
 	Platform   []netip.Addr
+	Hub        netip.Addr
 	Trusted    netip.Prefix // who else reaches Management
 	Management []uint16     // TCP ports
 }
@@ -161,10 +162,13 @@ func setHostBridge(h Host) error {
 	b.rule(guest, "", bridgeIPv4(), destination(netip.MustParsePrefix("169.254.0.0/16")), drop)
 	accept := verdict(expr.VerdictAccept)
 	b.rule(guest, "", bridgeIPv4(), destinationNotIn(platform), accept)
-	b.rule(guest, "", bridgeIPv4(), port4(unix.IPPROTO_UDP, 67), accept)
-	b.rule(guest, "", bridgeIPv4(), port4(unix.IPPROTO_UDP, 53), accept)
-	b.rule(guest, "", bridgeIPv4(), port4(unix.IPPROTO_TCP, 53), accept)
-	b.rule(guest, "", bridgeIPv4(), port4(unix.IPPROTO_TCP, 5000), accept)
+	if h.Hub.IsValid() {
+		hub := destination(netip.PrefixFrom(h.Hub, 32))
+		b.rule(guest, "", bridgeIPv4(), hub, port4(unix.IPPROTO_UDP, 67), accept)
+		b.rule(guest, "", bridgeIPv4(), hub, port4(unix.IPPROTO_UDP, 53), accept)
+		b.rule(guest, "", bridgeIPv4(), hub, port4(unix.IPPROTO_TCP, 53), accept)
+		b.rule(guest, "", bridgeIPv4(), hub, port4(unix.IPPROTO_TCP, 5000), accept)
+	}
 	b.rule(guest, "", bridgeIPv4(), l4proto(unix.IPPROTO_ICMP), accept)
 	// An answer to what the platform asked: `ssh`, a published port, a probe.
 	b.rule(guest, "", bridgeIPv4(), l4proto(unix.IPPROTO_TCP), acknowledges(), accept)
@@ -184,8 +188,8 @@ type Lab struct {
 }
 
 // SetLab replaces the lab's table in the machine's own network namespace: the
-// lab's packets leave under the machine's address, and nothing that the lab did
-// not ask for gets in.
+// lab's packets leave under the machine's address, nothing that the lab did not
+// ask for gets in, and the lab's guests reach no service of the machine's own.
 func SetLab(l Lab) error {
 	b, err := begin(nftables.TableFamilyIPv4, l.Table)
 	if err != nil {
@@ -194,6 +198,13 @@ func SetLab(l Lab) error {
 	forward := b.chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, nil)
 	b.rule(forward, "", oif(l.Uplink), established(), verdict(expr.VerdictAccept))
 	b.rule(forward, "", oif(l.Uplink), verdict(expr.VerdictDrop))
+	// Nor do guests get at what this machine serves, but for names.
+	input := b.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nil)
+	b.rule(input, "", iif(l.Uplink), established(), verdict(expr.VerdictAccept))
+	b.rule(input, "", iif(l.Uplink), l4proto(unix.IPPROTO_ICMP), verdict(expr.VerdictAccept))
+	b.rule(input, "", iif(l.Uplink), port4(unix.IPPROTO_UDP, 53), verdict(expr.VerdictAccept))
+	b.rule(input, "", iif(l.Uplink), port4(unix.IPPROTO_TCP, 53), verdict(expr.VerdictAccept))
+	b.rule(input, "", iif(l.Uplink), verdict(expr.VerdictDrop))
 	postrouting := b.chain("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, nil)
 	b.rule(postrouting, "", source(l.Subnet), oifNot(l.Uplink), []expr.Any{&expr.Masq{}})
 	return b.commit()

@@ -2,6 +2,7 @@ package nat_test
 
 import (
 	"bytes"
+	"context"
 	"flag"
 	"fmt"
 	"net/netip"
@@ -10,6 +11,7 @@ import (
 	"path/filepath"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -122,7 +124,7 @@ func TestHost(t *testing.T) {
 	needs(t)
 	h := nat.Host{
 		Segment: "bond0.1000", MAC: link.MAC("test"), Bridge: "ingot0", Port: "seg0",
-		Platform: platform, Trusted: netip.MustParsePrefix("100.64.0.0/30"), Management: []uint16{9090},
+		Platform: platform, Hub: netip.MustParseAddr("192.168.10.2"), Trusted: netip.MustParsePrefix("100.64.0.0/30"), Management: []uint16{9090},
 	}
 	for range 2 {
 		if err := nat.SetHost(h); err != nil {
@@ -168,5 +170,43 @@ func TestPassageThroughAnothersDrop(t *testing.T) {
 	out, err := exec.Command("nft", "list", "chain", "ip", "filter", "FORWARD").Output()
 	if err != nil || bytes.Contains(out, []byte("ingot")) {
 		t.Errorf("left behind: %v\n%s", err, out)
+	}
+}
+
+// TestKeepHost: what keeps guests out is back at once, whoever takes it away.
+func TestKeepHost(t *testing.T) {
+	needs(t)
+	h := nat.Host{
+		Segment: "bond0.1000", MAC: link.MAC("test"), Bridge: "ingot0", Port: "seg0",
+		Platform: platform, Hub: netip.MustParseAddr("192.168.10.2"), Trusted: netip.MustParsePrefix("100.64.0.0/30"), Management: []uint16{9090},
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	ready, restored, done := make(chan bool), make(chan bool), make(chan error)
+	go func() { done <- nat.KeepHost(ctx, h, func() { close(ready) }, func() { restored <- true }) }()
+	<-ready
+	for _, command := range [][]string{
+		{"flush", "ruleset"},
+		{"delete", "table", "bridge", "ingot"},
+		{"flush", "chain", "inet", "ingot", "input"},
+		{"insert", "rule", "inet", "ingot", "input", "accept"},
+	} {
+		if out, err := exec.Command("nft", command...).CombinedOutput(); err != nil {
+			t.Fatalf("nft %v: %v\n%s", command, err, out)
+		}
+		select {
+		case <-restored:
+		case <-time.After(10 * time.Second):
+			t.Fatalf("after nft %v: the tables were not set again", command)
+		}
+		golden(t, "host.nft", "inet", nat.Table)
+		golden(t, "host-bridge.nft", "bridge", nat.Table)
+	}
+	// Another's table is another's business.
+	if out, err := exec.Command("nft", "add table inet other").CombinedOutput(); err != nil {
+		t.Fatalf("nft: %v\n%s", err, out)
+	}
+	stop()
+	if err := <-done; err != nil {
+		t.Error(err)
 	}
 }

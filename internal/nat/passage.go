@@ -2,7 +2,6 @@ package nat
 
 import (
 	"fmt"
-	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -26,6 +25,11 @@ func SetPassage(iface string) (added []string, err error) {
 	if err != nil {
 		return nil, err
 	}
+	return letPass(c, chains, iface)
+}
+
+// letPass puts the two rules into each chain that has not got them.
+func letPass(c *nftables.Conn, chains []*nftables.Chain, iface string) (added []string, err error) {
 	for _, chain := range chains {
 		have, err := passageRules(c, chain, iface)
 		if err != nil {
@@ -87,11 +91,7 @@ func droppingChains(c *nftables.Conn) ([]*nftables.Chain, error) {
 	}
 	var found []*nftables.Chain
 	for _, chain := range chains {
-		family := chain.Table.Family
-		if strings.HasPrefix(chain.Table.Name, Table) || family != nftables.TableFamilyIPv4 && family != nftables.TableFamilyINet {
-			continue
-		}
-		if chain.Hooknum != nil && *chain.Hooknum == *nftables.ChainHookForward && chain.Policy != nil && *chain.Policy == nftables.ChainPolicyDrop {
+		if othersForward(chain) && chain.Policy != nil && *chain.Policy == nftables.ChainPolicyDrop {
 			found = append(found, chain)
 		}
 	}
