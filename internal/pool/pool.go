@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 
@@ -51,6 +52,7 @@ type Facts struct {
 	Used      int64
 	Backing   int64 // free bytes of the file system beneath
 	Available int64
+	Inodes    int64 // how many files can still be made, in the pool or beneath
 }
 
 // Open makes sure that dir/pool is a directory that can share blocks, and
@@ -107,6 +109,12 @@ func ReadFacts(dir string) (Facts, error) {
 	f.Used = int64(in.Blocks-in.Bfree) * in.Bsize
 	f.Backing = int64(beneath.Bavail) * beneath.Bsize
 	f.Available = min(int64(in.Bavail)*in.Bsize, f.Backing)
+	f.Inodes = math.MaxInt64
+	for _, s := range []unix.Statfs_t{in, beneath} {
+		if s.Files != 0 { // btrfs has no such number
+			f.Inodes = min(f.Inodes, int64(s.Ffree))
+		}
+	}
 	image := filepath.Join(dir, "pool.xfs")
 	if _, err := os.Stat(image); err == nil {
 		f.Image = image
@@ -115,6 +123,40 @@ func ReadFacts(dir string) (Facts, error) {
 		}
 	}
 	return f, nil
+}
+
+// What is kept for the microVMs that are there when no more are let in: their
+// volumes share blocks that they will come to write.
+const (
+	keepPart   = 20      // of the pool's size
+	keepMost   = 1 << 30 // bytes
+	keepInodes = 1000
+)
+
+func (f Facts) kept() int64 { return min(f.Size/keepPart, keepMost) }
+
+// Full says why no volume should be made any more; nil if there is room. It is an
+// errdefs.ErrResourceExhausted.
+func (f Facts) Full() error {
+	switch {
+	case f.Available < f.kept():
+		return fmt.Errorf("the pool at %s has %d MiB left of %d, and the file system beneath %d: %d MiB are kept for the microVMs that are there; remove some, or images (`ingot image prune`): %w",
+			f.Path, f.Available>>20, f.Size>>20, f.Backing>>20, f.kept()>>20, errdefs.ErrResourceExhausted)
+	case f.Inodes < keepInodes:
+		return fmt.Errorf("the file system of %s has room for %d files only: %w", f.Path, f.Inodes, errdefs.ErrResourceExhausted)
+	}
+	return nil
+}
+
+// Low says what will soon be full; empty if there is room.
+func (f Facts) Low() string {
+	switch {
+	case f.Available < 3*f.kept():
+		return fmt.Sprintf("%d MiB are left, and no microVM is let in below %d", f.Available>>20, f.kept()>>20)
+	case f.Inodes < 10*keepInodes:
+		return fmt.Sprintf("there is room for %d files only", f.Inodes)
+	}
+	return ""
 }
 
 func typeName(magic int64) string {
