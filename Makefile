@@ -3,11 +3,13 @@
 # One set of build settings for all words: a build of one is in the cache of the others.
 export CGO_ENABLED = 0
 export GOFLAGS = -trimpath -buildvcs=false
+# What scripts/packages has unpacked for the tests.
+export PATH := $(PATH):/usr/sbin:/sbin:/var/cache/ingot/tools/usr/sbin
 GO = $(shell scripts/go)
 VERSION = $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 # Packages that share memory between goroutines and build quickly with the race detector.
-RACE = ./internal/agent ./internal/boot ./internal/dhcp ./internal/dns ./internal/lab ./internal/metadata \
-	./internal/nat ./internal/pki ./internal/run ./internal/vm
+RACE = ./internal/agent ./internal/boot ./internal/dhcp ./internal/dns ./internal/lab ./internal/logfile ./internal/metadata \
+	./internal/nat ./internal/pki ./internal/run ./internal/vm ./internal/wire
 FUZZTIME = 10s
 
 .DEFAULT_GOAL = help
@@ -28,6 +30,7 @@ guest/bin/init: $(wildcard guest/init/*.go internal/agent/*.go) go.mod
 	@touch $@
 
 up: ## bring the lab up: two hosts, two microVMs, all checked
+	@test "$$(id -u)" = 0 || { echo "make up needs root: sudo make up" >&2; exit 1; }
 	@scripts/packages run
 	@$(MAKE) --no-print-directory build
 	@bin/ingot up
@@ -36,7 +39,7 @@ up: ## bring the lab up: two hosts, two microVMs, all checked
 test: ## run all tests
 	@scripts/packages run test
 	@$(MAKE) --no-print-directory build
-	$(GO) test -p 1 -timeout 20m -skip TestE2E ./...
+	$(GO) test -p 1 -timeout 20m ./...
 	CGO_ENABLED=1 $(GO) test -p 1 -race -short -timeout 10m $(RACE)
 
 check: ## format, vet, staticcheck, layout

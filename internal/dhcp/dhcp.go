@@ -1,12 +1,15 @@
 // Package dhcp is a DHCPv4 server (RFC 2131, RFC 2132) for one interface, and its
 // lease log. No acknowledgement leaves before its lease is on disk; leases that
-// are acknowledged together share one write. It decides addresses by the card's
-// MAC and not by the client identifier, because copies of one disk image share
-// the latter. It answers no relays yet, and does not speak DHCPv6.
+// are acknowledged together share one write. Other subnets reach it by relays
+// (RFC 3046). Before it needs an address it asks by ARP whether anybody uses it.
+// It finds other DHCP servers on the segment, but serves beside them. It reads
+// isc-dhcp-server's files, to take its place. It decides addresses by the card's
+// MAC and not by the client identifier, unless it is told to, because copies of
+// one disk image share the latter. It serves Ethernet cards only, and does not
+// speak BOOTP or DHCPv6.
 package dhcp
 
 import (
-	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -22,14 +25,22 @@ import (
 
 // Config says what a server gives away.
 type Config struct {
-	Interface   string
-	Server      netip.Addr // our own address on Interface
-	Subnet      netip.Prefix
-	First, Last netip.Addr   // the range
-	Exclude     []netip.Addr // addresses in the range that are never given
-	Router      netip.Addr
-	DNS         []netip.Addr
-	Domain      string
+	Interface string
+	Server    netip.Addr // our own address on Interface
+	Subnets   []Subnet   // one holds Server; the others are reached by relays
+	// Reservations are kept beside those that Reserve makes.
+	Reservations []Reservation
+	// Authoritative servers refuse what is wrong on their segment (NAK); others
+	// keep silent about clients that they do not know.
+	Authoritative bool
+	// ClientIDs makes the client identifier the client's name, where it sends one
+	// (RFC 2131, section 4.2). Else the MAC is, and the identifier only helps a
+	// client that comes back with a new card to the address that it had.
+	ClientIDs bool
+	// NameOf says which microVM has a card, for reservations by name. If it is nil,
+	// the host name that the client sends is believed. It must not wait, nor call
+	// the server.
+	NameOf func(net.HardwareAddr) string
 
 	DefaultLease, MaxLease, MinLease time.Duration // 0: 10 min, 2 h, 1 min
 
@@ -37,28 +48,50 @@ type Config struct {
 	ConfigFile   string // an export for people and scripts: dhcpd.conf
 	DefaultsFile string // likewise: /etc/default/isc-dhcp-server
 
-	Log *slog.Logger
-	Now func() time.Time // nil: time.Now
+	// Settle is how long the server listens for another one, and probes its first
+	// addresses, before it answers. Messages that come meanwhile wait. 0: 0.3 s.
+	Settle time.Duration
+	Log    *slog.Logger
+	Now    func() time.Time // nil: time.Now
+}
+
+// Subnet is a network and what its clients get.
+type Subnet struct {
+	Prefix  netip.Prefix
+	Ranges  []Range        // for whoever asks
+	Exclude []netip.Prefix // never given to anybody, nor reserved
+	Options Options
+
+	DefaultLease, MaxLease, MinLease time.Duration // 0: the server's
+}
+
+// Range is the addresses from First to Last.
+type Range struct {
+	First, Last netip.Addr
+}
+
+// Reservation keeps an address for a client: the one that has the MAC, else the
+// client identifier, else the microVM's name.
+type Reservation struct {
+	IP       netip.Addr
+	MAC      net.HardwareAddr
+	ClientID []byte
+	Name     string
+
+	fixed bool // by the configuration
 }
 
 // The states of a lease.
 const (
 	Active   = "active"
-	Reserved = "reserved" // kept for a card that has not asked
+	Reserved = "reserved" // kept for a client that has not asked
 	Offered  = "offered"
 	Released = "released"
 	Expired  = "expired"
-	Declined = "declined" // in use by somebody else, a client says
+	Declined = "declined" // in use by somebody else, a client or ARP says
 )
 
-// offerTime is how long an offered address waits for its request; declineTime is
-// how long one that a client found taken is left alone.
-const (
-	offerTime   = time.Minute
-	declineTime = 10 * time.Minute
-)
-
-// Lease is what one card has, or had.
+// Lease is what one client has, or had.
 type Lease struct {
 	IP       netip.Addr
 	MAC      net.HardwareAddr
@@ -72,17 +105,32 @@ type Lease struct {
 // Server is one DHCP server. New reads the log; Run serves.
 type Server struct {
 	c     Config
+	own   addr4
+	pools []*pool
 	ready chan struct{}
 	log   *journal
+	clean bool // the log on disk is ours, whole and free of old entries
 
-	mu       sync.Mutex            // guards the table below
-	leases   map[netip.Addr]*Lease // every address that was ever given
-	byMAC    map[string]*Lease     // the newest lease of a card
-	reserved map[string]netip.Addr
-	next     netip.Addr // where the search for a never-used address goes on
-	failure  error
-	serving  bool
-	warned   bool // that the range is used up
+	mu      sync.Mutex // guards all below
+	leases  map[addr4]*record
+	byMAC   map[[6]byte]*record // the newest lease of a card
+	byID    map[string]*record  // likewise of a client identifier
+	booked  reservations
+	foreign map[addr4]Foreign
+	watch   map[*watcher]bool
+	count   Counters
+	quiet   quiet
+	notes   []func() // for the log, once mu is unlocked
+	failure error
+	serving bool
+}
+
+// Counters count since the server began.
+type Counters struct {
+	Offers, Acks, Naks, Declines, Releases, Informs uint64
+	Exhausted                                       uint64 // DISCOVERs for which no address was free
+	Conflicts                                       uint64 // addresses that ARP found with another card
+	Malformed                                       uint64
 }
 
 // New reads the lease log and prepares a server.
@@ -90,27 +138,61 @@ func New(c Config) (*Server, error) {
 	c.DefaultLease = cmp.Or(c.DefaultLease, 10*time.Minute)
 	c.MaxLease = cmp.Or(c.MaxLease, 2*time.Hour)
 	c.MinLease = cmp.Or(c.MinLease, time.Minute)
+	c.Settle = cmp.Or(c.Settle, 300*time.Millisecond)
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	if !c.Subnet.Contains(c.First) || !c.Subnet.Contains(c.Last) || c.Last.Less(c.First) {
-		return nil, fmt.Errorf("dhcp: range %s - %s is not in %s: %w", c.First, c.Last, c.Subnet, errdefs.ErrInvalidArgument)
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
 	}
 	s := &Server{
-		c: c, ready: make(chan struct{}), leases: map[netip.Addr]*Lease{}, byMAC: map[string]*Lease{},
-		reserved: map[string]netip.Addr{}, next: c.First,
+		c: c, own: from(c.Server), ready: make(chan struct{}),
+		byMAC: map[[6]byte]*record{}, byID: map[string]*record{},
+		booked: newReservations(), foreign: map[addr4]Foreign{}, watch: map[*watcher]bool{},
 	}
-	book, err := readBook(c.LeaseFile)
+	for _, subnet := range c.Subnets {
+		p, err := newPool(c, subnet)
+		if err != nil {
+			return nil, fmt.Errorf("dhcp: subnet %s: %w", subnet.Prefix, err)
+		}
+		for _, other := range s.pools {
+			if other.prefix.Overlaps(p.prefix) {
+				return nil, fmt.Errorf("dhcp: subnets %s and %s overlap: %w", other.prefix, p.prefix, errdefs.ErrInvalidArgument)
+			}
+		}
+		s.pools = append(s.pools, p)
+	}
+	if s.pool(s.own) == nil {
+		return nil, fmt.Errorf("dhcp: no subnet holds the server's address, %s: %w", c.Server, errdefs.ErrInvalidArgument)
+	}
+	return s, s.load()
+}
+
+// load fills the table from the configuration and the log.
+func (s *Server) load() error {
+	book, err := readBook(s.c.LeaseFile)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	for _, l := range book.leases {
-		s.put(&l)
+	s.clean, s.leases = book.clean, book.leases
+	for _, r := range s.leases {
+		s.index(r)
 	}
-	for mac, ip := range book.reserved {
-		s.reserved[mac] = ip
+	for _, r := range book.reserved {
+		s.booked.add(r)
 	}
-	return s, nil
+	for _, r := range s.c.Reservations {
+		p := s.pool(from(r.IP))
+		if p == nil || !p.keepable(from(r.IP)) {
+			return fmt.Errorf("dhcp: reservation of %s: it is in no subnet, or not to be given: %w", r.IP, errdefs.ErrInvalidArgument)
+		}
+		if old := s.booked.byIP[from(r.IP)]; old != nil && !old.equal(r) {
+			return fmt.Errorf("dhcp: reservation of %s: it is reserved twice: %w", r.IP, errdefs.ErrInvalidArgument)
+		}
+		r.fixed = true
+		s.booked.add(r)
+	}
+	return nil
 }
 
 // Ready is closed once the server listens.
@@ -118,171 +200,119 @@ func (s *Server) Ready() <-chan struct{} { return s.ready }
 
 func (s *Server) String() string { return "dhcp" }
 
-// put makes l the address's lease and its card's newest.
-func (s *Server) put(l *Lease) {
-	if old := s.leases[l.IP]; old != nil && s.byMAC[string(old.MAC)] == old {
-		delete(s.byMAC, string(old.MAC))
-	}
-	s.leases[l.IP] = l
-	if l.State != Declined {
-		s.byMAC[string(l.MAC)] = l
-	}
-}
-
-// current is a lease's state now.
-func (s *Server) current(l *Lease) string {
-	if (l.State == Active || l.State == Offered || l.State == Declined) && !s.c.Now().Before(l.Ends) {
-		return Expired
-	}
-	return l.State
-}
-
-// free says whether an address may be given to a card.
-func (s *Server) free(ip netip.Addr, mac net.HardwareAddr) bool {
-	if !s.c.Subnet.Contains(ip) || ip == s.c.Server || ip == s.c.Router {
-		return false
-	}
-	for other, kept := range s.reserved {
-		if kept == ip {
-			return other == string(mac)
-		}
-	}
-	if ip.Less(s.c.First) || s.c.Last.Less(ip) || slices.Contains(s.c.Exclude, ip) {
-		return false
-	}
-	l := s.leases[ip]
-	if l == nil || l.State != Declined && bytes.Equal(l.MAC, mac) {
-		return true
-	}
-	state := s.current(l)
-	return state == Expired || state == Released
-}
-
-// choose finds the address for a card: its reservation, the one that it has or
-// had, the one that it asks for, one that nobody had, the one longest unused.
-func (s *Server) choose(mac net.HardwareAddr, wish netip.Addr) (netip.Addr, bool) {
-	if ip, ok := s.reserved[string(mac)]; ok {
-		return ip, true
-	}
-	if l := s.byMAC[string(mac)]; l != nil && s.free(l.IP, mac) {
-		return l.IP, true
-	}
-	if wish.IsValid() && s.free(wish, mac) {
-		return wish, true
-	}
-	for ; s.next.IsValid() && !s.c.Last.Less(s.next); s.next = s.next.Next() {
-		if s.leases[s.next] == nil && s.free(s.next, mac) {
-			return s.next, true
-		}
-	}
-	var oldest *Lease
-	for _, l := range s.leases {
-		if s.free(l.IP, mac) && (oldest == nil || l.Ends.Before(oldest.Ends)) {
-			oldest = l
-		}
-	}
-	if oldest == nil {
-		return netip.Addr{}, false
-	}
-	return oldest.IP, true
-}
-
 // Leases lists all that the server knows, by address.
 func (s *Server) Leases() []Lease {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var all []Lease
-	for _, l := range s.leases {
-		shown := *l
-		shown.State = s.current(l)
-		all = append(all, shown)
+	all := make([]Lease, 0, len(s.leases))
+	for _, r := range s.leases {
+		all = append(all, s.shown(r))
 	}
-	for mac, ip := range s.reserved {
-		if l := s.leases[ip]; l == nil || string(l.MAC) != mac {
-			all = append(all, Lease{IP: ip, MAC: net.HardwareAddr(mac), State: Reserved})
+	for ip, b := range s.booked.byIP {
+		if r := s.leases[ip]; r == nil || s.current(r) != stateActive {
+			reserved := Lease{IP: b.IP, MAC: b.MAC, ClientID: b.ClientID, Hostname: b.Name, State: Reserved}
+			if r == nil {
+				all = append(all, reserved)
+				continue
+			}
+			i := slices.IndexFunc(all, func(l Lease) bool { return l.IP == b.IP })
+			all[i] = reserved
 		}
 	}
 	slices.SortFunc(all, func(a, b Lease) int { return a.IP.Compare(b.IP) })
 	return all
 }
 
-// Reserve keeps an address for a card: the given one, or the next free one. It
-// is on disk when Reserve returns.
-func (s *Server) Reserve(mac net.HardwareAddr, ip netip.Addr) (Lease, error) {
+// shown is a record as a lease, with its state now.
+func (s *Server) shown(r *record) Lease {
+	l := r.lease()
+	l.State = s.current(r).String()
+	return l
+}
+
+// Reserve keeps an address for a client: r's, or one that is free if r has none.
+// It is on disk when Reserve returns.
+func (s *Server) Reserve(r Reservation) (Lease, error) {
 	s.mu.Lock()
-	old, had := s.reserved[string(mac)]
-	if !ip.IsValid() {
-		if had {
-			ip = old
-		} else {
-			var ok bool
-			if ip, ok = s.choose(mac, netip.Addr{}); !ok {
-				s.mu.Unlock()
-				return Lease{}, fmt.Errorf("reserve an address for %s: the range is used up: %w", mac, errdefs.ErrResourceExhausted)
-			}
-		}
-	}
-	if !s.reservable(ip, mac) {
-		s.mu.Unlock()
-		return Lease{}, fmt.Errorf("reserve %s for %s: it is not free in %s: %w", ip, mac, s.c.Subnet, errdefs.ErrAlreadyExists)
-	}
-	s.reserved[string(mac)] = ip
+	err := s.reserve(&r)
 	s.mu.Unlock()
-	l := Lease{IP: ip, MAC: mac, State: Reserved}
-	if err := s.record(formatReservation(mac, ip)); err != nil {
-		return Lease{}, err
+	if err != nil {
+		return Lease{}, fmt.Errorf("reserve %s for %s: %w", cmp.Or(r.IP.String(), "an address"), r.client(), err)
 	}
-	return l, nil
+	l := Lease{IP: r.IP, MAC: r.MAC, ClientID: r.ClientID, Hostname: r.Name, State: Reserved}
+	return l, s.record(formatReservation(nil, r))
 }
 
-// reservable: reservations may lie outside of the range, but not on a machine.
-func (s *Server) reservable(ip netip.Addr, mac net.HardwareAddr) bool {
-	inRange := !ip.Less(s.c.First) && !s.c.Last.Less(ip)
-	if inRange {
-		return s.free(ip, mac)
+func (s *Server) reserve(r *Reservation) error {
+	m, err := r.asMessage()
+	if err != nil {
+		return err
 	}
-	for other, kept := range s.reserved {
-		if kept == ip && other != string(mac) {
-			return false
+	p := s.pool(from(r.IP))
+	if !r.IP.IsValid() {
+		p = s.pool(s.own)
+		ip, ok := s.choose(p, m)
+		if !ok {
+			return fmt.Errorf("the range is used up: %w", errdefs.ErrResourceExhausted)
 		}
+		r.IP = ip.netip()
 	}
-	return s.c.Subnet.Contains(ip) && ip != s.c.Server && ip != s.c.Router
+	ip := from(r.IP)
+	if p == nil || !p.keepable(ip) || !s.free(p, ip, m, true) {
+		return fmt.Errorf("it is not free, or not to be given: %w", errdefs.ErrAlreadyExists)
+	}
+	if old := s.booked.of(p, m, r.Name); old != nil && old.fixed {
+		if old.IP != r.IP {
+			return fmt.Errorf("the configuration reserves %s: %w", old.IP, errdefs.ErrAlreadyExists)
+		}
+		return nil
+	} else if old != nil {
+		s.booked.remove(old)
+	}
+	s.booked.add(*r)
+	return nil
 }
 
-// Release takes an address back.
+// Unreserve ends the reservation of an address, which Reserve made.
+func (s *Server) Unreserve(ip netip.Addr) error {
+	s.mu.Lock()
+	r := s.booked.byIP[from(ip)]
+	if r == nil || r.fixed {
+		s.mu.Unlock()
+		return fmt.Errorf("unreserve %s: it is not reserved, or by the configuration: %w", ip, errdefs.ErrNotFound)
+	}
+	s.booked.remove(r)
+	if p := s.pool(from(ip)); p != nil {
+		p.rewind() // the search may have passed it
+	}
+	s.mu.Unlock()
+	return s.record(formatUnreserved(nil, *r))
+}
+
+// Release takes an address back. Scripts that read the log do not see the lease
+// any more when Release returns.
 func (s *Server) Release(ip netip.Addr) error {
 	s.mu.Lock()
-	l := s.leases[ip]
-	if l == nil || s.current(l) != Active {
+	r := s.leases[from(ip)]
+	if r == nil || s.current(r) != stateActive {
 		s.mu.Unlock()
 		return fmt.Errorf("release %s: no active lease: %w", ip, errdefs.ErrNotFound)
 	}
-	released := s.release(l)
+	s.release(r)
+	text := formatRecord(nil, r)
 	s.mu.Unlock()
-	return s.record(released)
+	return s.record(text)
 }
 
-// release ends a lease and returns what the log must say.
-func (s *Server) release(l *Lease) []byte {
-	ended := *l
-	ended.State, ended.Ends = Released, s.c.Now()
-	s.put(&ended)
-	return formatLease(ended)
-}
-
-// record waits until text is on disk.
+// record waits until text is on disk and what it replaces is gone.
 func (s *Server) record(text []byte) error {
-	if s.log == nil {
+	s.mu.Lock()
+	log := s.log
+	s.mu.Unlock()
+	if log == nil {
 		return fmt.Errorf("write lease log: the server does not run: %w", errdefs.ErrUnavailable)
 	}
-	done := make(chan error, 1)
-	s.log.append(entry{text: text, compact: true, done: func(err error) { done <- err }})
-	select {
-	case err := <-done:
-		return err
-	case <-s.log.stopped:
-		return fmt.Errorf("write lease log: the server has ended: %w", errdefs.ErrUnavailable)
-	}
+	return log.replace(text)
 }
 
 // Facts are the server's state.
@@ -291,23 +321,33 @@ type Facts struct {
 	Error   error
 	Active  int
 	Free    int
-	Config  string // the text of ConfigFile
+	Foreign []Foreign // other DHCP servers on the segment
+	Counters
+	Config string // the text of ConfigFile
 }
 
 // Facts says how the server is.
 func (s *Server) Facts() Facts {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	f := Facts{Serving: s.serving, Error: s.failure, Config: exportConfig(s.c)}
-	for _, l := range s.leases {
-		if s.current(l) == Active {
+	f := Facts{Serving: s.serving, Error: s.failure, Counters: s.count, Foreign: s.foreigners(), Config: exportConfig(s.c)}
+	for _, p := range s.pools {
+		f.Free += p.size()
+	}
+	for ip, r := range s.leases {
+		state := s.current(r)
+		if state == stateActive {
 			f.Active++
 		}
+		if p := s.pool(ip); p != nil && p.dynamic(ip) && state != stateExpired && state != stateReleased {
+			f.Free--
+		}
 	}
-	nobody := net.HardwareAddr{0xff}
-	for ip := s.c.First; !s.c.Last.Less(ip); ip = ip.Next() {
-		if s.free(ip, nobody) {
-			f.Free++
+	for ip := range s.booked.byIP {
+		r := s.leases[ip]
+		taken := r != nil && s.current(r) != stateExpired && s.current(r) != stateReleased
+		if p := s.pool(ip); p != nil && p.dynamic(ip) && !taken {
+			f.Free--
 		}
 	}
 	return f

@@ -1,105 +1,246 @@
 package dhcp
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
 
-// journal is the lease log on disk. One goroutine writes it; all that came while
-// it was writing goes into the next write, with one fdatasync for all.
+// journal is the lease log on disk. One goroutine writes it: all that came while
+// it was writing goes into its next write, with one fdatasync for all. Another
+// rewrites it without what is no longer true, while the first goes on.
 type journal struct {
-	path    string
+	path string
+	// content writes the whole log as it should be.
+	content func(io.Writer) error
+	// sent gets what was waiting for a write, once that is on disk.
+	sent    func([]*reply)
+	warn    func(error) // of a compaction that failed: the old log stays good
+	stopped chan struct{}
+	wake    chan struct{} // there is something to write
+	room    chan struct{} // the batch was taken
+
+	mu   sync.Mutex
+	next *batch // guarded by mu
+
+	// The rest is the writer's.
 	file    *os.File
-	size    int64
-	live    int64 // of the last compaction
-	entries chan entry
-	stopped chan struct{} // closed once nothing is written any more
-	// content returns the whole log as it should be, for a compaction.
-	content func() []byte
+	size    int64 // of the log
+	garbage int64 // of what the log has twice, about
+	stale   bool  // there is an older entry of some address
+	urgent  bool  // that scripts must not see
+	waiting []func(error)
+	last    time.Time     // when the last compaction ended
+	took    time.Duration // how long it took
+	failed  bool          // the last compaction did
+	work    *compaction   // nil: none is running
 }
 
-// entry is one change. done is called once it is on disk, or can't be.
-type entry struct {
+// batch is what is written together.
+type batch struct {
 	text    []byte
-	compact bool // scripts must not see what came before
-	done    func(error)
+	replies []*reply
+	waiting []func(error) // for a compaction that has it
+	garbage int64
+	urgent  bool
+}
+
+// compaction is a new log in the making.
+type compaction struct {
+	file *os.File
+	// tail is what was logged since the work began; once the content is written,
+	// the writer adds it, and writes to both logs until the new one has the name.
+	tail    []byte
+	both    bool
+	size    int64
+	waiting []func(error)
+	began   time.Time
+	events  chan error // first of the content, then of the name
+	again   chan struct{}
 }
 
 const (
 	maxBatch = 1024
-	// The log is compacted once it is this much larger than what lives in it.
+	maxText  = 1 << 20
+	// The log is compacted once its garbage is three times what lives in it, and
+	// this much. New leases are none, however fast they come.
 	slack = 64 << 10
+	// A new log goes to the disk in pieces, between which the old one's writes get
+	// their turn.
+	piece = 512 << 10
+	// What scripts would show wrong for a while is compacted this often at most,
+	// and in this share of the time.
+	pause = time.Second
+	share = 100
 )
 
-func openJournal(path string, content func() []byte) (*journal, error) {
-	j := &journal{path: path, entries: make(chan entry, maxBatch), stopped: make(chan struct{}), content: content}
+// openJournal opens a log. Unless it is clean, it is written anew.
+func openJournal(path string, clean bool, content func(io.Writer) error) (*journal, error) {
+	j := &journal{
+		path: path, content: content, next: &batch{}, sent: func([]*reply) {}, warn: func(error) {},
+		stopped: make(chan struct{}), wake: make(chan struct{}, 1), room: make(chan struct{}, 1),
+	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("open lease log: %w", err)
 	}
-	return j, j.compact()
+	if clean {
+		f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND, 0o644)
+		if err != nil {
+			return nil, fmt.Errorf("open lease log: %w", err)
+		}
+		// What the last process wrote may not be on disk: it was not acknowledged.
+		size, err := f.Seek(0, io.SeekEnd)
+		if err = errors.Join(err, f.Sync()); err != nil {
+			return nil, fmt.Errorf("open lease log: %w", errors.Join(err, f.Close()))
+		}
+		j.file, j.size = f, size
+		return j, nil
+	}
+	f, size, err := j.rewrite()
+	if err == nil {
+		err = j.rename()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("compact lease log: %w", err)
+	}
+	j.file, j.size = f, size
+	return j, nil
 }
 
-func (j *journal) append(e entry) {
-	select {
-	case j.entries <- e:
-	case <-j.stopped:
-		e.done(fmt.Errorf("write lease log: the server has ended: %w", errdefs.ErrUnavailable))
+// append adds text to the next write. out leaves after it.
+func (j *journal) append(text []byte, out *reply, c change) {
+	for {
+		j.mu.Lock()
+		b := j.next
+		full := len(b.replies) >= maxBatch || len(b.text) > maxText
+		if !full {
+			b.text = append(b.text, text...)
+			b.urgent = b.urgent || c.urgent
+			if c.renewed {
+				b.garbage += int64(len(text))
+			}
+			if out != nil {
+				b.replies = append(b.replies, out)
+			}
+		}
+		j.mu.Unlock()
+		poke(j.wake)
+		if !full {
+			return
+		}
+		select {
+		case <-j.room:
+		case <-j.stopped:
+			return
+		}
 	}
 }
 
-func (j *journal) run(ctx context.Context) error {
-	defer j.file.Close()
+// replace adds text, and waits until it is on disk and all older entries are gone.
+func (j *journal) replace(text []byte) error {
+	done := make(chan error, 1)
+	j.mu.Lock()
+	j.next.text = append(j.next.text, text...)
+	j.next.urgent = true
+	j.next.waiting = append(j.next.waiting, func(err error) { done <- err })
+	j.mu.Unlock()
+	poke(j.wake)
+	select {
+	case err := <-done:
+		return err
+	case <-j.stopped:
+		return fmt.Errorf("write lease log: the server has ended: %w", errdefs.ErrUnavailable)
+	}
+}
+
+// poke wakes whoever waits for c, or will.
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// run writes until ctx ends, and then what still waits.
+func (j *journal) run(ctx context.Context) (err error) {
+	var group errgroup.Group
 	defer close(j.stopped)
-	batch := make([]entry, 0, maxBatch)
-	var text bytes.Buffer
+	defer func() { err = errors.Join(err, j.file.Close()) }()
+	defer func() {
+		// A compaction under way may get the name or not: both logs have all.
+		w := j.work
+		if w == nil {
+			return
+		}
+		close(w.again)
+		err = errors.Join(err, group.Wait())
+		if w.file != nil {
+			err = errors.Join(err, w.file.Close())
+		}
+	}()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	spare := &batch{}
 	for {
-		batch = batch[:0]
+		j.compactIfDue(&group, timer)
+		var event chan error
+		if j.work != nil {
+			event = j.work.events
+		}
 		select {
-		case e := <-j.entries:
-			batch = append(batch, e)
-		case <-ctx.Done():
-			return nil
-		}
-		for more := true; more && len(batch) < maxBatch; {
-			select {
-			case e := <-j.entries:
-				batch = append(batch, e)
-			default:
-				more = false
+		case <-j.wake:
+		case <-timer.C:
+			continue
+		case err := <-event:
+			if err := j.advance(err); err != nil {
+				return err
 			}
+			continue
+		case <-ctx.Done():
+			_, err := j.flush(spare)
+			return err
 		}
-		text.Reset()
-		compact := false
-		for _, e := range batch {
-			text.Write(e.text)
-			compact = compact || e.compact
-		}
-		err := j.write(text.Bytes(), compact)
-		for _, e := range batch {
-			e.done(err)
-		}
-		if err != nil {
+		if spare, err = j.flush(spare); err != nil {
 			return err
 		}
 	}
 }
 
-func (j *journal) write(text []byte, compact bool) error {
-	if compact || j.size+int64(len(text)) > 4*j.live+slack {
-		return j.compact()
+// flush writes the batch that waits, and returns it for reuse.
+func (j *journal) flush(spare *batch) (*batch, error) {
+	spare.text, spare.replies, spare.waiting = spare.text[:0], spare.replies[:0], nil
+	spare.garbage, spare.urgent = 0, false
+	j.mu.Lock()
+	b := j.next
+	j.next = spare
+	j.mu.Unlock()
+	poke(j.room)
+	if len(b.text) > 0 {
+		if err := j.write(b.text); err != nil {
+			for _, done := range b.waiting {
+				done(err)
+			}
+			return b, err
+		}
 	}
+	j.garbage += b.garbage
+	j.stale, j.urgent = j.stale || b.garbage > 0, j.urgent || b.urgent
+	j.waiting = append(j.waiting, b.waiting...)
+	j.sent(b.replies)
+	return b, nil
+}
+
+// write puts text on disk, in the new log too if there will be one.
+func (j *journal) write(text []byte) error {
 	n, err := j.file.Write(text)
 	j.size += int64(n)
 	if err == nil {
@@ -108,287 +249,145 @@ func (j *journal) write(text []byte, compact bool) error {
 	if err != nil {
 		return fmt.Errorf("write lease log %s: %w", j.path, err)
 	}
+	switch w := j.work; {
+	case w == nil:
+	case w.both:
+		if err := w.write(text); err != nil {
+			return fmt.Errorf("write lease log %s: %w", j.path, err)
+		}
+	default:
+		w.tail = append(w.tail, text...)
+	}
 	return nil
 }
 
-// compact replaces the log by what lives in it, in one step.
-func (j *journal) compact() error {
-	text := j.content()
+func (w *compaction) write(text []byte) error {
+	n, err := w.file.Write(text)
+	w.size += int64(n)
+	if err != nil {
+		return err
+	}
+	return unix.Fdatasync(int(w.file.Fd()))
+}
+
+// compactIfDue begins a compaction, or sets the timer for when it may.
+func (j *journal) compactIfDue(group *errgroup.Group, timer *time.Timer) {
+	large := j.garbage > 3*(j.size-j.garbage)+slack
+	if j.work != nil || !large && !j.stale && !j.urgent {
+		return
+	}
+	gap := max(pause, share*j.took)
+	switch {
+	case j.failed:
+		gap = pause
+	case j.urgent || large:
+		gap = j.took // half of the time, if one release follows another
+	}
+	if wait := gap - time.Since(j.last); wait > 0 {
+		timer.Reset(wait)
+		return
+	}
+	w := &compaction{began: time.Now(), waiting: j.waiting, events: make(chan error, 1), again: make(chan struct{})}
+	j.work, j.waiting, j.stale, j.urgent, j.garbage = w, nil, false, false, 0
+	group.Go(func() error {
+		f, size, err := j.rewrite()
+		w.file, w.size = f, size
+		w.events <- err
+		if _, more := <-w.again; more && err == nil {
+			w.events <- j.rename()
+		}
+		return nil
+	})
+}
+
+// advance goes on with a compaction after one of its two long steps.
+func (j *journal) advance(err error) error {
+	w := j.work
+	switch {
+	case err != nil:
+		close(w.again)
+		j.finish(fmt.Errorf("compact lease log: %w", err))
+		if w.both {
+			// The name may be either log's: only a restart can tell.
+			return fmt.Errorf("compact lease log %s: %w", j.path, err)
+		}
+		return nil
+	case !w.both:
+		w.both = true
+		if len(w.tail) > 0 {
+			if err := w.write(w.tail); err != nil {
+				w.both = false
+				return j.advance(err)
+			}
+		}
+		w.tail = nil
+		w.again <- struct{}{}
+		return nil
+	}
+	close(w.again)
+	old := j.file
+	j.file, j.size = w.file, w.size
+	j.finish(nil)
+	if err := old.Close(); err != nil {
+		return fmt.Errorf("compact lease log %s: %w", j.path, err)
+	}
+	return nil
+}
+
+func (j *journal) finish(err error) {
+	w := j.work
+	j.work, j.last, j.took, j.failed = nil, time.Now(), time.Since(w.began), err != nil
+	if err != nil {
+		j.warn(err)
+		j.stale = true
+		if w.file != nil {
+			w.file.Close()
+		}
+	}
+	for _, done := range w.waiting {
+		done(err)
+	}
+}
+
+// rewrite writes a new log beside the old one.
+func (j *journal) rewrite() (*os.File, int64, error) {
 	f, err := os.OpenFile(j.path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {
-		return fmt.Errorf("compact lease log: %w", err)
+		return nil, 0, err
 	}
-	_, err = f.Write(text)
-	if err = errors.Join(err, f.Sync()); err == nil {
-		err = os.Rename(f.Name(), j.path)
+	err = j.content(&gentle{File: f})
+	if err = errors.Join(err, f.Sync()); err != nil {
+		return nil, 0, errors.Join(err, f.Close())
 	}
-	if err == nil {
-		err = syncDir(filepath.Dir(j.path))
-	}
+	size, err := f.Seek(0, io.SeekEnd)
 	if err != nil {
-		f.Close()
-		return fmt.Errorf("compact lease log: %w", err)
+		return nil, 0, errors.Join(err, f.Close())
 	}
-	if j.file != nil {
-		j.file.Close()
-	}
-	j.file, j.size, j.live = f, int64(len(text)), int64(len(text))
-	return nil
+	return f, size, nil
 }
 
-func syncDir(path string) error {
-	d, err := os.Open(path)
+// gentle writes to the disk as it goes, and not all at the end.
+type gentle struct {
+	*os.File
+	unwritten int
+}
+
+func (g *gentle) Write(b []byte) (int, error) {
+	n, err := g.File.Write(b)
+	if g.unwritten += n; err == nil && g.unwritten >= piece {
+		g.unwritten, err = 0, unix.Fdatasync(int(g.Fd()))
+	}
+	return n, err
+}
+
+// rename gives the new log the name.
+func (j *journal) rename() error {
+	if err := os.Rename(j.path+".new", j.path); err != nil {
+		return err
+	}
+	d, err := os.Open(filepath.Dir(j.path))
 	if err != nil {
 		return err
 	}
 	return errors.Join(d.Sync(), d.Close())
-}
-
-const header = "# The leases of ingot's DHCP server, in the form of dhcpd.leases(5).\n# Times are UTC. The last entry of an address is the true one.\n\n"
-
-// dateForm is dhcpd's: the day of the week (0 is Sunday), then date and time in UTC.
-func formatDate(t time.Time) string {
-	t = t.UTC()
-	return fmt.Sprintf("%d %s", t.Weekday(), t.Format("2006/01/02 15:04:05"))
-}
-
-func formatLease(l Lease) []byte {
-	var b bytes.Buffer
-	state := "active"
-	if l.State != Active {
-		state = "free"
-	}
-	fmt.Fprintf(&b, "lease %s {\n  starts %s;\n  ends %s;\n  binding state %s;\n  hardware ethernet %s;\n",
-		l.IP, formatDate(l.Starts), formatDate(l.Ends), state, l.MAC)
-	if len(l.ClientID) > 0 {
-		fmt.Fprintf(&b, "  uid %s;\n", quote(string(l.ClientID)))
-	}
-	if l.Hostname != "" {
-		fmt.Fprintf(&b, "  client-hostname %s;\n", quote(l.Hostname))
-	}
-	b.WriteString("}\n")
-	return b.Bytes()
-}
-
-func formatReservation(mac net.HardwareAddr, ip netip.Addr) []byte {
-	return fmt.Appendf(nil, "host %s {\n  dynamic;\n  hardware ethernet %s;\n  fixed-address %s;\n}\n",
-		strings.ReplaceAll(mac.String(), ":", "-"), mac, ip)
-}
-
-// quote writes text as dhcpd does: what is not plain becomes an octal escape.
-func quote(s string) string {
-	var b strings.Builder
-	b.WriteByte('"')
-	for i := range len(s) {
-		c := s[i]
-		if c < ' ' || c > '~' || c == '"' || c == '\\' {
-			fmt.Fprintf(&b, "\\%03o", c)
-		} else {
-			b.WriteByte(c)
-		}
-	}
-	b.WriteByte('"')
-	return b.String()
-}
-
-// book is what a log says: the newest entry of each address.
-type book struct {
-	leases   map[netip.Addr]Lease
-	reserved map[string]netip.Addr
-}
-
-func readBook(path string) (book, error) {
-	f, err := os.Open(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return book{leases: map[netip.Addr]Lease{}, reserved: map[string]netip.Addr{}}, nil
-	}
-	if err != nil {
-		return book{}, fmt.Errorf("read lease log: %w", err)
-	}
-	defer f.Close()
-	text, err := io.ReadAll(f)
-	if err != nil {
-		return book{}, fmt.Errorf("read lease log: %w", err)
-	}
-	return parseBook(string(text)), nil
-}
-
-// ReadLeases reads a lease log, also another server's: the newest entry of each
-// address. What it can't understand it passes over, as a torn last entry.
-func ReadLeases(path string) ([]Lease, error) {
-	b, err := readBook(path)
-	if err != nil {
-		return nil, err
-	}
-	s := &Server{c: Config{Now: time.Now}, leases: map[netip.Addr]*Lease{}, byMAC: map[string]*Lease{}}
-	for _, l := range b.leases {
-		s.put(&l)
-	}
-	return s.Leases(), nil
-}
-
-// parseBook reads `lease ADDRESS { … }` and `host NAME { … }`. An entry counts
-// once its closing brace is there.
-func parseBook(text string) book {
-	b := book{leases: map[netip.Addr]Lease{}, reserved: map[string]netip.Addr{}}
-	t := tokens{rest: text}
-	for {
-		word := t.next()
-		switch word {
-		case "":
-			return b
-		case "lease", "host":
-		default:
-			continue
-		}
-		name := t.next()
-		if t.next() != "{" {
-			continue
-		}
-		fields, whole := t.block()
-		if !whole {
-			return b
-		}
-		mac, err := net.ParseMAC(fields["hardware ethernet"])
-		if err != nil || len(mac) != 6 {
-			continue
-		}
-		if word == "host" {
-			if ip, err := netip.ParseAddr(fields["fixed-address"]); err == nil {
-				b.reserved[string(mac)] = ip
-			}
-			continue
-		}
-		ip, err := netip.ParseAddr(name)
-		if err != nil || !ip.Is4() {
-			continue
-		}
-		l := Lease{IP: ip, MAC: mac, ClientID: []byte(fields["uid"]), Hostname: fields["client-hostname"], State: Active}
-		l.Starts, l.Ends = parseDate(fields["starts"]), parseDate(fields["ends"])
-		if fields["ends"] == "never" {
-			l.Ends = time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC)
-		}
-		if state := fields["binding state"]; state != "" && state != "active" {
-			l.State = Released
-		}
-		b.leases[ip] = l
-	}
-}
-
-func parseDate(s string) time.Time {
-	_, date, _ := strings.Cut(s, " ")
-	t, err := time.ParseInLocation("2006/01/02 15:04:05", date, time.UTC)
-	if err != nil {
-		return time.Time{}
-	}
-	return t
-}
-
-// tokens splits dhcpd's syntax: words, "strings", and ; { } by themselves.
-type tokens struct {
-	rest   string
-	quoted bool // the last token was a string
-}
-
-func (t *tokens) next() string {
-	t.quoted = false
-	for {
-		t.rest = strings.TrimLeft(t.rest, " \t\r\n")
-		if !strings.HasPrefix(t.rest, "#") {
-			break
-		}
-		_, t.rest, _ = strings.Cut(t.rest, "\n")
-	}
-	if t.rest == "" {
-		return ""
-	}
-	switch t.rest[0] {
-	case '{', '}', ';':
-		word := t.rest[:1]
-		t.rest = t.rest[1:]
-		return word
-	case '"':
-		return t.text()
-	}
-	end := strings.IndexAny(t.rest, " \t\r\n{};\"")
-	if end < 0 {
-		end = len(t.rest)
-	}
-	word := t.rest[:end]
-	t.rest = t.rest[end:]
-	return word
-}
-
-func (t *tokens) text() string {
-	t.quoted = true
-	var b strings.Builder
-	s := t.rest[1:]
-	for i := 0; i < len(s); i++ {
-		switch {
-		case s[i] == '"':
-			t.rest = s[i+1:]
-			return b.String()
-		case s[i] == '\\' && i+3 < len(s) && octal(s[i+1:i+4]):
-			b.WriteByte((s[i+1]-'0')<<6 | (s[i+2]-'0')<<3 | (s[i+3] - '0'))
-			i += 3
-		case s[i] == '\\' && i+1 < len(s):
-			i++
-			b.WriteByte(s[i])
-		default:
-			b.WriteByte(s[i])
-		}
-	}
-	t.rest = "" // torn
-	return b.String()
-}
-
-func octal(s string) bool {
-	for i := range len(s) {
-		if s[i] < '0' || s[i] > '7' {
-			return false
-		}
-	}
-	return s[0] <= '3'
-}
-
-// block reads statements up to the closing brace. A statement's key is its first
-// word, or two where the second tells the kind: `hardware ethernet`, `binding state`.
-func (t *tokens) block() (fields map[string]string, whole bool) {
-	fields = map[string]string{}
-	var words []string
-	depth := 0
-	for {
-		word := t.next()
-		plain := !t.quoted
-		switch {
-		case word == "" && plain:
-			return fields, false
-		case word == "{" && plain:
-			depth++
-		case word == "}" && plain:
-			if depth == 0 {
-				return fields, true
-			}
-			depth--
-		case word == ";" && plain:
-			if depth == 0 {
-				key, value := statement(words)
-				fields[key] = value
-			}
-			words = words[:0]
-		default:
-			words = append(words, word)
-		}
-	}
-}
-
-func statement(words []string) (key, value string) {
-	if len(words) == 0 {
-		return "", ""
-	}
-	n := 1
-	if len(words) > 2 && (words[0] == "hardware" || words[0] == "binding") {
-		n = 2
-	}
-	return strings.Join(words[:n], " "), strings.Join(words[n:], " ")
 }

@@ -108,9 +108,16 @@ func New(c Config, log *slog.Logger) (*Hub, error) {
 		return nil, fmt.Errorf("read token: %w", err)
 	}
 	h := &Hub{c: c, log: log, token: pki.Secret(strings.TrimSpace(string(token))), began: time.Now()}
+	var machines []netip.Prefix
+	for _, m := range c.Machines {
+		machines = append(machines, netip.PrefixFrom(m.Address, m.Address.BitLen()))
+	}
 	h.dhcp, err = dhcp.New(dhcp.Config{
-		Interface: c.Interface, Server: c.Address, Subnet: c.Subnet, First: c.First, Last: c.Last,
-		Router: c.Address, DNS: []netip.Addr{c.Address}, Domain: c.Domain,
+		Interface: c.Interface, Server: c.Address, Authoritative: true,
+		Subnets: []dhcp.Subnet{{
+			Prefix: c.Subnet, Ranges: []dhcp.Range{{First: c.First, Last: c.Last}}, Exclude: machines,
+			Options: dhcp.Options{Routers: []netip.Addr{c.Address}, DNS: []netip.Addr{c.Address}, Domain: c.Domain},
+		}},
 		LeaseFile: leasesFile, ConfigFile: dhcpConfigFile, DefaultsFile: dhcpDefaultsFile, Log: log,
 	})
 	if err != nil {

@@ -86,7 +86,7 @@ func (s *service) Reserve(_ context.Context, r *ingotv1.ReserveRequest) (*ingotv
 			return nil, fmt.Errorf("ip: %q is not an address: %w", r.GetIp(), errdefs.ErrInvalidArgument)
 		}
 	}
-	l, err := s.dhcp.Reserve(mac, ip)
+	l, err := s.dhcp.Reserve(dhcp.Reservation{MAC: mac, IP: ip})
 	if err != nil {
 		return nil, err
 	}

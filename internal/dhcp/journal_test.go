@@ -1,0 +1,150 @@
+package dhcp
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// journalOf runs a journal over a content that the test changes.
+func journalOf(t *testing.T, content func(io.Writer) error) (*journal, func() error) {
+	t.Helper()
+	j, err := openJournal(filepath.Join(t.TempDir(), "dir", "dhcpd.leases"), false, content)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- j.run(ctx) }()
+	var once sync.Once
+	stop := func() (err error) {
+		once.Do(func() {
+			cancel()
+			err = <-ended
+		})
+		return err
+	}
+	t.Cleanup(func() { stop() })
+	return j, stop
+}
+
+func read(t *testing.T, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// Everything that was logged is in the log, whatever compactions run meanwhile.
+func TestJournalKeepsAllThroughCompactions(t *testing.T) {
+	var mu sync.Mutex
+	var lines []string
+	j, stop := journalOf(t, func(w io.Writer) error {
+		mu.Lock()
+		all := strings.Join(lines, "")
+		mu.Unlock()
+		time.Sleep(time.Millisecond) // changes come while it is written
+		_, err := io.WriteString(w, header+all)
+		return err
+	})
+	var group sync.WaitGroup
+	for g := range 4 {
+		group.Go(func() {
+			for i := range 200 {
+				line := fmt.Sprintf("# %d-%d\n", g, i)
+				mu.Lock()
+				lines = append(lines, line)
+				mu.Unlock()
+				j.append([]byte(line), nil, change{renewed: true, urgent: i%10 == 0})
+				if i%50 == 0 {
+					if err := j.replace([]byte("# replace\n")); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+		})
+	}
+	group.Wait()
+	if err := stop(); err != nil {
+		t.Fatal(err)
+	}
+	text := read(t, j.path)
+	for _, line := range lines {
+		if !strings.Contains(text, line) {
+			t.Errorf("lost: %s", line)
+		}
+	}
+}
+
+func TestReplaceLeavesNothingOld(t *testing.T) {
+	j, _ := journalOf(t, func(w io.Writer) error { _, err := io.WriteString(w, "# all that is true\n"); return err })
+	j.append([]byte("# old\n"), nil, change{})
+	if err := j.replace([]byte("# newer\n")); err != nil {
+		t.Fatal(err)
+	}
+	if got := read(t, j.path); got != "# all that is true\n" {
+		t.Errorf("got %q", got)
+	}
+}
+
+func TestRenewalsAreCompactedSoon(t *testing.T) {
+	j, _ := journalOf(t, func(w io.Writer) error { _, err := io.WriteString(w, "# true\n"); return err })
+	j.append([]byte("# older end\n"), nil, change{renewed: true})
+	eventually(t, "the older entry is gone", func() bool { return read(t, j.path) == "# true\n" })
+}
+
+// A disk that can't take a new log leaves the old one, and the server goes on.
+func TestFailedCompactionKeepsTheLog(t *testing.T) {
+	broken := errors.New("broken")
+	var mu sync.Mutex
+	var fails error
+	j, stop := journalOf(t, func(io.Writer) error {
+		mu.Lock()
+		defer mu.Unlock()
+		return fails
+	})
+	mu.Lock()
+	fails = broken
+	mu.Unlock()
+	if err := j.replace([]byte("# one\n")); !errors.Is(err, broken) {
+		t.Errorf("got %v", err)
+	}
+	j.append([]byte("# two\n"), nil, change{})
+	eventually(t, "what comes later is written", func() bool { return read(t, j.path) == "# one\n# two\n" })
+	if err := stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestReplyLeavesAfterTheWrite(t *testing.T) {
+	j, err := openJournal(filepath.Join(t.TempDir(), "dhcpd.leases"), false, func(io.Writer) error { return nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	var seen string
+	done := make(chan bool)
+	j.sent = func(r []*reply) {
+		if len(r) > 0 {
+			seen = read(t, j.path)
+			close(done)
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error)
+	go func() { ended <- j.run(ctx) }()
+	j.append([]byte("# first\n"), &reply{}, change{})
+	<-done
+	cancel()
+	if err := <-ended; err != nil || seen != "# first\n" {
+		t.Errorf("when the answer left, the log was %q, %v", seen, err)
+	}
+}

@@ -1,0 +1,106 @@
+package dhcp
+
+import (
+	"cmp"
+	"encoding/binary"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/containerd/errdefs"
+)
+
+// Options are what clients of a subnet are told beside their address.
+type Options struct {
+	Routers []netip.Addr
+	DNS     []netip.Addr
+	Domain  string
+	NTP     []netip.Addr
+	MTU     uint16
+	// Routes are classless static routes (RFC 3442). A client that understands
+	// them must not look at Routers, so the default route is added to them.
+	Routes []Route
+	// More is any other option by its number, as it stands in the message.
+	More map[uint8][]byte
+}
+
+// Route is a way to a network.
+type Route struct {
+	To  netip.Prefix
+	Via netip.Addr
+}
+
+// option is one option as it is sent.
+type option struct {
+	code  byte
+	value []byte
+}
+
+// ours are options that the server itself decides about, in every message.
+var ours = []byte{
+	optionPad, optionMask, optionRequested, optionLeaseTime, optionOverload, optionKind, optionServer, optionParameters,
+	optionMaxSize, optionRenew, optionRebind, optionClientID, optionAgent, optionEnd,
+}
+
+// encode checks the options and writes them, by number.
+func (o Options) encode() ([]option, error) {
+	var all []option
+	add := func(code byte, value []byte) {
+		if len(value) > 0 {
+			all = append(all, option{code, value})
+		}
+	}
+	for code, addrs := range map[byte][]netip.Addr{optionRouter: o.Routers, optionDNS: o.DNS, optionNTP: o.NTP} {
+		var value []byte
+		for _, a := range addrs {
+			if !a.Is4() {
+				return nil, fmt.Errorf("option %d: %s is not an IPv4 address: %w", code, a, errdefs.ErrInvalidArgument)
+			}
+			value = append(value, a.AsSlice()...)
+		}
+		add(code, value)
+	}
+	add(optionDomain, []byte(o.Domain))
+	if o.MTU != 0 {
+		if o.MTU < 68 {
+			return nil, fmt.Errorf("option mtu: %d is less than IPv4's smallest, 68: %w", o.MTU, errdefs.ErrInvalidArgument)
+		}
+		add(optionMTU, binary.BigEndian.AppendUint16(nil, o.MTU))
+	}
+	routes, err := o.routes()
+	if err != nil {
+		return nil, err
+	}
+	add(optionRoutes, routes)
+	for code, value := range o.More {
+		taken := slices.ContainsFunc(all, func(x option) bool { return x.code == code })
+		if slices.Contains(ours, code) || taken {
+			return nil, fmt.Errorf("option %d: it has a field of its own, or is the server's: %w", code, errdefs.ErrInvalidArgument)
+		}
+		all = append(all, option{code, value})
+	}
+	slices.SortFunc(all, func(a, b option) int { return cmp.Compare(a.code, b.code) })
+	return all, nil
+}
+
+// routes is option 121: each route as its prefix's length, as many bytes of the
+// network as that needs, and the router.
+func (o Options) routes() ([]byte, error) {
+	routes := o.Routes
+	if len(routes) == 0 {
+		return nil, nil
+	}
+	if len(o.Routers) > 0 && !slices.ContainsFunc(routes, func(r Route) bool { return r.To.Bits() == 0 }) {
+		routes = append(slices.Clip(routes), Route{netip.PrefixFrom(netip.IPv4Unspecified(), 0), o.Routers[0]})
+	}
+	var b []byte
+	for _, r := range routes {
+		if !r.To.Addr().Is4() || r.To.Bits() < 0 || !r.Via.Is4() {
+			return nil, fmt.Errorf("route %s via %s: it is not of IPv4: %w", r.To, r.Via, errdefs.ErrInvalidArgument)
+		}
+		b = append(b, byte(r.To.Bits()))
+		b = append(b, r.To.Masked().Addr().AsSlice()[:(r.To.Bits()+7)/8]...)
+		b = append(b, r.Via.AsSlice()...)
+	}
+	return b, nil
+}
