@@ -1,7 +1,9 @@
 package lab
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -17,11 +19,11 @@ import (
 // Ensure makes the lab's machines and the wires between them, as far as they are
 // not there. It starts no roles.
 func (l *Lab) Ensure(ctx context.Context) (changed bool, err error) {
-	for _, step := range []func() (bool, error){l.mountRunDir, l.ensureMachines, l.wireMachines, l.wireHub, l.openUplink} {
+	for _, step := range []func(context.Context) (bool, error){l.mountRunDir, l.prune, l.ensureMachines, l.wireMachines, l.wireHub, l.openUplink} {
 		if err := ctx.Err(); err != nil {
 			return changed, context.Cause(ctx)
 		}
-		did, err := step()
+		did, err := step(ctx)
 		changed = changed || did
 		if err != nil {
 			return changed, fmt.Errorf("make lab %s: %w", l.Name, err)
@@ -33,9 +35,10 @@ func (l *Lab) Ensure(ctx context.Context) (changed bool, err error) {
 // mountRunDir gives the lab a file system of its own for what a reboot may take:
 // namespaces can only be pinned where mounts don't propagate, and upper
 // directories of overlays can't be below their lower ones.
-func (l *Lab) mountRunDir() (changed bool, err error) {
+func (l *Lab) mountRunDir(context.Context) (changed bool, err error) {
 	if mounted(l.RunDir) {
-		return false, nil
+		// Said again: who mounted it may have been killed before this.
+		return false, mount("", l.RunDir, "", unix.MS_PRIVATE, "")
 	}
 	if err := os.MkdirAll(l.RunDir, 0o700); err != nil {
 		return false, err
@@ -52,26 +55,55 @@ func mounted(dir string) bool {
 	return unix.Lstat(dir, &own) == nil && unix.Lstat(filepath.Dir(dir), &parent) == nil && own.Dev != parent.Dev
 }
 
-func (l *Lab) ensureMachines() (changed bool, err error) {
+func (l *Lab) ensureMachines(ctx context.Context) (changed bool, err error) {
 	for _, m := range l.Machines {
-		ns, err := link.OpenNamespace(l.pin(m.Name))
-		if err == nil {
-			if _, err := os.Stat(filepath.Join(l.RunDir, "made", m.Name)); err == nil {
-				ns.Close()
-				continue
-			}
-			ns.Close()
+		texts, err := json.Marshal(l.texts(m))
+		if err != nil {
+			return changed, err
 		}
-		if err := l.makeNamespace(m); err != nil {
+		had, made := l.made(m.Name)
+		switch {
+		case !made:
+			err = l.makeNamespace(m)
+		case string(had) != string(texts):
+			err = l.rewrite(ctx, m.Name, texts)
+		default:
+			continue
+		}
+		if err != nil {
 			return changed, err
 		}
 		changed = true
 		// Only now is it whole.
-		if err := writeFile(filepath.Join(l.RunDir, "made", m.Name), nil, 0o600); err != nil {
+		if err := writeFile(l.madePath(m.Name), texts, 0o600); err != nil {
 			return changed, err
 		}
 	}
 	return changed, nil
+}
+
+func (l *Lab) madePath(machine string) string { return filepath.Join(l.RunDir, "made", machine) }
+
+// made says whether a machine is there as a whole, and which texts it was given.
+func (l *Lab) made(machine string) (texts []byte, ok bool) {
+	ns, err := link.OpenNamespace(l.pin(machine))
+	if err != nil {
+		return nil, false
+	}
+	ns.Close()
+	texts, err = os.ReadFile(l.madePath(machine))
+	return texts, err == nil
+}
+
+// rewrite gives a machine that is there other texts, when another machine came or
+// went. Only from inside can its files be written: they are in an overlay.
+func (l *Lab) rewrite(ctx context.Context, machine string, texts []byte) error {
+	c := l.Command(ctx, machine, l.Binary, "lab", "write")
+	c.Stdin = bytes.NewReader(texts)
+	if out, err := c.CombinedOutput(); err != nil {
+		return fmt.Errorf("tell %s of the other machines: %w: %s", machine, err, bytes.TrimSpace(out))
+	}
+	return nil
 }
 
 func (l *Lab) hub() Machine {
@@ -85,7 +117,7 @@ func (l *Lab) hub() Machine {
 
 // wireMachines joins every machine to the segment's bridge, which lives in the
 // hub's namespace, out of reach of this machine's own rules for bridges.
-func (l *Lab) wireMachines() (changed bool, err error) {
+func (l *Lab) wireMachines(context.Context) (changed bool, err error) {
 	hub, err := link.OpenNamespace(l.pin(l.hub().Name))
 	if err != nil {
 		return false, err
@@ -101,6 +133,9 @@ func (l *Lab) wireMachines() (changed bool, err error) {
 		if _, err := link.EnsureBridge("segment"); err != nil {
 			return err
 		}
+		if l.hub().Host {
+			return nil // its interface is on the guests' bridge
+		}
 		did, err := link.EnsureVeth(Segment, "hub0", nil)
 		changed = changed || did
 		if err != nil {
@@ -112,16 +147,36 @@ func (l *Lab) wireMachines() (changed bool, err error) {
 		return changed, err
 	}
 	for _, m := range l.Machines {
-		if m.Hub {
+		if !m.Host {
 			continue
 		}
 		did, err := l.wireHost(hub, m)
 		changed = changed || did
+		if err == nil && did {
+			err = l.introduce(m)
+		}
 		if err != nil {
 			return changed, fmt.Errorf("wire %s: %w", m.Name, err)
 		}
 	}
 	return changed, nil
+}
+
+// introduce has all other machines ask anew who has a new machine's address: they
+// may know it as another one's, and would believe that for half a minute.
+func (l *Lab) introduce(m Machine) error {
+	for _, other := range l.Machines {
+		ns, err := link.OpenNamespace(l.pin(other.Name))
+		if err != nil {
+			return err
+		}
+		err = ns.Do(func() error { return link.ForgetNeighbour(m.Address) })
+		ns.Close()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // wireHost gives a host its bridge for guests, its own interface on it, and a
@@ -132,13 +187,17 @@ func (l *Lab) wireHost(hub *link.Namespace, m Machine) (changed bool, err error)
 		return false, err
 	}
 	defer host.Close()
+	peer := host
+	if m.Hub {
+		peer = nil
+	}
 	err = hub.Do(func() error {
-		did, err := link.EnsureVeth(m.Name, "wire0", host)
+		did, err := link.EnsureVeth(port(m.Name), "wire0", peer)
 		changed = changed || did
 		if err != nil {
 			return err
 		}
-		return errors.Join(link.SetMaster(m.Name, "segment"), link.Up(m.Name))
+		return errors.Join(link.SetMaster(port(m.Name), "segment"), link.Up(port(m.Name)))
 	})
 	if err != nil {
 		return changed, err
@@ -162,7 +221,7 @@ func (l *Lab) wireHost(hub *link.Namespace, m Machine) (changed bool, err error)
 			link.SetMaster(Port, Bridge), link.Up(Port),
 			link.SetMaster("wire0", Bridge), link.Up("wire0"),
 			l.address(Segment, m.Address),
-		); err != nil {
+		); err != nil || m.Hub {
 			return err
 		}
 		did, err = link.EnsureRoute(everywhere, l.hub().Address)
@@ -193,7 +252,7 @@ func (l *Lab) address(name string, a netip.Addr) error {
 
 // wireHub joins this machine and the hub, so that this machine reaches the
 // segment by a route, and the hub the world through this machine.
-func (l *Lab) wireHub() (changed bool, err error) {
+func (l *Lab) wireHub(context.Context) (changed bool, err error) {
 	hub, err := link.OpenNamespace(l.pin(l.hub().Name))
 	if err != nil {
 		return false, err
@@ -235,7 +294,7 @@ func (l *Lab) wireHub() (changed bool, err error) {
 
 // openUplink lets this machine forward for the lab, on the interfaces that need
 // it and no others, and keeps the machine's own network out.
-func (l *Lab) openUplink() (changed bool, err error) {
+func (l *Lab) openUplink(ctx context.Context) (changed bool, err error) {
 	there, err := nat.Present(l.Device())
 	if err != nil {
 		return false, err
@@ -256,7 +315,7 @@ func (l *Lab) openUplink() (changed bool, err error) {
 		return changed, err
 	}
 	for _, name := range append(uplinks, l.Device()) {
-		did, err := l.forward(name)
+		did, err := l.forward(ctx, name)
 		changed = changed || did
 		if err != nil {
 			return changed, err

@@ -1,6 +1,8 @@
 package lab
 
 import (
+	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -8,8 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-
-	"golang.org/x/sys/unix"
 
 	"ingot/internal/link"
 	"ingot/internal/nat"
@@ -26,8 +26,8 @@ type forwarding struct {
 func (l *Lab) ledger() string { return filepath.Join(filepath.Dir(l.RunDir), "forwarding.json") }
 
 // forward switches forwarding on for one interface, and notes it first.
-func (l *Lab) forward(iface string) (changed bool, err error) {
-	err = l.withLedger(func(book map[string]*forwarding) error {
+func (l *Lab) forward(ctx context.Context, iface string) (changed bool, err error) {
+	err = l.withLedger(ctx, func(book map[string]*forwarding) error {
 		on, err := nat.Forwarding(iface)
 		if err != nil {
 			return err
@@ -52,8 +52,8 @@ func (l *Lab) forward(iface string) (changed bool, err error) {
 
 // restoreForwarding takes this lab out of the ledger, and puts back what no other
 // lab needs.
-func (l *Lab) restoreForwarding() error {
-	return l.withLedger(func(book map[string]*forwarding) error {
+func (l *Lab) restoreForwarding(ctx context.Context) error {
+	return l.withLedger(ctx, func(book map[string]*forwarding) error {
 		var problems []error
 		for iface, entry := range book {
 			entry.Labs = slices.DeleteFunc(entry.Labs, func(n string) bool { return n == l.Name })
@@ -72,15 +72,15 @@ func (l *Lab) restoreForwarding() error {
 	})
 }
 
-func (l *Lab) withLedger(f func(map[string]*forwarding) error) error {
+func (l *Lab) withLedger(ctx context.Context, f func(map[string]*forwarding) error) error {
 	if err := os.MkdirAll(filepath.Dir(l.ledger()), 0o755); err != nil {
 		return err
 	}
-	lock, err := lockFile(l.ledger()+".lock", true)
+	lock, err := Lock(ctx, l.ledger()+".lock", nil)
 	if err != nil {
 		return err
 	}
-	defer lock.Close()
+	defer lock.Release()
 	book := map[string]*forwarding{}
 	b, err := os.ReadFile(l.ledger())
 	if err == nil {
@@ -93,7 +93,7 @@ func (l *Lab) withLedger(f func(map[string]*forwarding) error) error {
 		return err
 	}
 	if len(book) == 0 {
-		return errors.Join(removeFile(l.ledger()), removeFile(l.ledger()+".lock"))
+		return removeFile(l.ledger())
 	}
 	b, err = json.Marshal(book)
 	if err != nil {
@@ -109,53 +109,65 @@ func removeFile(path string) error {
 	return nil
 }
 
-// lockFile takes an exclusive lock that ends with the process or the file.
-func lockFile(path string, wait bool) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	how := unix.LOCK_EX
-	if !wait {
-		how |= unix.LOCK_NB
-	}
-	if err := unix.Flock(int(f.Fd()), how); err != nil {
-		f.Close()
-		return nil, fmt.Errorf("lock %s: %w", path, err)
-	}
-	return f, nil
+// private are the address ranges in which a free subnet is looked for.
+var private = []netip.Prefix{
+	netip.MustParsePrefix("192.168.0.0/16"), netip.MustParsePrefix("172.16.0.0/12"),
+	netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("100.64.0.0/10"),
 }
 
-// FreeSubnet returns want, or another subnet of its size if a route of this
-// machine is in its way. Routes through except, the lab's own, are not.
-func FreeSubnet(want netip.Prefix, except string) (netip.Prefix, error) {
+// InTheWay returns the route of this machine that overlaps with a subnet, if there
+// is one. Routes through except, the lab's own, don't count.
+func InTheWay(p netip.Prefix, except string) (link.Route, bool, error) {
+	routes, err := link.Routes()
+	if err != nil {
+		return link.Route{}, false, err
+	}
+	r, found := overlapping(routes, p, except)
+	return r, found, nil
+}
+
+func overlapping(routes []link.Route, p netip.Prefix, except string) (link.Route, bool) {
+	i := slices.IndexFunc(routes, func(r link.Route) bool {
+		return r.Interface != except && r.Destination.Bits() > 0 && r.Destination.Overlaps(p)
+	})
+	if i < 0 {
+		return link.Route{}, false
+	}
+	return routes[i], true
+}
+
+// FreeSubnet returns want, or another subnet of its size from the same private
+// range if a route of this machine or one of taken is in its way. Routes through
+// except, the lab's own, are not.
+func FreeSubnet(want netip.Prefix, except string, taken ...netip.Prefix) (netip.Prefix, error) {
 	routes, err := link.Routes()
 	if err != nil {
 		return netip.Prefix{}, err
 	}
-	free := func(p netip.Prefix) bool {
-		return !slices.ContainsFunc(routes, func(r link.Route) bool {
-			return r.Interface != except && r.Destination.Bits() > 0 && r.Destination.Overlaps(p)
-		})
-	}
-	a := want.Masked().Addr().As4()
-	for range 1 << 12 {
-		p := netip.PrefixFrom(netip.AddrFrom4(a), want.Bits())
-		if free(p) {
-			return p, nil
+	want = want.Masked()
+	within := want
+	for _, p := range private {
+		if p.Contains(want.Addr()) && p.Bits() <= want.Bits() {
+			within = p
 		}
-		// The next block, at least a /24 further on.
-		if want.Bits() > 24 && want.Bits() <= 32 && a[0] == 100 {
-			a[3] += byte(1 << (32 - want.Bits()))
-			if a[3] == 0 {
-				a[2]++
-			}
+	}
+	// People tell subnets apart by their third number; nobody looks at those of /30.
+	step := uint32(1) << (32 - want.Bits())
+	if want.Bits() < 30 {
+		step = max(step, 256)
+	}
+	at := binary.BigEndian.Uint32(want.Addr().AsSlice())
+	for range 1 << 12 {
+		p := netip.PrefixFrom(netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, at))), want.Bits())
+		if !within.Contains(p.Addr()) { // from its beginning, then
+			at = binary.BigEndian.Uint32(within.Addr().AsSlice())
 			continue
 		}
-		a[2]++
-		if a[2] == 0 {
-			a[1]++
+		_, crossed := overlapping(routes, p, except)
+		if !crossed && !slices.ContainsFunc(taken, p.Overlaps) {
+			return p, nil
 		}
+		at += step
 	}
-	return netip.Prefix{}, fmt.Errorf("find a free subnet like %s: this machine's routes cover all of them", want)
+	return netip.Prefix{}, fmt.Errorf("find a free subnet like %s: routes and environments of this machine cover all of them", want)
 }

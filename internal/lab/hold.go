@@ -2,6 +2,7 @@ package lab
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -55,6 +56,25 @@ func (l *Lab) makeNamespace(m Machine) error {
 	if err != nil {
 		return err
 	}
+	// The kernel lets a mount namespace be pinned only in one that is older, and
+	// goes by numbers for that which newer kernels give out in batches, one a CPU:
+	// seen to fail at random from inside a container (Linux 6.18). Another try gets
+	// another number.
+	for tries := 1; ; tries++ {
+		err := l.hold(m, told)
+		if !errors.Is(err, unix.EINVAL) || tries == mostTries {
+			return err
+		}
+		if err := link.UnpinNamespace(l.pin(m.Name)); err != nil {
+			return err
+		}
+	}
+}
+
+const mostTries = 10
+
+// hold makes namespaces by way of a process that prepares them, and pins them.
+func (l *Lab) hold(m Machine, told []byte) error {
 	c := exec.Command(l.Binary, "lab", "hold")
 	c.Stderr = os.Stderr
 	c.SysProcAttr = &syscall.SysProcAttr{
@@ -73,7 +93,7 @@ func (l *Lab) makeNamespace(m Machine) error {
 		return fmt.Errorf("make machine %s: %w", m.Name, err)
 	}
 	defer func() { in.Close(); c.Wait() }()
-	if _, err := in.Write(append(told, '\n')); err != nil {
+	if _, err := in.Write(append(bytes.Clone(told), '\n')); err != nil {
 		return fmt.Errorf("make machine %s: %w", m.Name, err)
 	}
 	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "ok\n" {
@@ -166,9 +186,13 @@ func (h holding) lay() error {
 			return err
 		}
 	}
-	for path, text := range h.Texts {
+	return writeTexts(h.Texts)
+}
+
+func writeTexts(texts map[string]string) error {
+	for path, text := range texts {
 		// It may be a link to a file of this machine's.
-		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err := removeFile(path); err != nil {
 			return err
 		}
 		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
@@ -176,6 +200,15 @@ func (h holding) lay() error {
 		}
 	}
 	return nil
+}
+
+// Write is what runs inside a machine whose texts have changed.
+func Write(in io.Reader) error {
+	var texts map[string]string
+	if err := json.NewDecoder(in).Decode(&texts); err != nil {
+		return fmt.Errorf("read what to write: %w", err)
+	}
+	return writeTexts(texts)
 }
 
 // freshSysfs shows this network namespace's interfaces in /sys, and keeps the

@@ -38,7 +38,8 @@ type Config struct {
 type Machine struct {
 	Name    string
 	Address netip.Addr
-	Hub     bool
+	Hub     bool // the segment and the uplink begin here
+	Host    bool // guests are joined here
 	Roles   []Role
 }
 
@@ -46,6 +47,9 @@ type Machine struct {
 type Role struct {
 	Name string
 	Args []string // ingot's arguments
+	// Files of the machine that the role reads when it starts: if one changes, the
+	// role is restarted.
+	Files []string
 }
 
 // Segment is the name of the segment's interface on each machine; Uplink is the
@@ -68,7 +72,7 @@ func New(c Config) *Lab { return &Lab{Config: c} }
 func (l *Lab) Device() string {
 	name := "ingot-" + l.Name
 	if len(name) > 15 {
-		name = fmt.Sprintf("ingot-%x", link.MAC(l.Name)[1:5])
+		name = fmt.Sprintf("ingot-%x", []byte(link.MAC(l.Name)[1:5]))
 	}
 	return name
 }
@@ -78,6 +82,15 @@ func (l *Lab) HubEnd() netip.Addr { return l.RootEnd().Next() }
 
 // RootEnd is this machine's own end.
 func (l *Lab) RootEnd() netip.Addr { return l.Uplink.Masked().Addr().Next() }
+
+// port is the name, on the hub, of a machine's wire to the segment.
+func port(machine string) string {
+	taken := []string{"all", "default", "lo", "segment", "hub0", "wire0", Segment, Uplink, Bridge, Port}
+	if len(machine) > 15 || slices.Contains(taken, machine) || strings.HasPrefix(machine, "fl") { // fltap…: guests'
+		return fmt.Sprintf("m-%x", []byte(link.MAC(machine)[1:5]))
+	}
+	return machine
+}
 
 // pin is where a machine's namespaces are pinned.
 func (l *Lab) pin(machine string) string { return filepath.Join(l.RunDir, "ns", machine) }
@@ -124,19 +137,25 @@ func (l *Lab) WriteFile(machine, path string, data []byte, mode os.FileMode) (ch
 		return false, fmt.Errorf("write %s of %s: not one of a machine's own directories", path, machine)
 	}
 	full := filepath.Join(l.files(machine), path)
-	have, err := os.ReadFile(full)
-	if err == nil && string(have) == string(data) {
+	if l.HasFile(machine, path, data) {
 		return false, os.Chmod(full, mode)
 	}
 	return true, writeFile(full, data, mode)
 }
 
-// writeFile replaces a file in one step.
+// HasFile says whether a file of a machine is as it should be.
+func (l *Lab) HasFile(machine, path string, data []byte) bool {
+	have, err := os.ReadFile(filepath.Join(l.files(machine), path))
+	return err == nil && string(have) == string(data)
+}
+
+// writeFile replaces a file in one step. What a writer that was killed has left
+// is overwritten by the next one: no file has two writers at a time.
 func writeFile(path string, data []byte, mode os.FileMode) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
+	f, err := os.OpenFile(filepath.Join(filepath.Dir(path), ".new-"+filepath.Base(path)), os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
@@ -165,6 +184,7 @@ type RoleState struct {
 	Restarts int       `json:"restarts"`
 	Since    time.Time `json:"since"`
 	Print    string    `json:"fingerprint"`
+	Stale    bool      `json:"-"` // it runs, and another binary, or with other arguments or files
 	Log      string    `json:"log"`
 }
 
@@ -181,6 +201,8 @@ func (l *Lab) States() []State {
 			role, _ := readRole(l.rolePath(m.Name, r.Name))
 			role.Name, role.Log = r.Name, l.LogPath(m.Name, r.Name)
 			role.Running = role.alive()
+			print, err := l.fingerprint(m.Name, r)
+			role.Stale = role.Running && err == nil && role.Print != print
 			s.Roles = append(s.Roles, role)
 		}
 		states = append(states, s)

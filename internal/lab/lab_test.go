@@ -2,6 +2,7 @@ package lab_test
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -43,7 +44,11 @@ func labMain(what string, args []string) error {
 	case "enter":
 		return lab.Enter(args[0], args[2:])
 	case "supervise":
-		return lab.Supervise(ctx, args[0], slog.New(slog.NewTextHandler(os.Stderr, nil)))
+		return lab.Supervise(ctx, args[0], os.Stdin, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	case "write":
+		return lab.Write(os.Stdin)
+	case "make", "unmake":
+		return makeAndUnmake(ctx, what, args[0])
 	case "role":
 		fmt.Println("role", args[0])
 		<-ctx.Done()
@@ -72,8 +77,8 @@ func newLab(t *testing.T) *lab.Lab {
 		Subnet: netip.MustParsePrefix("192.168.77.0/25"), Uplink: uplink,
 		Machines: []lab.Machine{
 			{Name: "network-hub", Address: a("192.168.77.2"), Hub: true, Roles: role("hub")},
-			{Name: "host-0", Address: a("192.168.77.3"), Roles: role("host")},
-			{Name: "host-1", Address: a("192.168.77.4"), Roles: role("host")},
+			{Name: "host-0", Address: a("192.168.77.3"), Host: true, Roles: role("host")},
+			{Name: "host-1", Address: a("192.168.77.4"), Host: true, Roles: role("host")},
 		},
 	})
 	if err := l.Remove(t.Context()); err != nil { // of a run that was killed
@@ -290,6 +295,320 @@ func TestEnsureMendsAndRemoveFindsAll(t *testing.T) {
 	}
 	if err := l.Remove(t.Context()); err != nil {
 		t.Errorf("remove what is removed: %v", err)
+	}
+}
+
+// makeAndUnmake is a process that makes a lab and starts its roles, or removes it.
+func makeAndUnmake(ctx context.Context, what, config string) error {
+	var l lab.Lab
+	if err := json.Unmarshal([]byte(config), &l.Config); err != nil {
+		return err
+	}
+	if what == "unmake" {
+		return l.Remove(ctx)
+	}
+	if _, err := l.Ensure(ctx); err != nil {
+		return err
+	}
+	return l.Start(ctx)
+}
+
+// TestKilledAnywhere kills what makes the lab, and what removes it, at moments
+// spread over the whole of the run: the next one completes it, and nothing is left.
+func TestKilledAnywhere(t *testing.T) {
+	moments := 12
+	if testing.Short() {
+		moments = 3
+	}
+	l := newLab(t)
+	before := world(t)
+	config, err := json.Marshal(l.Config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	command := func(what string) *exec.Cmd { return exec.Command(l.Binary, "lab", what, string(config)) }
+	for _, c := range []struct{ broken, mended string }{{"make", "make"}, {"unmake", "unmake"}, {"make", "unmake"}, {"unmake", "make"}} {
+		// How long it takes, uninterrupted.
+		sh(t, command(map[string]string{"make": "unmake", "unmake": "make"}[c.broken]))
+		start := time.Now()
+		sh(t, command(c.broken))
+		took := time.Since(start)
+		for i := range moments {
+			sh(t, command(map[string]string{"make": "unmake", "unmake": "make"}[c.broken]))
+			victim := command(c.broken)
+			if err := victim.Start(); err != nil {
+				t.Fatal(err)
+			}
+			timer := time.AfterFunc(took*time.Duration(i)/time.Duration(moments), func() { _ = victim.Process.Kill() })
+			_ = victim.Wait()
+			timer.Stop()
+			if out, err := command(c.mended).CombinedOutput(); err != nil {
+				log, _ := os.ReadFile(filepath.Join(l.Dir, "log", "supervisor.log"))
+				t.Fatalf("%s was killed after %v, and then %s: %v\n%s\n%s", c.broken, took*time.Duration(i)/time.Duration(moments), c.mended, err, out, log)
+			}
+			if c.mended == "make" && !allRun(l)() {
+				t.Fatalf("%s was killed after %v, and then roles don't run: %v", c.broken, took*time.Duration(i)/time.Duration(moments), pids(l))
+			}
+		}
+		t.Logf("%s killed %d times within %v, then %s", c.broken, moments, took, c.mended)
+	}
+	if err := l.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(before, world(t)); diff != "" {
+		t.Errorf("left behind (-before +after):\n%s", diff)
+	}
+	eventually(t, "no process is left", func() bool {
+		return exec.Command("pgrep", "-f", "^"+l.Binary+" lab").Run() != nil
+	})
+}
+
+func TestASupervisorWithoutItsStarterDoesNotBegin(t *testing.T) {
+	l := newLab(t)
+	ensure(t, l, true)
+	out, err := exec.Command(l.Binary, "lab", "supervise", l.RunDir).CombinedOutput() // standard input is empty
+	if err == nil || !strings.Contains(string(out), "has not said to begin") {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
+// TestMachinesComeAndGo changes the configuration of a lab that runs: what is not
+// in question runs on.
+func TestMachinesComeAndGo(t *testing.T) {
+	l := newLab(t)
+	before := world(t)
+	up := func(changed bool) {
+		t.Helper()
+		ensure(t, l, changed)
+		if err := l.Start(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "all roles run", allRun(l))
+	}
+	in := func(machine string, argv ...string) string {
+		t.Helper()
+		return sh(t, l.Command(t.Context(), machine, argv...))
+	}
+	up(true)
+	first := pids(l)
+	for _, m := range l.Machines {
+		in(m.Name, "sh", "-c", "echo kept > /var/lib/ingot/kept")
+	}
+
+	in("host-0", "ping", "-c", "1", "-W", "2", "192.168.77.4") // it knows host-1's MAC address now
+	sh(t, exec.Command("ping", "-c", "1", "-W", "2", "192.168.77.4"))
+
+	// Another machine has the address of the one that is gone.
+	one, last := l.Config.Machines[:2:2], l.Config.Machines[2]
+	long := lab.Machine{Name: "a-host-with-a-long-name", Address: netip.MustParseAddr("192.168.77.4"), Host: true, Roles: last.Roles}
+	l.Config.Machines = append(one, long)
+	strays, err := l.Strays()
+	if diff := cmp.Diff([]string{"host-1"}, strays); diff != "" || err != nil {
+		t.Errorf("strays: %v %s", err, diff)
+	}
+	up(true)
+	up(false)
+	second := pids(l)
+	if second["network-hub"] != first["network-hub"] || second["host-0"] != first["host-0"] || second[long.Name] == 0 {
+		t.Errorf("roles were %v, are %v", first, second)
+	}
+	if _, err := run.FindProcess(first["host-1"], 0); err == nil {
+		t.Error("the role of the machine that is gone still runs")
+	}
+	if _, err := os.Stat(filepath.Join(l.Dir, "machines", "host-1")); err == nil {
+		t.Error("its files are still there")
+	}
+	if hosts := in("host-0", "cat", "/etc/hosts"); !strings.Contains(hosts, "192.168.77.4 a-host-with-a-long-name") || strings.Contains(hosts, "host-1") {
+		t.Errorf("host-0 has not heard of the change:\n%s", hosts)
+	}
+	in("host-0", "ping", "-c", "1", "-W", "2", "192.168.77.4")
+	sh(t, exec.Command("ping", "-c", "1", "-W", "2", "192.168.77.4"))
+	in("host-0", "cat", "/var/lib/ingot/kept")
+
+	// What a removal that was killed has left is no machine's, whoever comes.
+	half := filepath.Join(l.Dir, "machines", ".removed-host-1", "var/lib/ingot")
+	if err := os.MkdirAll(half, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	l.Config.Machines = append(one, last)
+	up(true)
+	if out, err := l.Command(t.Context(), "host-1", "cat", "/var/lib/ingot/kept").CombinedOutput(); err == nil {
+		t.Errorf("a new host-1 has the files of the old one: %s", out)
+	}
+	if err := l.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(before, world(t)); diff != "" {
+		t.Errorf("left behind (-before +after):\n%s", diff)
+	}
+}
+
+func TestARoleIsRestartedWhenItsFilesChange(t *testing.T) {
+	l := newLab(t)
+	l.Config.Machines[1].Roles[0].Files = []string{"/etc/ingot/role.yaml", "/etc/ingot/not-there"}
+	write := func(text string) {
+		t.Helper()
+		if _, err := l.WriteFile("host-0", "/etc/ingot/role.yaml", []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	start := func() map[string]int {
+		t.Helper()
+		if err := l.Start(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		return pids(l)
+	}
+	ensure(t, l, true)
+	write("a")
+	first := start()
+	write("b")
+	stale := map[string]bool{}
+	for _, m := range l.States() {
+		stale[m.Name] = m.Roles[0].Stale
+	}
+	if diff := cmp.Diff(map[string]bool{"network-hub": false, "host-0": true, "host-1": false}, stale); diff != "" {
+		t.Errorf("stale: %s", diff)
+	}
+	second := start()
+	if second["host-0"] == first["host-0"] || second["host-1"] != first["host-1"] || second["network-hub"] != first["network-hub"] {
+		t.Errorf("roles were %v, are %v: only that of host-0 reads the file", first, second)
+	}
+	if third := start(); third["host-0"] != second["host-0"] {
+		t.Error("it was restarted without a change")
+	}
+}
+
+// TestOneMachineIsHubAndHost has a machine with both roles, and another host.
+func TestOneMachineIsHubAndHost(t *testing.T) {
+	l := newLab(t)
+	before := world(t)
+	l.Config.Machines = l.Config.Machines[:2]
+	l.Config.Machines[0].Host = true
+	ensure(t, l, true)
+	ensure(t, l, false)
+	in := func(machine string, argv ...string) string {
+		t.Helper()
+		return sh(t, l.Command(t.Context(), machine, argv...))
+	}
+	in("network-hub", "ping", "-c", "1", "-W", "2", "192.168.77.3")
+	in("host-0", "ping", "-c", "1", "-W", "2", "192.168.77.2")
+	sh(t, exec.Command("ping", "-c", "1", "-W", "2", "192.168.77.3"))
+	// A guest on each machine's bridge reaches both machines and the other guest.
+	for machine, address := range map[string]string{"network-hub": "192.168.77.50/25", "host-0": "192.168.77.51/25"} {
+		in(machine, "sh", "-ec", `ip netns add guest; ip link add tap0 type veth peer name eth1 netns guest; ip link set tap0 master ingot0 up
+			ip -n guest address add `+address+` dev eth1; ip -n guest link set eth1 up; ip -n guest link set lo up`)
+	}
+	for _, machine := range []string{"network-hub", "host-0"} {
+		for _, to := range []string{"192.168.77.2", "192.168.77.3", "192.168.77.50", "192.168.77.51"} {
+			in(machine, "ip", "netns", "exec", "guest", "ping", "-c", "1", "-W", "2", to)
+		}
+	}
+	if err := l.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(before, world(t)); diff != "" {
+		t.Errorf("left behind (-before +after):\n%s", diff)
+	}
+}
+
+func TestDeviceFitsAnInterface(t *testing.T) {
+	seen := map[string]string{}
+	for _, name := range []string{"lab", "ninechars", "ten-chars0", "a-name-of-32-characters-000000000", "a-name-of-32-characters-000000001"} {
+		d := lab.New(lab.Config{Name: name}).Device()
+		if len(d) > 15 || seen[d] != "" {
+			t.Errorf("%s has %s, of %d characters; also %q has it", name, d, len(d), seen[d])
+		}
+		seen[d] = name
+	}
+}
+
+// TestASupervisorThatDoesNotListenIsReplaced has what an `up` leaves that was killed
+// before its supervisor began: a process that is known, and keeps no roles.
+func TestASupervisorThatDoesNotListenIsReplaced(t *testing.T) {
+	l := newLab(t)
+	ensure(t, l, true)
+	deaf := exec.Command("sleep", "60")
+	if err := deaf.Start(); err != nil {
+		t.Fatal(err)
+	}
+	start, err := run.StartTime(deaf.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	record := fmt.Sprintf(`{"pid": %d, "start": %d}`, deaf.Process.Pid, start)
+	if err := os.WriteFile(filepath.Join(l.RunDir, "supervisor.json"), []byte(record), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := deaf.Wait(); err == nil {
+		t.Error("it was not ended")
+	}
+	if !l.Supervised() || !allRun(l)() {
+		t.Error("no supervisor keeps the roles")
+	}
+}
+
+func TestLock(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x.lock")
+	first, err := lab.Lock(t.Context(), path, func() { t.Error("the first one waits") })
+	if err != nil {
+		t.Fatal(err)
+	}
+	waits, inside, done := make(chan bool, 2), make(chan bool, 1), make(chan error, 2)
+	for range 2 {
+		go func() {
+			l, err := lab.Lock(t.Context(), path, func() { waits <- true })
+			if err != nil {
+				done <- err
+				return
+			}
+			inside <- true // would block if the other one were inside
+			<-inside
+			done <- l.Release()
+		}()
+	}
+	<-waits
+	<-waits
+	ctx, cancel := context.WithCancel(t.Context())
+	if _, err := lab.Lock(ctx, path, cancel); err == nil {
+		t.Error("locked twice")
+	}
+	if err := first.Release(); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := os.Stat(path); err == nil {
+		t.Error("the lock's file is left")
+	}
+}
+
+func TestFreeSubnetAvoidsWhatIsTaken(t *testing.T) {
+	p := netip.MustParsePrefix
+	for _, c := range []struct {
+		want  netip.Prefix
+		taken []netip.Prefix
+		got   netip.Prefix
+	}{
+		{p("192.168.250.0/25"), nil, p("192.168.250.0/25")},
+		{p("192.168.250.0/25"), []netip.Prefix{p("192.168.250.64/26")}, p("192.168.251.0/25")},
+		{p("192.168.252.0/22"), []netip.Prefix{p("192.168.255.0/24"), p("192.168.0.0/18")}, p("192.168.64.0/22")}, // from the beginning
+		{p("10.200.0.0/16"), []netip.Prefix{p("10.200.7.0/24")}, p("10.201.0.0/16")},
+		{p("100.64.77.252/30"), []netip.Prefix{p("100.64.77.252/30")}, p("100.64.78.0/30")},
+	} {
+		got, err := lab.FreeSubnet(c.want, "", c.taken...)
+		if err != nil || got != c.got {
+			t.Errorf("%s without %s: %s, %v, want %s", c.want, c.taken, got, err, c.got)
+		}
+	}
+	if got, err := lab.FreeSubnet(p("192.168.0.0/16"), "", p("192.168.3.0/30")); err == nil {
+		t.Errorf("got %s", got)
 	}
 }
 

@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -23,18 +26,18 @@ func (l *Lab) Remove(ctx context.Context) error {
 	if err := l.stopSupervisor(ctx); err != nil {
 		return err
 	}
-	if err := l.endProcesses(ctx); err != nil {
+	machines, err := l.pinned()
+	if err != nil {
 		return err
 	}
-	pins, err := os.ReadDir(filepath.Join(l.RunDir, "ns"))
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := l.endProcesses(ctx, machines); err != nil {
 		return err
 	}
 	var problems []error
-	for _, pin := range pins {
-		problems = append(problems, link.UnpinNamespace(l.pin(pin.Name())))
+	for _, m := range machines {
+		problems = append(problems, link.UnpinNamespace(l.pin(m)))
 	}
-	problems = append(problems, link.Remove(l.Device()), nat.Remove(l.Device()), nat.RemovePassage(l.Device()), l.restoreForwarding())
+	problems = append(problems, link.Remove(l.Device()), nat.Remove(l.Device()), nat.RemovePassage(l.Device()), l.restoreForwarding(ctx))
 	for mounted(l.RunDir) {
 		if err := unix.Unmount(l.RunDir, unix.MNT_DETACH); err != nil {
 			problems = append(problems, fmt.Errorf("unmount %s: %w", l.RunDir, err))
@@ -47,49 +50,153 @@ func (l *Lab) Remove(ctx context.Context) error {
 	return errors.Join(problems...)
 }
 
-// endProcesses ends every process in the lab's network namespaces: roles,
-// hypervisors, shells. All are asked first; those that don't go in time are killed.
-func (l *Lab) endProcesses(ctx context.Context) error {
-	inside, err := l.processes()
+// Strays names the machines that are there and not in the configuration.
+func (l *Lab) Strays() ([]string, error) {
+	there, err := l.pinned()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	done := make(chan error, len(inside))
-	for _, p := range inside {
-		go func() {
-			defer p.Close()
-			done <- p.Stop(ctx)
-		}()
+	kept, err := names(filepath.Join(l.Dir, "machines"))
+	if err != nil {
+		return nil, err
 	}
-	var problems []error
-	for range inside {
-		problems = append(problems, <-done)
-	}
-	return errors.Join(problems...)
+	there = append(there, kept...)
+	slices.Sort(there)
+	return slices.DeleteFunc(slices.Compact(there), func(name string) bool {
+		return slices.ContainsFunc(l.Machines, func(m Machine) bool { return m.Name == name })
+	}), nil
 }
 
-// processes finds the roles, also those that are only about to enter their
-// machine, and all processes in the lab's network namespaces.
-func (l *Lab) processes() ([]*run.Process, error) {
-	var found []*run.Process
+// prune removes machines that are no longer wanted, with their files.
+func (l *Lab) prune(ctx context.Context) (changed bool, err error) {
+	strays, err := l.Strays()
+	if err != nil || len(strays) == 0 {
+		return false, err
+	}
+	// It would start their roles again. Start brings it back.
+	if err := l.stopSupervisor(ctx); err != nil {
+		return false, err
+	}
+	if err := l.endProcesses(ctx, strays); err != nil {
+		return false, err
+	}
+	for _, name := range strays {
+		if err := l.removeMachine(name); err != nil {
+			return true, fmt.Errorf("remove machine %s: %w", name, err)
+		}
+	}
+	return true, nil
+}
+
+func (l *Lab) removeMachine(name string) error {
+	if err := link.UnpinNamespace(l.pin(name)); err != nil {
+		return err
+	}
+	if hub, err := link.OpenNamespace(l.pin(l.hub().Name)); err == nil {
+		defer hub.Close()
+		if err := hub.Do(func() error { return link.Remove(port(name)) }); err != nil {
+			return err
+		}
+	}
+	records, _ := filepath.Glob(filepath.Join(l.RunDir, "roles", name+".*.json"))
+	for _, path := range append(records, l.madePath(name)) {
+		if err := removeFile(path); err != nil {
+			return err
+		}
+	}
+	// Aside first: half of a machine's files must not become a machine's again.
+	aside := name
+	if !strings.HasPrefix(name, removed) {
+		aside = removed + name
+		if err := os.Rename(l.files(name), l.files(aside)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return errors.Join(os.RemoveAll(filepath.Join(l.RunDir, "scratch", name)), os.RemoveAll(l.files(aside)))
+}
+
+// removed begins the name of a directory of files that are being removed. No
+// machine is called so.
+const removed = ".removed-"
+
+// pinned names the machines whose namespaces are pinned, wanted or not.
+func (l *Lab) pinned() ([]string, error) { return names(filepath.Join(l.RunDir, "ns")) }
+
+// names lists a directory. One that is not there has none.
+func names(dir string) ([]string, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	var all []string
+	for _, e := range entries {
+		all = append(all, e.Name())
+	}
+	return all, nil
+}
+
+// endProcesses ends every process in the network namespaces of machines: roles,
+// hypervisors, shells. Roles go first: one that saw its hypervisors end would note
+// it, or start them again. What is started meanwhile is found by the next look.
+// All are asked first; those that don't go in time are killed.
+func (l *Lab) endProcesses(ctx context.Context, machines []string) error {
+	for {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		roles, others, err := l.processes(machines)
+		if err != nil || len(roles)+len(others) == 0 {
+			return err
+		}
+		if len(roles) > 0 {
+			closeAll(others)
+			others = roles
+		}
+		if err := stopAll(ctx, others); err != nil {
+			return err
+		}
+	}
+}
+
+// stopAll stops processes side by side, and lets go of them.
+func stopAll(ctx context.Context, all []*run.Process) error {
+	defer closeAll(all)
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	errs := make([]error, len(all))
+	var stopping sync.WaitGroup
+	for i, p := range all {
+		stopping.Go(func() { errs[i] = p.Stop(ctx) })
+	}
+	stopping.Wait()
+	return errors.Join(errs...)
+}
+
+func closeAll(all []*run.Process) {
+	for _, p := range all {
+		p.Close()
+	}
+}
+
+// processes finds the roles of machines, also those that are only about to enter
+// theirs, and all other processes in the machines' network namespaces.
+func (l *Lab) processes(machines []string) (roles, others []*run.Process, err error) {
 	seen := map[int]bool{os.Getpid(): true}
-	roles, _ := filepath.Glob(filepath.Join(l.RunDir, "roles", "*.json"))
-	for _, path := range roles {
+	records, _ := filepath.Glob(filepath.Join(l.RunDir, "roles", "*.json"))
+	for _, path := range records {
+		machine, _, _ := strings.Cut(filepath.Base(path), ".")
 		r, err := readRole(path)
-		if err != nil {
+		if err != nil || !slices.Contains(machines, machine) {
 			continue
 		}
 		if p, err := run.FindProcess(r.PID, r.Start); err == nil {
-			found = append(found, p)
+			roles = append(roles, p)
 			seen[r.PID] = true
 		}
 	}
 	ours := map[uint64]bool{}
-	pins, _ := os.ReadDir(filepath.Join(l.RunDir, "ns"))
-	for _, pin := range pins {
-		if ns, err := link.OpenNamespace(l.pin(pin.Name())); err == nil {
+	for _, machine := range machines {
+		if ns, err := link.OpenNamespace(l.pin(machine)); err == nil {
 			if inode, err := ns.Inode(); err == nil {
 				ours[inode] = true
 			}
@@ -98,7 +205,8 @@ func (l *Lab) processes() ([]*run.Process, error) {
 	}
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
-		return nil, err
+		closeAll(roles)
+		return nil, nil, err
 	}
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
@@ -110,8 +218,8 @@ func (l *Lab) processes() ([]*run.Process, error) {
 			continue
 		}
 		if p, err := run.FindProcess(pid, 0); err == nil {
-			found = append(found, p)
+			others = append(others, p)
 		}
 	}
-	return found, nil
+	return roles, others, nil
 }

@@ -1,10 +1,14 @@
 package lab
 
 import (
+	"bufio"
 	"context"
+	"crypto/sha256"
+	"debug/elf"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -68,7 +72,7 @@ func (l *Lab) settle(ctx context.Context) error {
 func (l *Lab) unsettled() string {
 	for _, m := range l.Machines {
 		for _, r := range m.Roles {
-			print, err := l.fingerprint(r.Args)
+			print, err := l.fingerprint(m.Name, r)
 			if err != nil {
 				return r.Name + " on " + m.Name
 			}
@@ -90,7 +94,7 @@ func (l *Lab) supervise(ctx context.Context) error {
 	if err := writeFile(l.configPath(), b, 0o600); err != nil {
 		return err
 	}
-	print, err := l.fingerprint(nil)
+	print, err := l.fingerprint("", Role{})
 	if err != nil {
 		return err
 	}
@@ -107,8 +111,12 @@ func (l *Lab) supervise(ctx context.Context) error {
 
 func (l *Lab) configPath() string { return filepath.Join(l.RunDir, "lab.json") }
 
-func (l *Lab) supervisorPath() string { return filepath.Join(l.RunDir, "supervisor.json") }
+const supervisorFile = "supervisor.json"
 
+func (l *Lab) supervisorPath() string { return filepath.Join(l.RunDir, supervisorFile) }
+
+// spawnSupervisor starts the supervisor, notes which process it is, and only then
+// lets it begin: one that nobody knows of would start roles for ever.
 func (l *Lab) spawnSupervisor(print string) error {
 	log, err := appendTo(filepath.Join(l.Dir, "log", "supervisor.log"))
 	if err != nil {
@@ -118,6 +126,11 @@ func (l *Lab) spawnSupervisor(print string) error {
 	c := exec.Command(l.Binary, "lab", "supervise", l.RunDir)
 	c.Stdout, c.Stderr, c.Dir = log, log, "/"
 	c.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	word, err := c.StdinPipe()
+	if err != nil {
+		return err
+	}
+	defer word.Close()
 	if err := c.Start(); err != nil {
 		return fmt.Errorf("start supervisor of lab %s: %w", l.Name, err)
 	}
@@ -125,8 +138,18 @@ func (l *Lab) spawnSupervisor(print string) error {
 	if err != nil {
 		return fmt.Errorf("start supervisor of lab %s: it ended at once, see %s: %w", l.Name, log.Name(), err)
 	}
-	return writeJSON(l.supervisorPath(), RoleState{PID: c.Process.Pid, Start: start, Since: time.Now(), Print: print})
+	// Without a fingerprint it is one that does not listen yet: the next `up` ends it.
+	if err := writeJSON(l.supervisorPath(), RoleState{PID: c.Process.Pid, Start: start, Since: time.Now()}); err != nil {
+		return err
+	}
+	if _, err := fmt.Fprintf(word, "%s%s\n", begin, print); err != nil {
+		return fmt.Errorf("start supervisor of lab %s: %w", l.Name, err)
+	}
+	return nil
 }
+
+// begin is what a new supervisor waits to hear, with its own fingerprint behind it.
+const begin = "begin "
 
 func (l *Lab) supervisor() (RoleState, error) {
 	s, err := readRole(l.supervisorPath())
@@ -185,26 +208,64 @@ func (s RoleState) alive() bool {
 	return err == nil && start == s.Start
 }
 
-// fingerprint changes when the binary does, or the arguments.
-func (l *Lab) fingerprint(args []string) (string, error) {
-	f, err := os.Stat(l.Binary)
+// fingerprint changes when the binary's content does, or the role's arguments or
+// files. A binary that was built again from the same sources is the same.
+func (l *Lab) fingerprint(machine string, r Role) (string, error) {
+	id, err := buildID(l.Binary)
 	if err != nil {
 		return "", fmt.Errorf("find the ingot binary: %w", err)
 	}
-	return fmt.Sprintf("%d %d %s", f.Size(), f.ModTime().UnixNano(), strings.Join(args, "\x00")), nil
+	sum := sha256.New()
+	fmt.Fprintf(sum, "%s %q", id, r.Args)
+	for _, path := range r.Files {
+		b, err := os.ReadFile(filepath.Join(l.files(machine), path))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return "", fmt.Errorf("read what %s on %s reads: %w", r.Name, machine, err)
+		}
+		fmt.Fprintf(sum, "%s %d %s", path, len(b), b)
+	}
+	return fmt.Sprintf("%x", sum.Sum(nil)[:16]), nil
+}
+
+// buildID is what Go's linker makes of all that a binary was built from.
+func buildID(path string) ([]byte, error) {
+	f, err := elf.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	note := f.Section(".note.go.buildid")
+	if note == nil {
+		return nil, fmt.Errorf("%s has no Go build id", path)
+	}
+	return note.Data()
 }
 
 // Supervise is the supervisor's body: it keeps the roles of the lab that is
 // described in runDir running until ctx ends. SIGHUP reads the description anew.
-func Supervise(ctx context.Context, runDir string, log *slog.Logger) error {
-	lock, err := lockFile(filepath.Join(runDir, "supervisor.lock"), true)
-	if err != nil {
-		return err
-	}
-	defer lock.Close()
+// It begins when in says so, and not at all if its starter was killed before.
+func Supervise(ctx context.Context, runDir string, in io.Reader, log *slog.Logger) error {
 	again := make(chan os.Signal, 1)
 	signal.Notify(again, unix.SIGHUP)
 	defer signal.Stop(again)
+	line, err := bufio.NewReader(in).ReadString('\n')
+	print, told := strings.CutPrefix(strings.TrimSpace(line), begin)
+	if err != nil || !told {
+		return fmt.Errorf("supervise %s: whoever started this has not said to begin: %w", runDir, errors.Join(err, io.ErrUnexpectedEOF))
+	}
+	lock, err := Lock(ctx, filepath.Join(runDir, "supervisor.lock"), nil)
+	if err != nil {
+		return err
+	}
+	defer lock.Release()
+	// From now on it hears SIGHUP, and whoever reads this may send one.
+	start, err := run.StartTime(os.Getpid())
+	if err == nil {
+		err = writeJSON(filepath.Join(runDir, supervisorFile), RoleState{PID: os.Getpid(), Start: start, Since: time.Now(), Print: print})
+	}
+	if err != nil {
+		return err
+	}
 	keepers := map[string]*keeper{}
 	var running sync.WaitGroup
 	defer running.Wait()
@@ -325,7 +386,7 @@ func (k *keeper) watch(ctx context.Context, p *run.Process) (next wanted, change
 // ensure finds the role running as it should, or starts it.
 func (k *keeper) ensure(ctx context.Context, w wanted, restarts int) (*run.Process, time.Time, error) {
 	path := w.lab.rolePath(w.machine, w.role.Name)
-	print, err := w.lab.fingerprint(w.role.Args)
+	print, err := w.lab.fingerprint(w.machine, w.role)
 	if err != nil {
 		return nil, time.Time{}, err
 	}
