@@ -479,13 +479,17 @@ func (x *MicroVMSpec) GetProcess() *Process {
 	return nil
 }
 
-// Process overrides what an image without an init of its own runs.
+// Process overrides what an image without an init of its own runs. What is not
+// set is as the image's configuration says.
 type Process struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Args          []string               `protobuf:"bytes,1,rep,name=args,proto3" json:"args,omitempty"`
-	Env           map[string]string      `protobuf:"bytes,2,rep,name=env,proto3" json:"env,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Args          []string               `protobuf:"bytes,1,rep,name=args,proto3" json:"args,omitempty"`                                                                         // in the place of the image's CMD
+	Env           map[string]string      `protobuf:"bytes,2,rep,name=env,proto3" json:"env,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // beside the image's, and before it
 	WorkingDir    string                 `protobuf:"bytes,3,opt,name=working_dir,json=workingDir,proto3" json:"working_dir,omitempty"`
-	User          string                 `protobuf:"bytes,4,opt,name=user,proto3" json:"user,omitempty"`
+	User          string                 `protobuf:"bytes,4,opt,name=user,proto3" json:"user,omitempty"`                               // name or id, and :group
+	Entrypoint    []string               `protobuf:"bytes,5,rep,name=entrypoint,proto3" json:"entrypoint,omitempty"`                   // in the place of the image's ENTRYPOINT and CMD; one empty word: none
+	StopSignal    string                 `protobuf:"bytes,6,opt,name=stop_signal,json=stopSignal,proto3" json:"stop_signal,omitempty"` // its name or number
+	Attach        bool                   `protobuf:"varint,7,opt,name=attach,proto3" json:"attach,omitempty"`                          // it is started by Host.Exec with main, not by the boot
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -546,6 +550,27 @@ func (x *Process) GetUser() string {
 		return x.User
 	}
 	return ""
+}
+
+func (x *Process) GetEntrypoint() []string {
+	if x != nil {
+		return x.Entrypoint
+	}
+	return nil
+}
+
+func (x *Process) GetStopSignal() string {
+	if x != nil {
+		return x.StopSignal
+	}
+	return ""
+}
+
+func (x *Process) GetAttach() bool {
+	if x != nil {
+		return x.Attach
+	}
+	return false
 }
 
 type CPUConfig struct {
@@ -1568,13 +1593,19 @@ const file_types_microvm_proto_rawDesc = "" +
 	"\v_cpu_configB\x11\n" +
 	"\x0f_restart_policyB\n" +
 	"\n" +
-	"\b_process\"\xbf\x01\n" +
+	"\b_process\"\x98\x02\n" +
 	"\aProcess\x12\x12\n" +
 	"\x04args\x18\x01 \x03(\tR\x04args\x123\n" +
 	"\x03env\x18\x02 \x03(\v2!.flintlock.types.Process.EnvEntryR\x03env\x12\x1f\n" +
 	"\vworking_dir\x18\x03 \x01(\tR\n" +
 	"workingDir\x12\x12\n" +
-	"\x04user\x18\x04 \x01(\tR\x04user\x1a6\n" +
+	"\x04user\x18\x04 \x01(\tR\x04user\x12\x1e\n" +
+	"\n" +
+	"entrypoint\x18\x05 \x03(\tR\n" +
+	"entrypoint\x12\x1f\n" +
+	"\vstop_signal\x18\x06 \x01(\tR\n" +
+	"stopSignal\x12\x16\n" +
+	"\x06attach\x18\a \x01(\bR\x06attach\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"x\n" +

@@ -8,9 +8,13 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"sync"
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	ingotv1 "ingot/api/ingot/v1"
 )
@@ -44,71 +48,109 @@ func console(ctx context.Context, vm microVM) error {
 	defer stop()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	stream, err := vm.host.Console(ctx)
+	t, err := rawTerminal()
+	if err != nil {
+		return fmt.Errorf("set up the terminal: %w", err)
+	}
+	defer t.restore()
+	keys := make(chan []byte)
+	// Nothing interrupts a read of a terminal: it ends with the process.
+	go readKeys(os.Stdin, keys)
+	for said := "attached to"; ; said = "attached again to" {
+		fmt.Fprintf(os.Stderr, "%s %s; Ctrl-] detaches\r\n", said, vm)
+		err := viewConsole(ctx, vm, keys)
+		if status.Code(err) != codes.Unavailable || ctx.Err() != nil {
+			if errors.Is(err, errDetached) {
+				t.restore()
+				fmt.Fprintf(os.Stderr, "\ndetached from %s\n", vm)
+				return nil
+			}
+			return err
+		}
+		fmt.Fprintf(os.Stderr, "\r\nthe daemon on %s has gone: waiting for it\r\n", vm.host.Name)
+	}
+}
+
+var errDetached = errors.New("detached")
+
+// viewConsole shows a console for as long as a connection lasts, and types keys into it.
+func viewConsole(ctx context.Context, vm microVM, keys <-chan []byte) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var typing sync.WaitGroup
+	defer typing.Wait()
+	defer cancel()
+	stream, err := vm.host.Console(ctx, grpc.WaitForReady(true))
 	if err != nil {
 		return err
 	}
 	if err := stream.Send(&ingotv1.ConsoleRequest{Payload: &ingotv1.ConsoleRequest_Uid{Uid: vm.uid()}}); err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
-	t, err := rawTerminal()
-	if err != nil {
-		return fmt.Errorf("set up the terminal: %w", err)
-	}
-	defer t.restore()
-	fmt.Fprintf(os.Stderr, "attached to %s; Ctrl-] detaches\r\n", vm)
-	typed := make(chan error, 1)
-	// Nothing interrupts a read of a terminal: it ends with the process.
-	go func() { typed <- typeTo(stream, os.Stdin); cancel() }()
+	var left error
+	typing.Go(func() {
+		left = typeTo(ctx, stream, keys)
+		if left != nil {
+			cancel()
+		}
+	})
 	for {
 		r, err := stream.Recv()
-		switch {
-		case err == nil:
-			if _, err := os.Stdout.Write(r.GetData()); err != nil {
-				return err
+		if err == nil {
+			if _, err = os.Stdout.Write(r.GetData()); err == nil {
+				continue
 			}
-			continue
-		case errors.Is(err, io.EOF):
+			return err
+		}
+		if errors.Is(err, io.EOF) {
 			return nil // the guest has ended
 		}
-		select {
-		case typeErr := <-typed: // we left it
-			t.restore()
-			fmt.Fprintf(os.Stderr, "\ndetached from %s\n", vm)
-			return typeErr
-		default:
-		}
-		if ctx.Err() != nil {
-			return ctx.Err()
+		ended := ctx.Err() != nil
+		cancel()
+		typing.Wait()
+		if ended && left != nil {
+			return left
 		}
 		return err
 	}
 }
 
-// typeTo sends what is typed until the detach key or the end.
-func typeTo(stream ingotv1.Host_ConsoleClient, r io.Reader) error {
-	buf := make([]byte, 4<<10)
-	for {
+// readKeys passes on what is typed, and closes keys at its end.
+func readKeys(r io.Reader, keys chan<- []byte) {
+	defer close(keys)
+	for buf := make([]byte, 4<<10); ; {
 		n, err := r.Read(buf)
-		data := buf[:n]
+		if n > 0 {
+			keys <- bytes.Clone(buf[:n])
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// typeTo sends what is typed until the detach key or the end of it, which are
+// errDetached, or the end of ctx or of the stream, which are no error.
+func typeTo(ctx context.Context, stream ingotv1.Host_ConsoleClient, keys <-chan []byte) error {
+	for {
+		var data []byte
+		more := false
+		select {
+		case <-ctx.Done():
+			return nil
+		case data, more = <-keys:
+		}
 		at := bytes.IndexByte(data, detachKey)
 		if at >= 0 {
 			data = data[:at]
 		}
 		if len(data) > 0 {
-			sent := stream.Send(&ingotv1.ConsoleRequest{Payload: &ingotv1.ConsoleRequest_Data{Data: bytes.Clone(data)}})
-			if errors.Is(sent, io.EOF) {
-				return nil
-			}
+			sent := stream.Send(&ingotv1.ConsoleRequest{Payload: &ingotv1.ConsoleRequest_Data{Data: data}})
 			if sent != nil {
-				return sent
+				return nil // Recv has the reason
 			}
 		}
-		switch {
-		case at >= 0, errors.Is(err, io.EOF):
-			return nil
-		case err != nil:
-			return err
+		if at >= 0 || !more {
+			return errDetached
 		}
 	}
 }

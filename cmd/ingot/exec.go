@@ -9,7 +9,9 @@ import (
 	"os/signal"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -43,6 +45,9 @@ With a terminal at both ends, -it is as if given.`,
 			if person := isTerminal(os.Stdin) && isTerminal(os.Stdout); person && !cmd.Flags().Changed("stdin") && !cmd.Flags().Changed("tty") {
 				stdin, tty = true, true
 			}
+			if err := checkTerminal(cmd, stdin, tty); err != nil {
+				return err
+			}
 			return withCloud(cmd, func(c *cloud) error {
 				vm, err := c.find(cmd.Context(), args[0])
 				if err != nil {
@@ -62,6 +67,15 @@ With a terminal at both ends, -it is as if given.`,
 	f.StringVarP(&user, "user", "u", "", "user in the guest: name or id, and :group")
 	f.SetInterspersed(false)
 	return cmd
+}
+
+// checkTerminal refuses a terminal in the guest whose input is none here: the end
+// of a file can't be told to it.
+func checkTerminal(cmd *cobra.Command, stdin, tty bool) error {
+	if stdin && tty && !isTerminal(os.Stdin) {
+		return misused(cmd, "-t: standard input is no terminal; leave -t out")
+	}
+	return nil
 }
 
 // commandAfter parses the flags between a command's first argument and the
@@ -93,12 +107,14 @@ func variables(cmd *cobra.Command, given []string) (map[string]string, error) {
 // attach runs a command in a guest, joined to this process's standard streams
 // and signals. Its exit code comes back as an exitCode.
 func attach(ctx context.Context, vm microVM, start *ingotv1.ExecStart) error {
-	// A signal is for the command in the guest: only the end of the stream ends us.
-	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	// A signal is for the command in the guest: the end of the stream ends us, or
+	// that the guest takes no notice of it.
+	ctx, giveUp := context.WithCancelCause(context.WithoutCancel(ctx))
+	cancel := func() { giveUp(nil) }
 	defer cancel()
 	stream, err := vm.host.Exec(ctx)
 	if err != nil {
-		return fmt.Errorf("run %s in %s: %w", start.GetArgs()[0], vm, err)
+		return fmt.Errorf("run %s in %s: %w", commandName(start), vm, err)
 	}
 	if start.GetTty() {
 		start.Size = windowSize()
@@ -121,14 +137,17 @@ func attach(ctx context.Context, vm microVM, start *ingotv1.ExecStart) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
-	wg.Go(func() { s.signals(ctx, signals, start.GetTty()) })
+	wg.Go(func() { s.signals(ctx, signals, start.GetTty(), func() { giveUp(errIgnored) }) })
 	if start.GetStdin() {
 		// Nothing interrupts a read of a terminal: it ends with the process.
-		go s.stdin(os.Stdin)
+		go s.stdin(os.Stdin, start.GetTty(), func() { giveUp(errIgnored) })
 	}
 	code, err := s.receive(os.Stdout, os.Stderr)
+	if errors.Is(context.Cause(ctx), errIgnored) {
+		err = errIgnored
+	}
 	if err != nil {
-		return fmt.Errorf("run %s in %s: %w", start.GetArgs()[0], vm, err)
+		return fmt.Errorf("run %s in %s: %w", commandName(start), vm, err)
 	}
 	if code != 0 {
 		return exitCode(code)
@@ -136,10 +155,19 @@ func attach(ctx context.Context, vm microVM, start *ingotv1.ExecStart) error {
 	return nil
 }
 
+// commandName is what a command is called in errors.
+func commandName(start *ingotv1.ExecStart) string {
+	if start.GetMain() {
+		return "the image's process"
+	}
+	return start.GetArgs()[0]
+}
+
 // execStream is the stream of one command. gRPC's streams have one sender.
 type execStream struct {
 	stream ingotv1.Host_ExecClient
-	mu     sync.Mutex // guards Send
+	heard  atomic.Int64 // messages of the guest's
+	mu     sync.Mutex   // guards Send
 }
 
 func (s *execStream) send(r *ingotv1.ExecRequest) error {
@@ -151,11 +179,25 @@ func (s *execStream) send(r *ingotv1.ExecRequest) error {
 	return nil
 }
 
-// stdin sends what is typed, and the end of it.
-func (s *execStream) stdin(r io.Reader) {
+// interrupt is Ctrl-C, which a raw terminal gives as it is.
+const interrupt = 0x03
+
+// stdin sends what is typed, and the end of it. In a terminal a guest answers
+// each Ctrl-C at least with ^C: one that does not is given up.
+func (s *execStream) stdin(r io.Reader, tty bool, giveUp func()) {
 	buf := make([]byte, 32<<10)
+	unanswered, heard := 0, int64(-1)
 	for {
 		n, err := r.Read(buf)
+		if tty && n == 1 && buf[0] == interrupt {
+			if now := s.heard.Load(); now != heard {
+				unanswered, heard = 0, now
+			}
+			if unanswered++; unanswered > mostSignals {
+				giveUp()
+				return
+			}
+		}
 		if n > 0 && s.send(&ingotv1.ExecRequest{Payload: &ingotv1.ExecRequest_Stdin{Stdin: append([]byte(nil), buf[:n]...)}}) != nil {
 			return
 		}
@@ -166,11 +208,24 @@ func (s *execStream) stdin(r io.Reader) {
 	}
 }
 
+// What a guest that does not answer may ignore: so many signals, or one to
+// terminate for so long.
+const (
+	mostSignals = 3
+	lastWait    = 10 * time.Second
+)
+
+var errIgnored = errors.New("the guest takes no notice of signals; the command may still run there")
+
 // signals passes signals and window sizes on until ctx ends.
-func (s *execStream) signals(ctx context.Context, from <-chan os.Signal, tty bool) {
-	for {
+func (s *execStream) signals(ctx context.Context, from <-chan os.Signal, tty bool, giveUp func()) {
+	var patience <-chan time.Time
+	for count := 0; ; {
 		select {
 		case <-ctx.Done():
+			return
+		case <-patience:
+			giveUp()
 			return
 		case sig := <-from:
 			if sig == syscall.SIGWINCH {
@@ -178,6 +233,13 @@ func (s *execStream) signals(ctx context.Context, from <-chan os.Signal, tty boo
 					_ = s.send(&ingotv1.ExecRequest{Payload: &ingotv1.ExecRequest_Resize{Resize: size}})
 				}
 				continue
+			}
+			if count++; count == mostSignals && !tty {
+				giveUp()
+				return
+			}
+			if patience == nil && (sig == syscall.SIGTERM || sig == syscall.SIGHUP) {
+				patience = time.After(lastWait)
 			}
 			_ = s.send(&ingotv1.ExecRequest{Payload: &ingotv1.ExecRequest_Signal{Signal: int32(sig.(syscall.Signal))}})
 		}
@@ -194,6 +256,7 @@ func (s *execStream) receive(stdout, stderr io.Writer) (int, error) {
 		if err != nil {
 			return 0, err
 		}
+		s.heard.Add(1)
 		switch p := r.GetPayload().(type) {
 		case *ingotv1.ExecResponse_Stdout:
 			_, err = stdout.Write(p.Stdout)

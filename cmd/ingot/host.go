@@ -10,7 +10,9 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime/debug"
 	"strings"
+	"time"
 
 	"github.com/goccy/go-yaml"
 	"github.com/spf13/cobra"
@@ -45,14 +47,19 @@ type hostConfig struct {
 	DefaultProvider string `yaml:"default-provider"`
 	Verbosity       int    `yaml:"verbosity"`
 
-	TokenFile       string       `yaml:"token-file"`
-	DefaultRegistry string       `yaml:"default-registry"` // what short image names mean
-	RegistryCA      string       `yaml:"registry-ca"`
-	Pool            string       `yaml:"pool"`         // where containerd's volumes live
-	Machines        []netip.Addr `yaml:"machines"`     // of the environment: guests are kept from them
-	Trusted         netip.Prefix `yaml:"trusted"`      // who reaches gRPC beside the machines
-	Segment         string       `yaml:"segment"`      // the segment's interface
-	SegmentPort     string       `yaml:"segment-port"` // its other end on the bridge, in a lab
+	TokenFile       string `yaml:"token-file"`
+	DefaultRegistry string `yaml:"default-registry"` // what short image names mean
+	RegistryCA      string `yaml:"registry-ca"`
+	// RegistryAuth is in the form of docker's config.json, read at each pull.
+	RegistryAuth string `yaml:"registry-auth"`
+	// ImageKeep is how long an image stays that no microVM uses; 0: for ever.
+	ImageKeep   time.Duration `yaml:"image-keep"`
+	Pool        string        `yaml:"pool"`         // where containerd's volumes live
+	Machines    []netip.Addr  `yaml:"machines"`     // of the environment: guests are kept from them
+	Hub         netip.Addr    `yaml:"hub"`          // the one of them that gives names, addresses and images
+	Trusted     netip.Prefix  `yaml:"trusted"`      // who reaches gRPC beside the machines
+	Segment     string        `yaml:"segment"`      // the segment's interface
+	SegmentPort string        `yaml:"segment-port"` // its other end on the bridge, in a lab
 }
 
 const hostConfigFile = "/etc/opt/flintlockd/config.yaml"
@@ -61,6 +68,7 @@ func defaultHostConfig() hostConfig {
 	return hostConfig{
 		GRPCEndpoint: "localhost:9090", Containerd: "/run/containerd/containerd.sock", ContainerdNS: image.DefaultNamespace,
 		StateDir: "/var/lib/flintlock", Pool: "/var/lib/containerd",
+		RegistryAuth: "/etc/ingot/registry-auth.json", ImageKeep: image.DefaultUnused,
 	}
 }
 
@@ -128,6 +136,8 @@ func (c hostConfig) tls() (*tls.Config, error) {
 // runHost is the daemon: it refuses what guests must not reach, then keeps the
 // microVMs and serves them.
 func runHost(ctx context.Context, c hostConfig, file string) error {
+	// Memory for guests is worth more than the time to collect garbage earlier.
+	debug.SetGCPercent(50)
 	level := slog.LevelInfo
 	if c.Verbosity >= 2 {
 		level = slog.LevelDebug
@@ -139,11 +149,12 @@ func runHost(ctx context.Context, c hostConfig, file string) error {
 	if err != nil {
 		return err
 	}
-	if err := c.guard(); err != nil {
+	guard, err := c.guard(log)
+	if err != nil {
 		return err
 	}
 	images, err := image.Open(ctx, image.Config{
-		Socket: c.Containerd, Namespace: c.ContainerdNS, Registry: c.DefaultRegistry, CAFile: c.RegistryCA, Log: log,
+		Socket: c.Containerd, Namespace: c.ContainerdNS, Registry: c.DefaultRegistry, CAFile: c.RegistryCA, Credentials: c.RegistryAuth, Log: log,
 	})
 	if err != nil {
 		return err
@@ -154,14 +165,15 @@ func runHost(ctx context.Context, c hostConfig, file string) error {
 		log.Warn("KVM can't run guests here: QEMU translates their instructions, which is slow", "err", verdict.Err)
 	}
 	h := host.New(host.Config{
-		StateDir: c.StateDir, Bridge: c.BridgeName, Parent: c.ParentInterface, DefaultDriver: c.DefaultProvider,
+		StateDir: c.StateDir, Bridge: c.BridgeName, Parent: c.ParentInterface, DefaultDriver: c.DefaultProvider, Pool: c.Pool,
 		Images: images, Drivers: []vmm.Driver{qemu.New(qemu.Config{KVM: verdict, Log: log})}, Log: log.With("controller", "microvm"),
 	})
 	server := rpc.New(rpc.Config{
 		Listen: c.GRPCEndpoint, TLS: security, Token: pki.Secret(c.BasicAuthToken), Host: h, Images: images,
 		Pool: c.Pool, Segment: c.Segment, Version: b.Version, ConfigFile: file, StateDir: c.StateDir, Log: log,
 	})
-	return run.All(ctx, log, h, run.Func(server.String(), func(ctx context.Context, ready func()) error {
+	collector := image.Collector{Images: images, Unused: c.ImageKeep, Pool: c.Pool}
+	return run.All(ctx, log, guard, h, run.Func(collector.String(), collector.Run), run.Func(server.String(), func(ctx context.Context, ready func()) error {
 		select {
 		case <-h.Ready(): // so that nobody is told of half the microVMs
 		case <-ctx.Done():
@@ -173,24 +185,34 @@ func runHost(ctx context.Context, c hostConfig, file string) error {
 }
 
 // guard keeps guests from this machine's services and from other machines'.
-func (c hostConfig) guard() error {
-	if c.Segment == "" {
-		return nil // an operator's own network
+func (c hostConfig) guard(log *slog.Logger) (run.Task, error) {
+	const name = "guest guard"
+	if c.Segment == "" { // an operator's own network
+		return run.Func(name, func(ctx context.Context, ready func()) error {
+			ready()
+			<-ctx.Done()
+			return nil
+		}), nil
 	}
 	_, port, err := net.SplitHostPort(c.GRPCEndpoint)
 	if err != nil {
-		return fmt.Errorf("grpc-endpoint: %w", err)
+		return nil, fmt.Errorf("grpc-endpoint: %w", err)
 	}
 	number, err := net.LookupPort("tcp", port)
 	if err != nil {
-		return fmt.Errorf("grpc-endpoint: %w", err)
+		return nil, fmt.Errorf("grpc-endpoint: %w", err)
 	}
 	segment, err := link.Get(c.Segment)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	return nat.SetHost(nat.Host{
+	h := nat.Host{
 		Segment: c.Segment, MAC: segment.MAC, Bridge: c.BridgeName, Port: c.SegmentPort,
-		Platform: c.Machines, Trusted: c.Trusted, Management: []uint16{uint16(number)},
-	})
+		Platform: c.Machines, Hub: c.Hub, Trusted: c.Trusted, Management: []uint16{uint16(number)},
+	}
+	return run.Func(name, func(ctx context.Context, ready func()) error {
+		return nat.KeepHost(ctx, h, ready, func() {
+			log.Warn("somebody changed the nftables rules that guests are kept by: they are set again")
+		})
+	}), nil
 }

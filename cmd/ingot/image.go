@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,11 +16,16 @@ import (
 func imageCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "image",
-		Short: "Build, push and list the environment's images",
+		Short: "The environment's images: in its registry, and on its hosts",
+		Long: `The environment's images: in its registry, and on its hosts.
+
+A host pulls what it needs. It deletes what no microVM on it has used for a week,
+and in a nearly full pool (85 %) sooner; what a microVM uses, stopped or not, stays.`,
 	}
 	var r registryFlags
 	r.add(cmd)
-	cmd.AddCommand(imageBuildCommand(&r), imageListCommand(&r), imagePushCommand(&r))
+	cmd.AddCommand(imageBuildCommand(&r), imageLoadCommand(&r), imageImportCommand(&r), imagePushCommand(&r),
+		imagePullCommand(), imageListCommand(&r), imageRmCommand(&r), imagePruneCommand())
 	return cmd
 }
 
@@ -58,27 +62,35 @@ var builders = map[string]func(*cobra.Command, images.Options) (images.OCIImage,
 	"busybox": func(cmd *cobra.Command, o images.Options) (images.OCIImage, error) {
 		return images.Busybox(cmd.Context(), o)
 	},
+	"debian": func(cmd *cobra.Command, o images.Options) (images.OCIImage, error) {
+		return images.Debian(cmd.Context(), o)
+	},
 }
 
-// builtImages are the images in the order of building.
-var builtImages = []string{"kernel", "busybox"}
+// builtImages are the images that an environment begins with, in the order of
+// building, and allImages those that can be built.
+var (
+	builtImages = []string{"kernel", "busybox"}
+	allImages   = append(slices.Clone(builtImages), "debian")
+)
 
 func imageBuildCommand(r *registryFlags) *cobra.Command {
 	var o images.Options
 	var output string
 	cmd := &cobra.Command{
-		Use:   "build [" + strings.Join(builtImages, "|") + "]…",
+		Use:   "build [" + strings.Join(allImages, "|") + "]…",
 		Short: "Build Ingot's own images from Debian's packages and push them",
-		Long: "Build Ingot's own images from Debian's packages and push them to the environment's registry: all,\n" +
-			"or those that are named. What has not changed makes the same image, and is not sent again.",
-		ValidArgs: builtImages,
+		Long: "Build Ingot's own images from Debian's packages and push them to the environment's registry: kernel\n" +
+			"and busybox, or those that are named. What has not changed makes the same image, and is not sent\n" +
+			"again. debian has systemd, sshd and cloud-init, and takes minutes and mmdebstrap to build.",
+		ValidArgs: allImages,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				args = builtImages
 			}
 			for _, name := range args {
-				if !slices.Contains(builtImages, name) {
-					return misused(cmd, "there is no recipe for an image %q, only for %s", name, strings.Join(builtImages, ", "))
+				if !slices.Contains(allImages, name) {
+					return misused(cmd, "there is no recipe for an image %q, only for %s", name, strings.Join(allImages, ", "))
 				}
 			}
 			o.Progress = func(s string) { fmt.Fprintln(cmd.ErrOrStderr(), s) }
@@ -124,59 +136,105 @@ func pushImage(cmd *cobra.Command, r *registryFlags, name string, img images.OCI
 func imagePushCommand(r *registryFlags) *cobra.Command {
 	return &cobra.Command{
 		Use:   "push FILE NAME",
-		Short: "Push an image from a file (docker save) or a directory (OCI layout)",
+		Short: "Push the image of a file under a name",
+		Long:  "Push the image of a file (see load) under a name: also to another registry.",
 		Args:  cobra.ExactArgs(2),
+		RunE:  func(cmd *cobra.Command, args []string) error { return loadImages(cmd, r, args[0], args[1]) },
+	}
+}
+
+const archiveForms = `FILE is what "docker save", "podman save" or "skopeo copy … oci-archive:…" wrote,
+compressed or not, or a directory with an OCI image layout; - is standard input.`
+
+func imageLoadCommand(r *registryFlags) *cobra.Command {
+	return &cobra.Command{
+		Use:   "load [FILE|-] [NAME]",
+		Short: "Put images from a file into the environment's registry",
+		Long: "Put all images of a file into the environment's registry, under their names without\n" +
+			"the registry's that they are from, or the only one under NAME.\n\n" + archiveForms,
+		Example: `  docker save nginx:1.27 | ingot image load
+  ingot run nginx:1.27`,
+		Args: cobra.MaximumNArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			img, err := images.Load(args[0])
-			if err != nil {
-				return err
+			args = append(args, "-", "")
+			if len(args) == 3 { // FILE only
+				args = []string{args[0], ""}
 			}
-			return pushImage(cmd, r, args[1], img)
+			return loadImages(cmd, r, args[0], args[1])
 		},
 	}
 }
 
-// imageRow is an image as -o json shows it. docs/json.md describes it.
-type imageRow struct {
-	Name    string `json:"name"`
-	Digest  string `json:"digest"`
-	Size    int64  `json:"size"`
-	Version string `json:"version"`
-}
-
-func imageListCommand(r *registryFlags) *cobra.Command {
+func imageImportCommand(r *registryFlags) *cobra.Command {
+	var changes []string
 	cmd := &cobra.Command{
-		Use:   "list",
-		Short: "List the images of the environment's registry",
-		Args:  cobra.NoArgs,
+		Use:   "import FILE|- [NAME]",
+		Short: "Make an image of a root file system's tar archive",
+		Long: "Make an image of a root file system's tar archive, compressed or not, and put it into the\n" +
+			"environment's registry. An archive of images is loaded, see load.",
+		Example: `  mmdebstrap --variant=minbase bookworm - | ingot image import - bookworm -c 'CMD ["bash"]'`,
+		Args:    cobra.RangeArgs(1, 2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			a, err := images.OpenArchive(args[0], cmd.InOrStdin())
+			if err != nil {
+				return err
+			}
+			defer a.Close()
+			name := ""
+			if len(args) > 1 {
+				name = args[1]
+			}
+			if !a.IsRootFS() {
+				if len(changes) > 0 {
+					return misused(cmd, "--change is for a root file system, and this is an archive of images")
+				}
+				return pushAll(cmd, r, a, name)
+			}
+			if name == "" {
+				return misused(cmd, "a root file system has no name: ingot image import %s NAME", args[0])
+			}
+			img, err := a.Import(changes)
+			if err != nil {
+				return err
+			}
+			return pushImage(cmd, r, name, img)
+		},
 	}
-	o := outputFlag(cmd)
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		registry, err := r.open(cmd)
-		if err != nil {
-			return err
-		}
-		list, err := images.List(cmd.Context(), registry)
-		if err != nil {
-			return err
-		}
-		rows := []imageRow{}
-		for _, i := range list {
-			rows = append(rows, imageRow{i.Name, i.Digest, i.Size, i.Labels[images.LabelVersion]})
-		}
-		return o.write(cmd.OutOrStdout(), rows, func(w io.Writer) error { return imageTable(w, rows) })
-	}
+	cmd.Flags().StringArrayVarP(&changes, "change", "c", nil, "a Dockerfile's line: CMD, ENTRYPOINT, ENV, USER, WORKDIR, STOPSIGNAL or LABEL")
 	return cmd
 }
 
-func imageTable(w io.Writer, rows []imageRow) error {
-	var cells [][]string
-	for _, r := range rows {
-		digest := r.Digest
-		if len(digest) > 19 {
-			digest = digest[:19]
-		}
-		cells = append(cells, []string{r.Name, r.Version, fmt.Sprintf("%.1fMB", float64(r.Size)/1e6), digest})
+func loadImages(cmd *cobra.Command, r *registryFlags, file, name string) error {
+	a, err := images.OpenArchive(file, cmd.InOrStdin())
+	if err != nil {
+		return err
 	}
-	return table(w, "NAME VERSION SIZE DIGEST", cells)
+	defer a.Close()
+	return pushAll(cmd, r, a, name)
+}
+
+// pushAll pushes an archive's images, its only one under a name that is given.
+func pushAll(cmd *cobra.Command, r *registryFlags, a *images.Archive, name string) error {
+	list, err := a.Images()
+	if err != nil {
+		return err
+	}
+	if name != "" && len(list) > 1 {
+		return misused(cmd, "there are %d images, and one name", len(list))
+	}
+	for _, n := range list {
+		as := name
+		switch {
+		case as == "" && n.Name == "":
+			return misused(cmd, "the image has no name: give it one after the file")
+		case as == "":
+			if as, err = images.ShortName(n.Name); err != nil {
+				return err
+			}
+		}
+		if err := pushImage(cmd, r, as, n.Image); err != nil {
+			return err
+		}
+	}
+	return nil
 }

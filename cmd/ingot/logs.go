@@ -6,8 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	ingotv1 "ingot/api/ingot/v1"
 )
@@ -56,11 +60,58 @@ func showLogs(ctx context.Context, vm microVM, request *ingotv1.LogsRequest, tai
 		// more than that: 1 stands for nothing, since 0 is all.
 		request.TailBytes = int64(max(len(last), 1))
 	}
-	err := copyLogs(ctx, vm, request, w)
-	if request.GetFollow() && ctx.Err() != nil {
-		return nil // the person has seen enough
+	seen := &resumer{w: w}
+	for {
+		err := copyLogs(ctx, vm, request, seen)
+		if !request.GetFollow() || ctx.Err() == nil && status.Code(err) != codes.Unavailable {
+			return err
+		}
+		if ctx.Err() != nil {
+			return nil // the person has seen enough
+		}
+		fmt.Fprintf(os.Stderr, "ingot: the daemon on %s has gone: waiting for it\n", vm.host.Name)
+		request.TailBytes = resumeWindow
+		seen.resume()
 	}
-	return err
+}
+
+// resumer writes a log that comes in pieces, the next of which begins before the
+// end of the last.
+type resumer struct {
+	w        io.Writer
+	last     []byte // the end of what was written
+	resuming bool
+	pending  []byte // of a piece whose end of the last one was not found yet
+}
+
+const (
+	resumeWindow  = 64 << 10 // how far the next piece begins before the end of the log
+	resumeOverlap = 1 << 10  // how much of the last piece is looked for in the next
+	fullMessage   = 32 << 10 // a shorter one is the last that was there
+)
+
+func (r *resumer) resume() { r.resuming, r.pending = len(r.last) > 0, nil }
+
+func (r *resumer) Write(p []byte) (int, error) {
+	out := p
+	if r.resuming {
+		r.pending = append(r.pending, p...)
+		at := bytes.LastIndex(r.pending, r.last)
+		if at < 0 && len(p) == fullMessage && len(r.pending) < resumeWindow {
+			return len(p), nil
+		}
+		out = r.pending // all of it, where the log has been emptied since
+		if at >= 0 {
+			out = r.pending[at+len(r.last):]
+		}
+		r.resuming = false
+	}
+	r.last = append(r.last, out...)
+	r.last = bytes.Clone(r.last[max(0, len(r.last)-resumeOverlap):])
+	if _, err := r.w.Write(out); err != nil {
+		return 0, err
+	}
+	return len(p), nil
 }
 
 // lastLines is the last n lines of a file.
@@ -100,7 +151,7 @@ func lineStart(data []byte, n int) int {
 
 // copyLogs writes what the host sends.
 func copyLogs(ctx context.Context, vm microVM, request *ingotv1.LogsRequest, w io.Writer) error {
-	stream, err := vm.host.Logs(ctx, request)
+	stream, err := vm.host.Logs(ctx, request, grpc.WaitForReady(request.GetFollow()))
 	if err != nil {
 		return err
 	}

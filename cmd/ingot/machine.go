@@ -7,16 +7,18 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 
 	"ingot/internal/env"
-	"ingot/internal/host"
 	"ingot/internal/lab"
+	"ingot/internal/logfile"
 )
 
 // machineCommand enters the environment's machines.
@@ -119,12 +121,17 @@ func inMachine(cmd *cobra.Command, name string, argv ...string) error {
 	// Ctrl-C is for the command: it gets it from the terminal.
 	c := l.Command(context.WithoutCancel(cmd.Context()), name, argv...)
 	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
+	// The names that people type on a host (ctr, dhcp-lease-list) are beside ours.
+	c.Env = append(os.Environ(), "PATH="+filepath.Dir(l.Binary)+":"+os.Getenv("PATH"))
 	err = c.Run()
 	var exit *exec.ExitError
-	if errors.As(err, &exit) && exit.ExitCode() >= 0 {
-		return exitCode(exit.ExitCode())
+	if !errors.As(err, &exit) {
+		return err
 	}
-	return err
+	if status, ok := exit.Sys().(syscall.WaitStatus); ok && status.Signaled() {
+		return exitCode(128 + int(status.Signal())) // as a shell has it
+	}
+	return exitCode(exit.ExitCode())
 }
 
 func hasMachine(l *lab.Lab, name string) error {
@@ -159,7 +166,7 @@ func machineLogsCommand() *cobra.Command {
 						continue
 					}
 					last := len(args) == 2 || i == len(m.Roles)-1
-					if err := host.Follow(cmd.Context(), l.LogPath(m.Name, r.Name), 0, follow && last, cmd.OutOrStdout()); err != nil {
+					if err := logfile.Follow(cmd.Context(), l.LogPath(m.Name, r.Name), 0, follow && last, cmd.OutOrStdout()); err != nil {
 						return err
 					}
 				}

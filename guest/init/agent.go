@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"strings"
@@ -15,8 +16,30 @@ import (
 	"ingot/internal/agent"
 )
 
-func newServer(reaper *agent.Reaper, shutdown func(reboot bool) error) *agent.Server {
-	return agent.NewServer(agent.Handler{Reaper: reaper, Info: info, Shutdown: shutdown})
+func newServer(h agent.Handler) *agent.Server {
+	h.Info = info
+	return agent.NewServer(h)
+}
+
+// complete gives a command what the image's process has, where it says nothing of
+// its own; Main is that process.
+func (p process) complete(c agent.Command) agent.Command {
+	if c.Main {
+		c.Args, c.Dir, c.User = p.Args, p.Dir, p.User
+	}
+	env := maps.Clone(p.Env)
+	if env == nil {
+		env = map[string]string{}
+	}
+	maps.Copy(env, c.Env)
+	c.Env = env
+	if c.Dir == "" {
+		c.Dir = p.Dir
+	}
+	if c.User == "" {
+		c.User = p.User
+	}
+	return c
 }
 
 // serve answers the host, and tells it of changed addresses, until ctx ends.
@@ -136,7 +159,15 @@ func runAgent() error {
 	}
 	ctx := context.Background()
 	reaper := agent.NewReaper()
-	s := newServer(reaper, func(reboot bool) error { return askInit(reaper, reboot) })
+	s := newServer(agent.Handler{
+		Reaper:   reaper,
+		Shutdown: func(reboot bool) error { return askInit(reaper, reboot) },
+		Command: func(c agent.Command) (agent.Command, error) {
+			c = o.process.complete(c)
+			c.Main = false // that is the image's init
+			return c, nil
+		},
+	})
 	s.Notify(agent.Event{Kind: agent.Ready, Addresses: addresses()})
 	if len(os.Args) > 2 && os.Args[2] == "network" {
 		n := startNetwork(ctx, o)

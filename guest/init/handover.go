@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -104,10 +105,13 @@ func handOver(o options, net *network, i imageInit) error {
 	if err := copyProgram(newRoot + agentPath); err != nil {
 		return fmt.Errorf("place the agent: %w", err)
 	}
+	if err := keepProcess(newRoot + handedProcess); err != nil {
+		return fmt.Errorf("place the process: %w", err)
+	}
 	writeNames(newRoot, o.hostname)
 	withNetwork := true
 	if i.systemd {
-		withNetwork = !keepsNetwork(newRoot)
+		withNetwork = !keepsNetwork(newRoot, o.seeded)
 		if err := writeUnits(newRoot+"/run", o, withNetwork); err != nil {
 			return err
 		}
@@ -144,6 +148,18 @@ func copyProgram(to string) (err error) {
 	return os.Remove("/init") // the initramfs is the guest's memory
 }
 
+// keepProcess takes the initramfs's process along, if it has one.
+func keepProcess(to string) error {
+	b, err := os.ReadFile(processFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(to, b, 0o600) // its environment may hold secrets
+}
+
 // forkAgent starts the agent as a child that survives the exec of init.
 func forkAgent() error {
 	_, err := syscall.ForkExec(agentPath, []string{"ingot-agent", "agent", "network"}, &syscall.ProcAttr{
@@ -156,9 +172,9 @@ func forkAgent() error {
 
 // keepsNetwork says whether a systemd image brings its network up and keeps
 // resolv.conf: with networkd, which waits for ever for links that udev has not
-// seen, and resolved, or cloud-init, whose own business it then is. For any
-// other the agent does it.
-func keepsNetwork(root string) bool {
+// seen, and resolved, or cloud-init if that has something to do, whose own business
+// it then is. For any other the agent does it.
+func keepsNetwork(root string, seeded bool) bool {
 	program := func(name string) bool {
 		for _, dir := range []string{"/lib/systemd/", "/usr/lib/systemd/", "/usr/bin/"} {
 			if _, err := os.Stat(root + dir + name); err == nil {
@@ -167,7 +183,7 @@ func keepsNetwork(root string) bool {
 		}
 		return false
 	}
-	return program("systemd-networkd") && program("systemd-udevd") && (program("systemd-resolved") || program("cloud-init"))
+	return program("systemd-networkd") && program("systemd-udevd") && (program("systemd-resolved") || program("cloud-init") && seeded)
 }
 
 // writeUnits writes, below a systemd root's /run, the agent's unit, and the

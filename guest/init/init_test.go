@@ -23,7 +23,7 @@ func TestParseOptions(t *testing.T) {
 	if o.root != "/dev/vdb" || o.readOnly || o.hostname != "h" || o.powerOff != "reboot" || o.network != "version: 2\n" || o.nic != "eth1" {
 		t.Errorf("options %+v", o)
 	}
-	if !o.hasProcess || !slices.Equal(o.process.Args, []string{"a", "b c"}) || o.process.Env["K"] != "v" || o.process.Dir != "/d" || o.process.User != "u" {
+	if !slices.Equal(o.process.Args, []string{"a", "b c"}) || o.process.Env["K"] != "v" || o.process.Dir != "/d" || o.process.User != "u" {
 		t.Errorf("process %+v", o.process)
 	}
 	if !slices.Equal(o.mounts, []mount{{"/dev/vdb", "/data", true}}) {
@@ -231,8 +231,12 @@ func TestKeepsNetwork(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if got := keepsNetwork(root); got != want {
+		if got := keepsNetwork(root, true); got != want {
 			t.Errorf("%q: %v, want %v", files, got, want)
+		}
+		// Without data, cloud-init does nothing.
+		if got := keepsNetwork(root, false); got != (want && !strings.Contains(files, "cloud-init")) {
+			t.Errorf("%q, not seeded: %v", files, got)
 		}
 	}
 }

@@ -63,8 +63,12 @@ type Command struct {
 	Dir  string            `json:"dir,omitempty"`
 	User string            `json:"user,omitempty"` // name or id, and ":group"; empty is root
 	TTY  bool              `json:"tty,omitempty"`
-	Rows uint16            `json:"rows,omitempty"`
-	Cols uint16            `json:"cols,omitempty"`
+	// Main is the guest's own process, which waits to be asked for. Its end is the
+	// guest's; it goes on when its host has gone. Only TTY, Rows, Cols and Env are
+	// read then.
+	Main bool   `json:"main,omitempty"`
+	Rows uint16 `json:"rows,omitempty"`
+	Cols uint16 `json:"cols,omitempty"`
 }
 
 // Error is what the guest's agent answered instead of doing what it was asked.

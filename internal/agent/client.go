@@ -44,7 +44,10 @@ type answer struct {
 
 // maxEvents is how many events a client keeps for a host that does not read
 // them; older ones give way.
-const maxEvents = 64
+const maxEvents = 16
+
+// filler is as long as what may be missing of a frame. It is only read.
+var filler [headerSize + maxPayload]byte
 
 // NewClient starts a conversation on conn, which it owns from now on.
 func NewClient(conn io.ReadWriteCloser) *Client {
@@ -58,7 +61,7 @@ func NewClient(conn io.ReadWriteCloser) *Client {
 	}
 	// The guest may stand in the middle of a frame of the host before us, and
 	// would take our hello for its payload: fill that payload up.
-	c.out.raw(make([]byte, headerSize+maxPayload), nil)
+	c.out.raw(filler[:], nil)
 	c.mu.Lock()
 	c.hello()
 	c.mu.Unlock()

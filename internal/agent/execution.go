@@ -19,6 +19,7 @@ type execution struct {
 	out     [2]*credit // stdout, stderr
 	cancel  chan struct{}
 	once    sync.Once
+	main    bool
 
 	mu       sync.Mutex
 	process  *Process // nil until started
@@ -70,10 +71,24 @@ func newPipes(cmd Command) (*pipes, error) {
 
 // run starts the command, moves its bytes, and reports its end.
 func (x *execution) run(out *outbox, cmd Command, hasStdin bool) {
+	r := x.execute(out, cmd, hasStdin)
+	x.s.finished(x, r)
+	if x.main && x.s.h.Ended != nil {
+		x.s.h.Ended(r.Code)
+	}
+}
+
+func (x *execution) execute(out *outbox, cmd Command, hasStdin bool) result {
+	if x.s.h.Command != nil {
+		var err error
+		if cmd, err = x.s.h.Command(cmd); err != nil {
+			return failure(err)
+		}
+	}
+	x.main = cmd.Main
 	p, err := newPipes(cmd)
 	if err != nil {
-		x.s.finished(x, failure(err))
-		return
+		return failure(err)
 	}
 	process, err := x.s.h.Reaper.Start(cmd, p.child)
 	p.closeChild()
@@ -87,8 +102,10 @@ func (x *execution) run(out *outbox, cmd Command, hasStdin bool) {
 		}
 	}()
 	if err != nil {
-		x.s.finished(x, failure(err))
-		return
+		return failure(err)
+	}
+	if x.main && x.s.h.Started != nil {
+		x.s.h.Started(process)
 	}
 	x.started(process, cmd, p)
 	if !hasStdin {
@@ -107,7 +124,7 @@ func (x *execution) run(out *outbox, cmd Command, hasStdin bool) {
 		}
 	}
 	copies.Wait()
-	x.s.finished(x, result{Code: process.Code()})
+	return result{Code: process.Code()}
 }
 
 func failure(err error) result {
@@ -139,6 +156,10 @@ func (x *execution) wait(process *Process) {
 	case <-process.Done():
 		return
 	case <-x.cancel:
+	}
+	if x.main { // it is the guest's, not its host's
+		<-process.Done()
+		return
 	}
 	syscall.Kill(-process.PID, syscall.SIGHUP)
 	syscall.Kill(-process.PID, syscall.SIGCONT)
@@ -233,7 +254,8 @@ func (x *execution) feed(out *outbox, w *os.File, tty bool) {
 	}
 }
 
-// drain sends the command's output. After the command's end, which the read
+// drain sends the command's output. What has no host to go to is read all the
+// same: the process of a guest does not stand still for want of a listener. After the command's end, which the read
 // deadline tells, it sends what is left in the pipe and does not wait for
 // children that keep it open.
 func (x *execution) drain(out *outbox, r *os.File, i int) {
@@ -243,12 +265,14 @@ func (x *execution) drain(out *outbox, r *os.File, i int) {
 		n, err := read(buf)
 		for b := buf[:n]; len(b) > 0; {
 			m, err := x.out[i].take(len(b))
-			if err != nil {
+			if err == nil {
+				err = out.data(frame{session: x.session, stream: x.stream, kind: kindData, channel: uint8(stdout + i), payload: b[:m]})
+			}
+			if err != nil && !x.main {
 				return
 			}
-			f := frame{session: x.session, stream: x.stream, kind: kindData, channel: uint8(stdout + i), payload: b[:m]}
-			if out.data(f) != nil {
-				return
+			if err != nil {
+				break
 			}
 			b = b[m:]
 		}

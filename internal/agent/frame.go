@@ -67,13 +67,20 @@ func appendFrame(b []byte, f frame) []byte {
 	return append(b, f.payload...)
 }
 
-// scanner finds the frames in a stream.
+// scanner finds the frames in a stream. Its buffer grows for long frames and
+// shrinks after them: a host has one for each of its microVMs, most of them idle.
 type scanner struct {
 	r    io.Reader
-	buf  [2 * (headerSize + maxPayload)]byte
+	buf  []byte
 	from int // buf[from:to] is unread
 	to   int
+	long bool // the last frame was one
 }
+
+const (
+	idleBuffer = 512
+	fullBuffer = 2 * (headerSize + maxPayload)
+)
 
 // next returns the next frame. Its payload is valid until the next call. An
 // error is the reader's; scanning may go on after it.
@@ -121,6 +128,7 @@ func (s *scanner) parse() (frame, bool) {
 			continue
 		}
 		s.from += headerSize + length
+		s.long = headerSize+length > idleBuffer
 		return frame{
 			session: binary.BigEndian.Uint32(b[4:]),
 			stream:  binary.BigEndian.Uint32(b[8:]),
@@ -134,10 +142,17 @@ func (s *scanner) parse() (frame, bool) {
 // fill reads at least one byte. The unread part is always shorter than a whole
 // frame here, so there is room once it has moved to the front.
 func (s *scanner) fill() error {
-	if s.from > 0 {
-		s.to = copy(s.buf[:], s.buf[s.from:s.to])
-		s.from = 0
+	unread := s.buf[s.from:s.to]
+	switch {
+	case len(unread) == 0 && len(s.buf) != idleBuffer && !s.long:
+		s.buf = make([]byte, idleBuffer)
+	case len(unread) == len(s.buf):
+		s.buf = make([]byte, fullBuffer)
+		fallthrough
+	default:
+		copy(s.buf, unread)
 	}
+	s.from, s.to = 0, len(unread)
 	for {
 		n, err := s.r.Read(s.buf[s.to:])
 		s.to += n

@@ -129,6 +129,7 @@ func (r *Reaper) Start(cmd Command, files [3]*os.File) (*Process, error) {
 	for k, v := range env {
 		attr.Env = append(attr.Env, k+"="+v)
 	}
+	u.own(files)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	pid, err := syscall.ForkExec(path, cmd.Args, attr)

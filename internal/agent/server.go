@@ -16,6 +16,12 @@ import (
 type Handler struct {
 	Reaper *Reaper
 	Info   func() Info // Ready and Epoch are the server's to fill in
+	// Command, if there is one, completes a command with what the guest knows: of
+	// Main, what it is. Started is told of Main's process and Ended of its end, when
+	// all of its output has been sent.
+	Command func(Command) (Command, error)
+	Started func(*Process)
+	Ended   func(code int)
 	// Shutdown begins to power off, or to restart, and returns.
 	Shutdown func(reboot bool) error
 }
@@ -36,6 +42,7 @@ type Server struct {
 	acked   uint64
 	changed chan struct{} // closed at the next ack or end of session
 	running sync.WaitGroup
+	main    sync.WaitGroup // is not waited for: Main outlives the conversation
 }
 
 // maxExecs bounds the commands that run at once for a host.
@@ -219,7 +226,11 @@ func (s *Server) open(f frame) {
 			out: [2]*credit{newCredit(), newCredit()}, cancel: make(chan struct{})}
 		s.execs[f.stream] = x
 		out := s.out
-		s.running.Go(func() { x.run(out, *r.Command, r.Stdin) })
+		life := &s.running
+		if r.Command.Main {
+			life = &s.main
+		}
+		life.Go(func() { x.run(out, *r.Command, r.Stdin) })
 	default:
 		s.answer(f.stream, result{Code: 126, Error: "unknown request " + r.Op})
 	}

@@ -27,7 +27,7 @@ type Session struct {
 // a TTY all output is out's. Either writer may be nil. A writer that stands still
 // stops this command only. When ctx ends, the command is killed.
 func (c *Client) Exec(ctx context.Context, cmd Command, in io.Reader, out, errOut io.Writer) (*Session, error) {
-	if len(cmd.Args) == 0 {
+	if len(cmd.Args) == 0 && !cmd.Main {
 		return nil, errors.New("run in the guest: no command")
 	}
 	id, s, err := c.open(ctx, request{Op: "exec", Command: &cmd, Stdin: in != nil})

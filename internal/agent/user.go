@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"unsafe"
 )
 
 // account is who runs a command. The guest's files say who that is; os/user
@@ -104,6 +105,24 @@ func (a account) credential() *syscall.Credential {
 		return nil // not a guest: a test without root
 	}
 	return &syscall.Credential{Uid: a.uid, Gid: a.gid, Groups: a.groups}
+}
+
+// own gives the command's streams to its user, who then opens /dev/stdout as
+// root does. What a user cannot own (/dev/null) is everybody's.
+func (a account) own(files [3]*os.File) {
+	if a.uid == 0 || os.Geteuid() != 0 {
+		return
+	}
+	for _, f := range files {
+		if i, err := f.Stat(); err == nil && (i.Mode()&os.ModeNamedPipe != 0 || isTerminal(f)) {
+			f.Chown(int(a.uid), -1)
+		}
+	}
+}
+
+func isTerminal(f *os.File) bool {
+	var t syscall.Termios
+	return ioctl(int(f.Fd()), syscall.TCGETS, unsafe.Pointer(&t)) == nil
 }
 
 // environment is the command's: what a login would have set, then its own.

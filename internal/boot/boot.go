@@ -36,8 +36,42 @@ const (
 
 // Cmdline is the kernel's command line, a word each: what every microVM has,
 // with the spec's own words instead of or after it, then extra. The order is
-// always the same.
-func Cmdline(s vm.Spec, extra ...string) ([]string, error) {
+// always the same. A process that is too long for it is left out, and is then in
+// an archive that goes after the initramfs (AppendInitramfs).
+func Cmdline(s vm.Spec, extra ...string) (words []string, archive []byte, err error) {
+	words, err = wordsOf(s)
+	if err != nil {
+		return nil, nil, err
+	}
+	if !s.Process.IsZero() {
+		process, err := json.Marshal(s.Process)
+		if err != nil {
+			return nil, nil, fmt.Errorf("encode the process: %w", err)
+		}
+		w := word(WordProcess, base64.RawURLEncoding.EncodeToString(process))
+		if s.Initrd == nil || length(append(append(words, w), extra...)) <= maxCmdline-reserved {
+			words = append(words, w)
+		} else if archive, err = processArchive(process); err != nil {
+			return nil, nil, err
+		}
+	}
+	words = append(words, extra...)
+	for _, w := range words {
+		if i := strings.IndexFunc(w, func(r rune) bool { return r < ' ' || r == 0x7f }); i >= 0 {
+			return nil, nil, fmt.Errorf("kernel command line: control character in %q: %w", w, errdefs.ErrInvalidArgument)
+		}
+	}
+	if n := length(words); n > maxCmdline-reserved {
+		return nil, nil, fmt.Errorf("kernel command line has %d bytes, the kernel takes %d: fewer interfaces or words of its own: %w",
+			n, maxCmdline-reserved, errdefs.ErrInvalidArgument)
+	}
+	return words, archive, nil
+}
+
+func length(words []string) int { return len(strings.Join(words, " ")) }
+
+// wordsOf are the words of a microVM without its process.
+func wordsOf(s vm.Spec) ([]string, error) {
 	words := defaults(s)
 	own := maps.Clone(s.Kernel.Cmdline)
 	for i, w := range words {
@@ -56,23 +90,6 @@ func Cmdline(s vm.Spec, extra ...string) ([]string, error) {
 			return nil, err
 		}
 		words = append(words, "network-config="+base64.StdEncoding.EncodeToString([]byte(config)))
-	}
-	if len(s.Process.Args) > 0 {
-		process, err := json.Marshal(s.Process)
-		if err != nil {
-			return nil, fmt.Errorf("encode the process: %w", err)
-		}
-		words = append(words, word(WordProcess, base64.RawURLEncoding.EncodeToString(process)))
-	}
-	words = append(words, extra...)
-	for _, w := range words {
-		if i := strings.IndexFunc(w, func(r rune) bool { return r < ' ' || r == 0x7f }); i >= 0 {
-			return nil, fmt.Errorf("kernel command line: control character in %q: %w", w, errdefs.ErrInvalidArgument)
-		}
-	}
-	if n := len(strings.Join(words, " ")); n > maxCmdline-reserved {
-		return nil, fmt.Errorf("kernel command line has %d bytes, the kernel takes %d: fewer interfaces, or a shorter process or environment: %w",
-			n, maxCmdline-reserved, errdefs.ErrInvalidArgument)
 	}
 	return words, nil
 }
@@ -146,34 +163,4 @@ func diskName(n int) string {
 		suffix = string(rune('a'+(n-1)%26)) + suffix
 	}
 	return "vd" + suffix
-}
-
-// Process is what a microVM runs: what the spec says, and where it says
-// nothing, what its image does. A bare shell, which many images name, would end
-// at once where nobody is connected to it; it counts as nothing.
-func Process(spec, image vm.Process) vm.Process {
-	p := spec
-	if len(p.Args) == 0 && !bareShell(image.Args) {
-		p.Args = image.Args
-	}
-	p.Env = maps.Clone(image.Env)
-	if p.Env == nil {
-		p.Env = map[string]string{}
-	}
-	maps.Copy(p.Env, spec.Env)
-	if p.Dir == "" {
-		p.Dir = image.Dir
-	}
-	if p.User == "" {
-		p.User = image.User
-	}
-	return p
-}
-
-func bareShell(args []string) bool {
-	if len(args) != 1 {
-		return false
-	}
-	name := args[0][strings.LastIndexByte(args[0], '/')+1:]
-	return slices.Contains([]string{"sh", "bash", "ash", "dash", "zsh"}, name)
 }

@@ -5,6 +5,7 @@ import (
 	"compress/gzip"
 	"encoding/base64"
 	"encoding/binary"
+	"encoding/json"
 	"io"
 	"net/netip"
 	"os"
@@ -83,7 +84,7 @@ ethernets:
 func TestCmdline(t *testing.T) {
 	s := spec()
 	s.Process = vm.Process{Args: []string{"sh", "-c", "true"}, Env: map[string]string{"A": "b"}}
-	got, err := Cmdline(s, "last=1")
+	got, archive, err := Cmdline(s, "last=1")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,18 +104,21 @@ func TestCmdline(t *testing.T) {
 	if d := cmp.Diff(want, got); d != "" {
 		t.Error(d)
 	}
+	if archive != nil {
+		t.Errorf("an archive of %d bytes for a short process", len(archive))
+	}
 	for range 10 {
-		if again, _ := Cmdline(s, "last=1"); !slices.Equal(again, got) {
+		if again, _, _ := Cmdline(s, "last=1"); !slices.Equal(again, got) {
 			t.Fatal("another order")
 		}
 	}
 	s.Process.Env["LONG"] = strings.Repeat("x", 2000)
-	if _, err := Cmdline(s); !errdefs.IsInvalidArgument(err) {
-		t.Errorf("2000 bytes of environment: %v", err)
+	if _, _, err := Cmdline(s); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("2000 bytes of environment, and no initramfs: %v", err)
 	}
 	s = spec()
 	s.Kernel.Cmdline["evil"] = "x\nroot=/dev/vdb"
-	if _, err := Cmdline(s); !errdefs.IsInvalidArgument(err) {
+	if _, _, err := Cmdline(s); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("a line break: %v", err)
 	}
 }
@@ -132,13 +136,73 @@ func TestRootDevice(t *testing.T) {
 	}
 }
 
+// What is too long for the command line goes into an archive, which makes an
+// initramfs with the one before it.
+func TestLongProcess(t *testing.T) {
+	need.Binary(t, "cpio")
+	s := spec()
+	s.Initrd = &vm.File{Image: "kernel", Path: "boot/initrd"}
+	s.Process = vm.Process{Args: []string{"env"}, Env: map[string]string{"LONG": strings.Repeat("x", 5000)}, StopSignal: "SIGINT"}
+	words, archive, err := Cmdline(s, "last=1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if i := slices.IndexFunc(words, func(w string) bool { return strings.HasPrefix(w, WordProcess) }); i >= 0 || words[len(words)-1] != "last=1" {
+		t.Errorf("words %q", words)
+	}
+	var first, both bytes.Buffer
+	if err := Initramfs(&first, []byte("init!"), nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := AppendInitramfs(&both, &first, archive); err != nil {
+		t.Fatal(err)
+	}
+	if both.Len()%4 != 0 || both.Len() <= len(archive) {
+		t.Fatalf("%d bytes", both.Len())
+	}
+	dir := t.TempDir()
+	cpio := exec.Command("cpio", "-i", "--no-absolute-filenames")
+	cpio.Dir, cpio.Stdin = dir, bytes.NewReader(both.Bytes()[both.Len()-len(archive):])
+	if out, err := cpio.CombinedOutput(); err != nil {
+		t.Fatalf("cpio: %v: %s", err, out)
+	}
+	text, err := os.ReadFile(filepath.Join(dir, ProcessFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got vm.Process
+	if err := json.Unmarshal(text, &got); err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(s.Process, got); d != "" {
+		t.Error(d)
+	}
+}
+
 func TestProcess(t *testing.T) {
-	image := vm.Process{Args: []string{"nginx"}, Env: map[string]string{"A": "1", "B": "2"}, Dir: "/srv", User: "www"}
+	env := map[string]string{"A": "1", "B": "2"}
+	image := vm.Process{Entrypoint: []string{"nginx"}, Args: []string{"-g", "daemon off;"}, Env: env, Dir: "/srv", User: "www", StopSignal: "SIGQUIT"}
+	with := func(args ...string) vm.Process {
+		return vm.Process{Args: args, Env: env, Dir: "/srv", User: "www", StopSignal: "SIGQUIT"}
+	}
+	attached := with("nginx", "-v")
+	attached.Attach = true
 	for name, tc := range map[string]struct{ spec, image, want vm.Process }{
-		"the image's": {image: image, want: image},
-		"both":        {spec: vm.Process{Args: []string{"x"}, Env: map[string]string{"B": "3"}}, image: image, want: vm.Process{Args: []string{"x"}, Env: map[string]string{"A": "1", "B": "3"}, Dir: "/srv", User: "www"}},
-		"a shell":     {image: vm.Process{Args: []string{"/bin/sh"}}, want: vm.Process{Env: map[string]string{}}},
-		"own shell":   {spec: vm.Process{Args: []string{"sh"}}, image: image, want: vm.Process{Args: []string{"sh"}, Env: image.Env, Dir: "/srv", User: "www"}},
+		"the image's": {image: image, want: with("nginx", "-g", "daemon off;")},
+		"arguments":   {spec: vm.Process{Args: []string{"-v"}}, image: image, want: with("nginx", "-v")},
+		"entrypoint":  {spec: vm.Process{Entrypoint: []string{"sh"}}, image: image, want: with("sh")},
+		"both":        {spec: vm.Process{Entrypoint: []string{"sh"}, Args: []string{"-c", "id"}}, image: image, want: with("sh", "-c", "id")},
+		"none":        {spec: vm.Process{Entrypoint: []string{""}, Args: []string{"id"}}, image: image, want: with("id")},
+		"the rest": {
+			spec:  vm.Process{Env: map[string]string{"B": "3"}, Dir: "/", User: "0", StopSignal: "9"},
+			image: image,
+			want:  vm.Process{Args: []string{"nginx", "-g", "daemon off;"}, Env: map[string]string{"A": "1", "B": "3"}, Dir: "/", User: "0", StopSignal: "9"},
+		},
+		"a shell":           {image: vm.Process{Args: []string{"/bin/sh"}}, want: vm.Process{Env: map[string]string{}}},
+		"an attached shell": {spec: vm.Process{Attach: true}, image: vm.Process{Args: []string{"bash"}}, want: vm.Process{Args: []string{"bash"}, Env: map[string]string{}, Attach: true}},
+		"attached":          {spec: vm.Process{Args: []string{"-v"}, Attach: true}, image: image, want: attached},
+		"nothing at all":    {spec: vm.Process{Attach: true}, want: vm.Process{Args: []string{"sh"}, Env: map[string]string{}, Attach: true}},
+		"own shell":         {spec: vm.Process{Entrypoint: []string{"sh"}}, want: vm.Process{Args: []string{"sh"}, Env: map[string]string{}}},
 	} {
 		if d := cmp.Diff(tc.want, Process(tc.spec, tc.image)); d != "" {
 			t.Errorf("%s: %s", name, d)

@@ -21,7 +21,7 @@ const InitramfsModules = "/modules/list"
 // console for the time before /dev is mounted. It is a cpio archive of the
 // kernel's form, uncompressed: memory is cheaper for a kernel than decompression.
 func Initramfs(w io.Writer, init []byte, modules []Module) error {
-	c := &cpio{w: bufio.NewWriter(w)}
+	c := newCPIO(w)
 	var list strings.Builder
 	c.add("dev", 0o040755, 0, nil)
 	c.add("dev/console", 0o020600, device(5, 1), nil)
@@ -33,12 +33,8 @@ func Initramfs(w io.Writer, init []byte, modules []Module) error {
 		fmt.Fprintf(&list, "/%s\n", path)
 	}
 	c.add(strings.TrimPrefix(InitramfsModules, "/"), 0o100644, 0, []byte(list.String()))
-	c.add("TRAILER!!!", 0, 0, nil)
-	if c.err == nil {
-		c.err = c.w.Flush()
-	}
-	if c.err != nil {
-		return fmt.Errorf("write initramfs: %w", c.err)
+	if err := c.close(); err != nil {
+		return fmt.Errorf("write initramfs: %w", err)
 	}
 	return nil
 }
@@ -52,6 +48,16 @@ type cpio struct {
 	w     *bufio.Writer
 	inode uint32
 	err   error
+}
+
+func newCPIO(w io.Writer) *cpio { return &cpio{w: bufio.NewWriter(w)} }
+
+func (c *cpio) close() error {
+	c.add("TRAILER!!!", 0, 0, nil)
+	if c.err == nil {
+		c.err = c.w.Flush()
+	}
+	return c.err
 }
 
 func (c *cpio) add(name string, mode uint32, dev uint64, data []byte) {

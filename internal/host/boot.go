@@ -1,6 +1,7 @@
 package host
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -54,9 +55,12 @@ func (v *instance) boot(ctx context.Context) error {
 		return err
 	}
 	spec.Process = boot.Process(spec.Process, prepared.Process)
-	cmdline, err := boot.Cmdline(spec)
+	cmdline, archive, err := boot.Cmdline(spec)
 	if err != nil {
 		return fmt.Errorf("make command line: %w", err)
+	}
+	if prepared.Initrd, err = v.extendInitrd(prepared.Initrd, archive); err != nil {
+		return err
 	}
 	config := vmm.Config{
 		UID: spec.UID, Dir: v.dir, User: v.user, VCPU: spec.VCPU, Memory: spec.Memory,
@@ -73,6 +77,9 @@ func (v *instance) boot(ctx context.Context) error {
 	v.set(func(s *vm.Status) {
 		s.Phase, s.Step, s.Driver, s.Accelerator = vm.Starting, "boot", driver.Name(), driver.Facts().Accelerator
 	})
+	if err := v.host.logs.Add(v.dir); err != nil {
+		return err
+	}
 	m, err := driver.Start(ctx, config)
 	if err != nil {
 		return fmt.Errorf("start %s: %w", driver.Name(), err)
@@ -80,6 +87,29 @@ func (v *instance) boot(ctx context.Context) error {
 	v.running(m)
 	v.note(ctx)
 	return nil
+}
+
+// extendInitrd makes the initrd one of this microVM's own where it has something
+// that the command line is too short for.
+func (v *instance) extendInitrd(initrd string, archive []byte) (string, error) {
+	if len(archive) == 0 {
+		return initrd, nil
+	}
+	from, err := os.Open(initrd)
+	if err != nil {
+		return "", fmt.Errorf("extend the initrd: %w", err)
+	}
+	defer from.Close()
+	path := filepath.Join(v.dir, "initrd")
+	to, err := os.OpenFile(path, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return "", fmt.Errorf("extend the initrd: %w", err)
+	}
+	// The hypervisor reads it as its own user.
+	if err := errors.Join(boot.AppendInitramfs(to, from, archive), to.Chown(v.user, v.user), to.Close()); err != nil {
+		return "", fmt.Errorf("extend the initrd: %w", err)
+	}
+	return path, nil
 }
 
 // progress shows what is being pulled.
@@ -138,8 +168,11 @@ func (v *instance) serveMetadata() error {
 	if err != nil {
 		return err
 	}
-	if err := replace(filepath.Join(v.dir, "metadata.json"), text, false); err != nil {
-		return err
+	path := filepath.Join(v.dir, "metadata.json")
+	if old, err := os.ReadFile(path); err != nil || !bytes.Equal(old, text) {
+		if err := replace(path, text, false); err != nil {
+			return err
+		}
 	}
 	for _, n := range spec.Interfaces {
 		if !n.Metadata || v.metadata != nil {
@@ -205,8 +238,21 @@ func (v *instance) running(m vmm.Machine) {
 }
 
 // listen hears what the guest's agent says, until the hypervisor ends or this
-// daemon does.
+// daemon does. A connection that is lost is made again.
 func (v *instance) listen(m vmm.Machine) {
+	for v.hear(m) {
+		select {
+		case <-m.Done():
+			return
+		case <-v.host.ctx.Done():
+			return
+		case <-time.After(firstDelay):
+		}
+	}
+}
+
+// hear is one conversation with the guest's agent. It says whether to try again.
+func (v *instance) hear(m vmm.Machine) (again bool) {
 	ctx := v.host.ctx
 	conn, err := m.Agent(ctx)
 	if err != nil {
@@ -215,32 +261,49 @@ func (v *instance) listen(m vmm.Machine) {
 		default:
 			v.log.Warn("reach the guest's agent", "err", err)
 		}
-		return
+		return true
 	}
 	client := agent.NewClient(conn)
 	v.mu.Lock()
-	v.agent = client
+	mine := v.machine == m
+	if mine {
+		v.agent = client
+	}
 	v.mu.Unlock()
+	if !mine {
+		client.Close()
+		return false
+	}
 	stop := context.AfterFunc(ctx, func() { client.Close() })
 	defer stop()
 	for e := range client.Events() {
-		switch e.Kind {
-		case agent.Ready:
-			v.set(func(s *vm.Status) {
-				if !s.AgentReady && s.BootTime == 0 {
-					s.BootTime = time.Since(s.StartedAt)
-				}
-				s.AgentReady = true
-				if len(e.Addresses) > 0 {
-					s.Addresses = e.Addresses
-				}
-				s.Retry = 0
-			})
-		case agent.Address:
-			v.set(func(s *vm.Status) { s.Addresses = e.Addresses })
-		case agent.Exited:
-			v.set(func(s *vm.Status) { s.ExitCode = e.Code })
-		}
+		v.heard(e)
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.agent == client {
+		v.agent = nil
+	}
+	return v.machine == m
+}
+
+func (v *instance) heard(e agent.Event) {
+	switch e.Kind {
+	case agent.Ready:
+		v.set(func(s *vm.Status) {
+			if !s.AgentReady && s.BootTime == 0 {
+				s.BootTime = time.Since(s.StartedAt)
+			}
+			s.AgentReady = true
+			if len(e.Addresses) > 0 {
+				s.Addresses = e.Addresses
+			}
+			s.Retry = 0
+		})
+	case agent.Address:
+		v.set(func(s *vm.Status) { s.Addresses = e.Addresses })
+	case agent.Exited:
+		v.set(func(s *vm.Status) { s.ExitCode = e.Code })
 	}
 }
 

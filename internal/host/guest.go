@@ -1,11 +1,12 @@
 package host
 
 import (
+	"bytes"
 	"context"
-	"errors"
 	"fmt"
+	"ingot/internal/logfile"
 	"io"
-	"os"
+	"path/filepath"
 	"sync"
 
 	"github.com/containerd/errdefs"
@@ -31,13 +32,18 @@ func (h *Host) Agent(uid string) (*agent.Client, error) {
 type console struct {
 	conn io.ReadWriteCloser
 
-	mu      sync.Mutex // guards viewers
+	mu      sync.Mutex // guards what follows
 	viewers map[*Viewer]bool
+	recent  []byte // what a new viewer sees first
 	closed  bool
 }
 
-// Viewer is one view of a console. Read gives what the guest writes from now on;
-// a viewer that reads too slowly loses the oldest.
+// replay is how much of what the guest has written a new viewer sees.
+const replay = 4 << 10
+
+// Viewer is one view of a console. Read gives the last that the guest has
+// written, and what it writes from now on; a viewer that reads too slowly loses
+// the oldest.
 type Viewer struct {
 	console *console
 	output  chan []byte
@@ -66,6 +72,7 @@ func (h *Host) Console(ctx context.Context, uid string) (*Viewer, error) {
 		return nil, fmt.Errorf("attach to console: the microVM has just ended: %w", errdefs.ErrFailedPrecondition)
 	}
 	c.viewers[w] = true
+	w.rest = bytes.Clone(c.recent)
 	return w, nil
 }
 
@@ -84,6 +91,10 @@ func (v *instance) openConsole(ctx context.Context) (*console, error) {
 		return nil, fmt.Errorf("attach to console: %w", err)
 	}
 	c := &console{conn: conn, viewers: map[*Viewer]bool{}}
+	var log bytes.Buffer
+	if err := logfile.Follow(ctx, filepath.Join(v.dir, v.status.Driver+".stdout"), replay, false, &log); err == nil {
+		c.recent = log.Bytes()
+	}
 	v.console = c
 	v.host.running.Go(func() {
 		c.copy()
@@ -104,6 +115,10 @@ func (c *console) copy() {
 		if n > 0 {
 			data := append([]byte(nil), buffer[:n]...)
 			c.mu.Lock()
+			c.recent = append(c.recent, data...)
+			if extra := len(c.recent) - replay; extra > 0 {
+				c.recent = append(c.recent[:0], c.recent[extra:]...)
+			}
 			for w := range c.viewers {
 				select {
 				case w.output <- data:
@@ -167,46 +182,4 @@ func (w *Viewer) Close() error {
 		c.close()
 	}
 	return nil
-}
-
-// Follow copies a log to w, from offset on; with follow it goes on until ctx ends,
-// and is told of each change by the kernel.
-func Follow(ctx context.Context, path string, tail int64, follow bool, w io.Writer) error {
-	f, err := os.Open(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("read log %s: %w", path, errdefs.ErrNotFound)
-	}
-	if err != nil {
-		return fmt.Errorf("read log: %w", err)
-	}
-	defer f.Close()
-	if tail > 0 {
-		if i, err := f.Stat(); err == nil && i.Size() > tail {
-			if _, err := f.Seek(-tail, io.SeekEnd); err != nil {
-				return fmt.Errorf("read log: %w", err)
-			}
-		}
-	}
-	if !follow {
-		_, err := io.Copy(w, f)
-		return err
-	}
-	changes, err := watchFile(path)
-	if err != nil {
-		return fmt.Errorf("follow log: %w", err)
-	}
-	defer changes.Close()
-	stop := context.AfterFunc(ctx, func() { changes.Close() })
-	defer stop()
-	for events := make([]byte, 4096); ; {
-		if _, err := io.Copy(w, f); err != nil {
-			return err
-		}
-		if _, err := changes.Read(events); err != nil {
-			if ctx.Err() != nil {
-				return nil
-			}
-			return fmt.Errorf("follow log: %w", err)
-		}
-	}
 }

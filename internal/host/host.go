@@ -19,9 +19,12 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/oklog/ulid/v2"
+	"golang.org/x/sys/unix"
 
 	"ingot/internal/image"
 	"ingot/internal/link"
+	"ingot/internal/logfile"
+	"ingot/internal/pool"
 	"ingot/internal/vm"
 	"ingot/internal/vmm"
 )
@@ -32,6 +35,7 @@ type Config struct {
 	Bridge        string // where taps are joined
 	Parent        string // what macvtaps sit on; empty: taps are made instead
 	DefaultDriver string // empty: the first that is available
+	Pool          string // what package pool opened; empty: nobody looks how full it is
 	Images        *image.Store
 	Drivers       []vmm.Driver
 	Log           *slog.Logger
@@ -43,7 +47,8 @@ type Host struct {
 	ready chan struct{}
 	began time.Time
 
-	mu      sync.Mutex // guards what follows
+	logs    *logfile.Keeper // from Run on
+	mu      sync.Mutex      // guards what follows
 	ctx     context.Context
 	vms     map[string]*instance
 	running sync.WaitGroup
@@ -61,6 +66,19 @@ func (h *Host) String() string { return "microvm controller" }
 
 // Run keeps the microVMs until ctx ends, which leaves them running.
 func (h *Host) Run(ctx context.Context) error {
+	logs, err := logfile.Open([]string{".stdout", ".stderr", ".log", ".metrics", ".events"}, h.c.Log)
+	if err != nil {
+		return err
+	}
+	h.logs = logs
+	h.running.Go(func() {
+		if err := logs.Run(ctx); err != nil {
+			h.c.Log.Error("logs are not bounded any more", "err", err)
+		}
+	})
+	if err := sweepFiles(h.root()); err != nil {
+		h.c.Log.Warn("remove leftovers", "err", err)
+	}
 	records, err := readRecords(h.root())
 	if err != nil {
 		return err
@@ -150,6 +168,9 @@ func (h *Host) Create(ctx context.Context, s vm.Spec) (View, error) {
 	if err := h.suit(&s); err != nil {
 		return View{}, err
 	}
+	if err := h.room(); err != nil {
+		return View{}, fmt.Errorf("create microVM %s/%s: %w", s.Namespace, s.Name, err)
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.ctx == nil || h.ctx.Err() != nil {
@@ -174,11 +195,29 @@ func (h *Host) Create(ctx context.Context, s vm.Spec) (View, error) {
 	return h.keep(r).view(), nil
 }
 
+// room says whether there is room for one more microVM's volumes.
+func (h *Host) room() error {
+	if h.c.Pool == "" {
+		return nil
+	}
+	f, err := pool.ReadFacts(h.c.Pool)
+	if err != nil {
+		return err
+	}
+	return f.Full()
+}
+
 // suit makes a spec one that this host can run, or says why it can't.
 func (h *Host) suit(s *vm.Spec) error {
 	if s.Driver != "" {
 		if !slices.ContainsFunc(h.c.Drivers, func(d vmm.Driver) bool { return d.Name() == s.Driver }) {
 			return &vm.FieldError{Field: "provider", Problem: fmt.Sprintf("microvm provider %s isn't available", s.Driver)}
+		}
+	}
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err == nil {
+		if total := int64(info.Totalram) * int64(info.Unit); s.Memory.Bytes() > total {
+			return fmt.Errorf("memory_in_mb: %d is more than this machine has, %d: %w", s.Memory, total>>20, errdefs.ErrResourceExhausted)
 		}
 	}
 	for _, v := range append([]vm.Volume{s.Root}, s.Volumes...) {
@@ -274,7 +313,10 @@ func (h *Host) Delete(uid string) error {
 	if err != nil {
 		return err
 	}
-	return v.want(func(r *record) { r.Deleting = true })
+	return v.want(func(r *record) error {
+		r.Deleting = true
+		return nil
+	})
 }
 
 // Start starts a stopped or failed microVM.
@@ -283,7 +325,7 @@ func (h *Host) Start(uid string) (View, error) {
 	if err != nil {
 		return View{}, err
 	}
-	if err := v.want(func(r *record) { r.Stopped = false }); err != nil {
+	if err := v.want(func(r *record) error { return r.stop(false) }); err != nil {
 		return View{}, err
 	}
 	return v.view(), nil
@@ -297,7 +339,7 @@ func (h *Host) Stop(ctx context.Context, uid string, timeout time.Duration) (Vie
 		return View{}, err
 	}
 	v.setPatience(timeout)
-	if err := v.want(func(r *record) { r.Stopped = true }); err != nil {
+	if err := v.want(func(r *record) error { return r.stop(true) }); err != nil {
 		return View{}, err
 	}
 	views, cancel := v.subscribe()

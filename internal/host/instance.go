@@ -7,8 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"path/filepath"
+	"reflect"
 	"sync"
 	"time"
 
@@ -26,6 +26,8 @@ const (
 	firstDelay = time.Second
 	lastDelay  = time.Minute
 	steady     = time.Minute
+	// unavailableDelay is the longest wait for containerd.
+	unavailableDelay = 5 * time.Second
 	// defaultPatience is how long a guest may take to shut down.
 	defaultPatience = 30 * time.Second
 	// hopeless is how many tries an error gets that a registry may still mend.
@@ -100,14 +102,16 @@ func (v *instance) viewLocked() View {
 }
 
 // want changes what is wanted of the microVM, on disk, and tells its goroutine.
-func (v *instance) want(change func(*record)) error {
+func (v *instance) want(change func(*record) error) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.gone {
 		return fmt.Errorf("microvm spec %s not found%w", v.spec.UID, silent{errdefs.ErrNotFound})
 	}
 	was, next := v.record, v.record
-	change(&next)
+	if err := change(&next); err != nil {
+		return err
+	}
 	if next.Stopped == was.Stopped && next.Deleting == was.Deleting && v.status.Phase != vm.Failed {
 		return nil
 	}
@@ -134,18 +138,26 @@ func (v *instance) poke() {
 	}
 }
 
+// setPatience is how long the guest may take to shut down, also one that has been
+// told to already.
 func (v *instance) setPatience(d time.Duration) {
 	v.mu.Lock()
+	defer v.mu.Unlock()
 	v.patience = d
-	v.mu.Unlock()
+	if v.status.Phase == vm.Stopping && v.interrupt != nil {
+		time.AfterFunc(d, v.interrupt)
+	}
 }
 
 // set changes the status, notes it, and tells those who watch.
 func (v *instance) set(change func(*vm.Status)) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
+	was := v.status
 	change(&v.status)
-	v.tell()
+	if !reflect.DeepEqual(v.status, was) { // a new daemon finds most as it was
+		v.tell()
+	}
 }
 
 // tell writes the status down and sends it around. The caller holds v.mu.
@@ -273,6 +285,9 @@ func (v *instance) find(ctx context.Context) {
 		case err == nil:
 			v.log.Info("found running", "pid", m.PID())
 			v.running(m)
+			if err := v.host.logs.Add(v.dir); err != nil {
+				v.log.Error("bound logs", "err", err)
+			}
 			if err := v.serveMetadata(); err != nil {
 				v.log.Error("serve metadata", "err", err)
 			}
@@ -369,7 +384,7 @@ func (v *instance) act(ctx context.Context) (deleted bool) {
 			return false
 		}
 		if err := v.destroy(ctx); err != nil {
-			v.failed(ctx, fmt.Errorf("delete: %w", err))
+			v.failed(fmt.Errorf("delete: %w", err))
 			return false
 		}
 		return true
@@ -402,12 +417,12 @@ func (v *instance) start(ctx context.Context) {
 		return // asked to: whoever asked has woken us
 	}
 	if err != nil {
-		v.failed(ctx, err)
+		v.failed(err)
 	}
 }
 
 // failed notes why a try has failed, and when the next one is.
-func (v *instance) failed(_ context.Context, err error) {
+func (v *instance) failed(err error) {
 	v.log.Error("microVM", "err", err)
 	v.set(func(s *vm.Status) {
 		s.Retry++
@@ -420,27 +435,43 @@ func (v *instance) failed(_ context.Context, err error) {
 		if s.Phase != vm.Stopping {
 			s.Phase = vm.Pending
 		}
-		s.RetryAt = time.Now().Add(delay(s.Retry))
+		wait := delay(s.Retry)
+		if errdefs.IsUnavailable(err) { // somebody else is ill, and may be well again soon
+			wait = min(wait, unavailableDelay)
+		}
+		s.RetryAt = time.Now().Add(wait)
 	})
 }
 
-// halt stops the guest: by its agent, else by the power button, else by force.
+// halt stops the guest: by its agent, else by the power button, else by force. A
+// delete that comes meanwhile makes it force at once; a daemon that ends leaves
+// the rest to the next one.
 func (v *instance) halt(ctx context.Context) {
 	if v.machine != nil {
 		v.set(func(s *vm.Status) { s.Phase = vm.Stopping })
 		v.mu.Lock()
-		patience, client := v.patience, v.agent
+		client := v.agent
+		stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), v.patience)
+		v.interrupt = cancel
+		if v.record.Deleting {
+			cancel()
+		}
 		v.mu.Unlock()
-		stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
 		defer cancel()
 		if v.askAgent(stopping, client) {
 			select {
 			case <-v.machine.Done():
 			case <-stopping.Done():
+			case <-ctx.Done():
+				return
 			}
 		}
-		if err := v.machine.Stop(stopping); err != nil {
-			v.failed(ctx, fmt.Errorf("stop: %w", err))
+		err := v.machine.Stop(stopping)
+		v.mu.Lock()
+		v.interrupt = nil
+		v.mu.Unlock()
+		if err != nil {
+			v.failed(fmt.Errorf("stop: %w", err))
 			return
 		}
 		v.drop()
@@ -489,13 +520,8 @@ func (v *instance) destroy(ctx context.Context) error {
 	if err := v.host.c.Images.Release(ctx, v.lease()); err != nil && !errdefs.IsNotFound(err) {
 		return err
 	}
-	if err := os.RemoveAll(v.dir); err != nil {
+	if err := (record{Dir: v.dir}).remove(); err != nil {
 		return err
-	}
-	// Its name's and namespace's directories, if they are empty now.
-	name := filepath.Dir(v.dir)
-	if os.Remove(name) == nil {
-		os.Remove(filepath.Dir(name))
 	}
 	v.log.Info("microVM deleted")
 	return nil

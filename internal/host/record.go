@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/containerd/errdefs"
+
 	"ingot/internal/vm"
 )
 
@@ -20,6 +22,16 @@ type record struct {
 	Deleting bool    `json:"deleting,omitempty"`
 
 	Dir string `json:"-"`
+}
+
+// stop says that the microVM should not run, or should. One that is being deleted
+// is past that.
+func (r *record) stop(stop bool) error {
+	if r.Deleting {
+		return fmt.Errorf("microvm %s is being deleted: %w", r.Spec.UID, errdefs.ErrFailedPrecondition)
+	}
+	r.Stopped = stop
+	return nil
 }
 
 const (
@@ -51,6 +63,17 @@ func (r record) save() error {
 	if err != nil {
 		return err
 	}
+	for {
+		err := r.write(b)
+		if !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		// The last microVM of the same name or namespace went, and took the
+		// directory above with it: once more.
+	}
+}
+
+func (r record) write(b []byte) error {
 	made, err := makeDirs(r.Dir)
 	if err != nil {
 		return err
@@ -81,9 +104,65 @@ func makeDirs(dir string) (parents []string, err error) {
 	return append(parents, parent), nil
 }
 
+// remove takes a microVM's directory away, its record last: what a killed daemon
+// leaves of it is found by the record, or is empty.
+func (r record) remove() error {
+	files, err := os.ReadDir(r.Dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	for _, f := range files {
+		if f.Name() == recordName {
+			continue
+		}
+		if err := os.RemoveAll(filepath.Join(r.Dir, f.Name())); err != nil {
+			return err
+		}
+	}
+	if err := os.RemoveAll(r.Dir); err != nil {
+		return err
+	}
+	removeEmpty(filepath.Dir(r.Dir))
+	return nil
+}
+
+// removeEmpty removes the directory of a name, and of its namespace, if it is empty.
+func removeEmpty(name string) {
+	if os.Remove(name) == nil {
+		os.Remove(filepath.Dir(name))
+	}
+}
+
+// sweepFiles removes what a daemon that was killed in the middle of writing has
+// left: files that were to replace others, and empty directories.
+func sweepFiles(root string) error {
+	torn, err := filepath.Glob(filepath.Join(root, "*", "*", "*", tornPrefix+"*"))
+	if err != nil {
+		return err
+	}
+	for _, path := range torn {
+		if err := os.Remove(path); err != nil {
+			return err
+		}
+	}
+	for _, pattern := range []string{"*/*/*", "*/*", "*"} {
+		dirs, err := filepath.Glob(filepath.Join(root, pattern))
+		if err != nil {
+			return err
+		}
+		for _, dir := range dirs {
+			os.Remove(dir) // unless there is something in it
+		}
+	}
+	return nil
+}
+
+// tornPrefix begins the names of files that are being written.
+const tornPrefix = ".new-"
+
 // replace writes a file in one step; sync puts its content on disk first.
 func replace(path string, data []byte, sync bool) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-*") // 0600
+	f, err := os.CreateTemp(filepath.Dir(path), tornPrefix+"*") // 0600
 	if err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
@@ -58,7 +59,7 @@ func (s *Store) reconnect(ctx context.Context) error {
 	defer cancel()
 	if err := s.wait(short); err != nil {
 		if ctx.Err() == nil {
-			return errdefs.ErrUnavailable.WithMessage("containerd does not answer at " + s.c.Socket)
+			return errdefs.ErrUnavailable.WithMessage(fmt.Sprintf("containerd does not answer at %s: %v", s.c.Socket, err))
 		}
 		return err
 	}

@@ -43,7 +43,10 @@ type Config struct {
 	Namespace string // empty: DefaultNamespace
 	Registry  string // host:port that short names mean; empty: there are none
 	CAFile    string // certificates trusted beside the system's; read at each pull
-	Log       *slog.Logger
+	// Credentials is a file in the form of docker's config.json, read at each pull;
+	// one that is not there has none.
+	Credentials string
+	Log         *slog.Logger
 }
 
 // Store is one containerd, seen as a source of kernels and volumes.

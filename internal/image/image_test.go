@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/google/go-cmp/cmp"
 
+	"ingot/internal/pool"
 	"ingot/internal/vm"
 )
 
@@ -83,7 +84,7 @@ func TestPrepareAndRelease(t *testing.T) {
 			t.Errorf("last progress of %s: %+v", ref, p)
 		}
 	}
-	want := vm.Process{Args: []string{"/bin/app", "-v"}, Env: map[string]string{"A": "b=c"}, Dir: "/srv", User: "7"}
+	want := vm.Process{Entrypoint: []string{"/bin/app"}, Args: []string{"-v"}, Env: map[string]string{"A": "b=c"}, Dir: "/srv", User: "7"}
 	if d := cmp.Diff(want, p.Process); d != "" {
 		t.Error(d)
 	}
@@ -300,7 +301,7 @@ func TestGrow(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if size, err := ext4Size(f); err != nil || size != c.get.Bytes() {
+		if size, err := pool.Ext4Size(f); err != nil || size != c.get.Bytes() {
 			t.Errorf("asked for %d: the file system has %d bytes, %v", c.ask, size, err)
 		}
 		f.Close()

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"ingot/internal/image/claim"
+	"ingot/internal/pool"
 	"ingot/internal/vm"
 )
 
@@ -21,6 +22,9 @@ import (
 // without asking a registry.
 func (s *Store) Prepare(ctx context.Context, lease string, r Request, progress func(Progress)) (Prepared, error) {
 	p, err := s.prepare(ctx, lease, r, progress)
+	if errdefs.IsNotFound(err) { // an image was removed between being found and being claimed
+		p, err = s.prepare(ctx, lease, r, progress)
+	}
 	if err != nil {
 		return Prepared{}, fmt.Errorf("prepare %s: %w", lease, err)
 	}
@@ -54,8 +58,10 @@ func (s *Store) prepare(ctx context.Context, lease string, r Request, progress f
 	}
 	for _, v := range volumes {
 		path := out.Paths[lease+"/"+v.ID]
-		if err := grow(ctx, path, v); err != nil {
-			return Prepared{}, err
+		if v.Size > 0 && !v.ReadOnly {
+			if err := pool.Grow(ctx, path, v.Size); err != nil {
+				return Prepared{}, fmt.Errorf("grow volume %s: %w", v.ID, err)
+			}
 		}
 		p.Volumes[v.ID] = path
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -13,11 +14,13 @@ import (
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"ingot/internal/image/claim"
 	"ingot/internal/vm"
 )
 
@@ -36,12 +39,40 @@ type image struct {
 	process vm.Process
 }
 
+// Policy says when a registry is asked for an image.
+type Policy string
+
+// The policies. The zero value is Always for the tag latest, which moves, and
+// Missing for all others.
+const (
+	Always  Policy = "always"
+	Missing Policy = "missing" // only if it is not here
+	Never   Policy = "never"   // it must be here
+)
+
 // Pull fetches an image and unpacks it for volumes, also if an older one of
-// this name is there.
-func (s *Store) Pull(ctx context.Context, ref string, progress func(Progress)) error {
+// this name is there and the policy says so.
+func (s *Store) Pull(ctx context.Context, ref string, policy Policy, progress func(Progress)) error {
 	name, err := s.Resolve(ref)
 	if err != nil {
 		return fmt.Errorf("pull: %w", err)
+	}
+	if policy == "" {
+		policy = Missing
+		if strings.HasSuffix(name, ":latest") {
+			policy = Always
+		}
+	}
+	if policy != Always {
+		_, err := s.read(ctx, name)
+		switch {
+		case !errdefs.IsNotFound(err):
+			return err
+		case policy == Never:
+			return fmt.Errorf("image %s is not here, and is not to be pulled: %w", name, errdefs.ErrNotFound)
+		case policy != Missing:
+			return fmt.Errorf("pull policy %q is none of always, missing, never: %w", policy, errdefs.ErrInvalidArgument)
+		}
 	}
 	err = s.pulls.do(ctx, name, progress, func(ctx context.Context, tell func(Progress)) error {
 		return s.fetch(ctx, name, blockfile, tell)
@@ -94,10 +125,30 @@ func (s *Store) unpack(ctx context.Context, name, snapshotter string) error {
 	if err != nil {
 		return err
 	}
-	if err := client.NewImage(s.client, record).Unpack(ctx, snapshotter); err != nil {
+	err = s.withRoom(snapshotter, func(room snapshots.Opt) error {
+		return client.NewImage(s.client, record).Unpack(ctx, snapshotter, func(_ context.Context, c *client.UnpackConfig) error {
+			c.SnapshotOpts = append(c.SnapshotOpts, room)
+			return nil
+		})
+	})
+	if err != nil {
 		return err
 	}
 	return done(ctx)
+}
+
+// withRoom unpacks an image, and where it is larger than a volume, again with
+// more room: what it will take is not known before.
+func (s *Store) withRoom(snapshotter string, unpack func(room snapshots.Opt) error) error {
+	times := 1
+	for {
+		err := unpack(snapshots.WithLabels(map[string]string{claim.RoomLabel: strconv.Itoa(times)}))
+		if err == nil || snapshotter != blockfile || !isFull(err) || times >= claim.MostRoom {
+			return err
+		}
+		times *= 4
+		s.c.Log.Info("image does not fit into a volume, unpack again", "times", times)
+	}
 }
 
 // find returns an image that is here and unpacked, or errdefs.ErrNotFound.
@@ -117,6 +168,9 @@ func (s *Store) find(ctx context.Context, name, snapshotter string) (image, erro
 func (s *Store) read(ctx context.Context, name string) (image, error) {
 	record, err := s.client.ImageService().Get(ctx, name)
 	if err != nil {
+		return image{}, fmt.Errorf("read image %s: %w", name, err)
+	}
+	if err := s.markUsed(ctx, record); err != nil {
 		return image{}, fmt.Errorf("read image %s: %w", name, err)
 	}
 	s.mu.Lock()
@@ -158,7 +212,7 @@ func (s *Store) readConfig(ctx context.Context, record images.Image, i *image) e
 }
 
 func process(c ocispec.ImageConfig) vm.Process {
-	p := vm.Process{Args: slices.Concat(c.Entrypoint, c.Cmd), Dir: c.WorkingDir, User: c.User}
+	p := vm.Process{Entrypoint: c.Entrypoint, Args: c.Cmd, Dir: c.WorkingDir, User: c.User, StopSignal: c.StopSignal}
 	for _, e := range c.Env {
 		if p.Env == nil {
 			p.Env = map[string]string{}
@@ -184,11 +238,19 @@ func (s *Store) fetch(ctx context.Context, name, snapshotter string, tell func(P
 	defer t.CloseIdleConnections()
 	m := &meter{tell: tell, progress: Progress{Image: name, Status: "resolve"}}
 	m.add(0, 0, "resolve")
-	_, err = s.client.Pull(ctx, name,
-		client.WithResolver(s.resolver(t, func(n int64) { m.add(n, 0, "pull") })),
-		client.WithImageHandlerWrapper(m.watch),
-		client.WithPullUnpack,
-		client.WithPullSnapshotter(snapshotter))
+	resolver, err := s.resolver(t, func(n int64) { m.add(n, 0, "pull") })
+	if err != nil {
+		return err
+	}
+	err = s.withRoom(snapshotter, func(room snapshots.Opt) error {
+		_, err := s.client.Pull(ctx, name,
+			client.WithResolver(resolver),
+			client.WithImageHandlerWrapper(m.watch),
+			client.WithPullLabel(usedLabel, now()),
+			client.WithPullUnpack,
+			client.WithPullSnapshotter(snapshotter, room))
+		return err
+	})
 	if err != nil {
 		return err
 	}

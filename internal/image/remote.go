@@ -76,7 +76,11 @@ func (c stallConn) Read(p []byte) (int, error) {
 
 // resolver speaks to registries by TLS; only another registry on this very
 // machine may do without, as for all of containerd's clients.
-func (s *Store) resolver(t *http.Transport, count func(int64)) remotes.Resolver {
+func (s *Store) resolver(t *http.Transport, count func(int64)) (remotes.Resolver, error) {
+	known, err := readCredentials(s.c.Credentials)
+	if err != nil {
+		return nil, err
+	}
 	plain := func(host string) (bool, error) {
 		if host == s.c.Registry {
 			return false, nil
@@ -86,8 +90,8 @@ func (s *Store) resolver(t *http.Transport, count func(int64)) remotes.Resolver 
 	c := &http.Client{Transport: t}
 	hosts := docker.ConfigureDefaultRegistries(docker.WithClient(c), docker.WithPlainHTTP(plain),
 		// Public registries give everyone a token, but want to be asked for it.
-		docker.WithAuthorizer(docker.NewDockerAuthorizer(docker.WithAuthClient(c))))
-	return counting{docker.NewResolver(docker.ResolverOptions{Hosts: hosts}), count}
+		docker.WithAuthorizer(docker.NewDockerAuthorizer(docker.WithAuthClient(c), docker.WithAuthCreds(known.of))))
+	return counting{docker.NewResolver(docker.ResolverOptions{Hosts: hosts}), count}, nil
 }
 
 // counting is a resolver that tells how many bytes its fetchers have read.
@@ -139,13 +143,20 @@ func meaning(err error) error {
 		return err
 	case errors.As(err, &status) && (status.StatusCode == http.StatusUnauthorized || status.StatusCode == http.StatusForbidden):
 		return fmt.Errorf("%w: %w", err, errdefs.ErrPermissionDenied)
-	case errors.Is(err, unix.ENOSPC) || strings.Contains(err.Error(), unix.ENOSPC.Error()): // the text is what crosses the socket
+	case errors.Is(err, docker.ErrInvalidAuthorization):
+		return fmt.Errorf("%w: %w", err, errdefs.ErrPermissionDenied)
+	case isFull(err):
 		return fmt.Errorf("%w: %w", err, errdefs.ErrResourceExhausted)
 	case errors.As(err, &status), errors.As(err, &urlErr), errors.As(err, &netErr),
 		errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
 	}
 	return err
+}
+
+// isFull says whether there was no space: the text is what crosses the socket.
+func isFull(err error) bool {
+	return errors.Is(err, unix.ENOSPC) || strings.Contains(err.Error(), unix.ENOSPC.Error())
 }
 
 func hasMeaning(err error) bool {

@@ -11,12 +11,6 @@ import (
 	"ingot/api/types"
 )
 
-// A pool that is this full (in percent) is worth a warning, or is a fault.
-const (
-	poolWarn = 85
-	poolFail = 95
-)
-
 func (s *survey) hostStep(h *hostSurvey) step {
 	facts := func() *v1.HostFacts { // only called below a check that has had them
 		f, _ := h.facts()
@@ -113,12 +107,10 @@ func checkPool(p *v1.PoolFacts) finding {
 		return fail("there is none")
 	case !p.GetReflink() && p.GetKind() != "thin":
 		return fail("cannot share blocks: " + detail)
-	case full >= poolFail:
-		return fail("full: " + detail)
-	case full >= poolWarn:
-		return warn("nearly full: " + detail)
-	case p.GetKind() == "loop" && p.GetBackingFreeBytes() < size/20:
-		return warn(fmt.Sprintf("the file system below it has %s left: %s", bytes(p.GetBackingFreeBytes()), detail))
+	case p.GetFull() != "":
+		return fail("full: " + p.GetFull())
+	case p.GetLow() != "":
+		return warn("nearly full: " + p.GetLow() + ": " + detail)
 	}
 	return pass(detail, notes...)
 }

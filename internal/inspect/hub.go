@@ -31,7 +31,7 @@ func (s *survey) hubStep() step {
 	for _, host := range s.hosts {
 		nat.children = append(nat.children, step{
 			name:  "packet from " + host.Name,
-			check: func(ctx context.Context) finding { return checkOutside(ctx, host, facts()) },
+			check: func(ctx context.Context) finding { return s.checkOutside(ctx, host, facts()) },
 		})
 	}
 	return step{

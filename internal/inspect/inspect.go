@@ -26,6 +26,12 @@ type Environment struct {
 	Name  string
 	Hub   Machine
 	Hosts []Machine
+
+	// Here, if not nil, looks at the machine that the environment is on.
+	Here func(context.Context) []Check
+	// Outside, if not nil, finds an address to which packets of the hub's take its
+	// default route, and which answers; the zero value if there is none.
+	Outside func(context.Context) netip.Addr
 }
 
 // Status is how a check ended.
@@ -69,12 +75,26 @@ func Run(ctx context.Context, env Environment) Report {
 	start := time.Now()
 	s := newSurvey(ctx, env)
 	steps := []step{s.hubStep()}
+	if env.Here != nil {
+		steps = append(steps, step{name: "this machine", more: func() []step { return given(env.Here(ctx)) }})
+	}
 	for _, h := range s.hosts {
 		steps = append(steps, s.hostStep(h))
 	}
 	r := Report{Environment: env.Name, Checks: all(ctx, steps), Took: time.Since(start)}
 	r.OK = worst(r.Checks) != Fail
 	return r
+}
+
+// given are checks that somebody else has made.
+func given(checks []Check) []step {
+	steps := make([]step, len(checks))
+	for i, c := range checks {
+		steps[i] = step{name: c.Name, check: func(context.Context) finding {
+			return finding{status: c.Status, detail: c.Detail, notes: c.Notes}
+		}}
+	}
+	return steps
 }
 
 // Bounds of the pause between two inspections of Wait.

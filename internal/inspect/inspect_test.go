@@ -98,8 +98,10 @@ func TestFindings(t *testing.T) {
 		}, []string{"fail: host-1 > containerd: /run/containerd/containerd.sock does not answer: connection refused"}},
 		{"a lease is gone", func(w *world) { w.hosts[0].facts.Containerd.LeaseIds = nil },
 			[]string{"fail: host-0 > containerd > leases: nothing holds the volumes of: flintlock/default/vm-0-0/01Kvm-0-0"}},
-		{"the pool is full", func(w *world) { w.hosts[0].facts.Pool.UsedBytes = 49<<30/5 + 1 },
-			[]string{"fail: host-0 > pool: full: loop at /var/lib/containerd/pool, 98 % of 10.0 GiB in use"}},
+		{"the pool is full", func(w *world) { w.hosts[0].facts.Pool.Full = "10 MiB are left" },
+			[]string{"fail: host-0 > pool: full: 10 MiB are left"}},
+		{"the pool is nearly full", func(w *world) { w.hosts[0].facts.Pool.Low = "900 MiB are left" },
+			[]string{"warn: host-0 > pool: nearly full: 900 MiB are left: loop at /var/lib/containerd/pool, 10 % of 10.0 GiB in use"}},
 		{"the pool copies", func(w *world) { w.hosts[0].facts.Pool.Reflink = false },
 			[]string{"fail: host-0 > pool: cannot share blocks: loop at /var/lib/containerd/pool, 10 % of 10.0 GiB in use"}},
 		{"no driver", func(w *world) {
@@ -149,7 +151,7 @@ func TestFindings(t *testing.T) {
 		{"packets do not leave", func(w *world) {
 			w.hosts[0].exec = func(_ string, args []string) (int32, string, error) {
 				if args[0] == "ping" {
-					return 1, "1 packets transmitted,\n0 received", nil
+					return 1, "PING 100.64.0.1: 56 data bytes\n\n1 packets transmitted, 0 received\n", nil
 				}
 				return 0, "", nil
 			}

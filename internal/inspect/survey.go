@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"net/netip"
 	"regexp"
 	"strings"
 	"sync"
@@ -26,6 +27,8 @@ type survey struct {
 	env   Environment
 	hub   *hubSurvey
 	hosts []*hostSurvey
+	// outside is where packets are to get, beyond the hub's uplink if there is such a place.
+	outside func() (netip.Addr, error)
 }
 
 type hubSurvey struct {
@@ -53,6 +56,12 @@ func newSurvey(ctx context.Context, env Environment) *survey {
 		return r.GetLeases(), err
 	})
 	s := &survey{env: env, hub: hub}
+	s.outside = once(ctx, func(ctx context.Context) (netip.Addr, error) {
+		if env.Outside == nil {
+			return netip.Addr{}, nil
+		}
+		return env.Outside(ctx), nil
+	})
 	for _, m := range env.Hosts {
 		h := &hostSurvey{Machine: m, client: v1.NewHostClient(m.Conn), vms: v1alpha1.NewMicroVMClient(m.Conn)}
 		h.facts = once(ctx, func(ctx context.Context) (*v1.HostFacts, error) {

@@ -271,13 +271,30 @@ func (h *hostSurvey) checkAgent(ctx context.Context, vm *types.MicroVM) finding 
 	return pass("answers in " + quick(time.Since(start)))
 }
 
-// checkOutside sends a packet from one of the host's microVMs through the hub
-// to the far end of the hub's uplink, which exists without any Internet.
-func checkOutside(ctx context.Context, h *hostSurvey, hub *v1.HubFacts) finding {
-	to := beyond(hub)
-	if !to.IsValid() {
+// checkOutside sends a packet from one of the host's microVMs through the hub, by
+// its default route; if that is lost, to the far end of its uplink, which exists
+// without any network.
+func (s *survey) checkOutside(ctx context.Context, h *hostSurvey, hub *v1.HubFacts) finding {
+	near := beyond(hub)
+	far, _ := s.outside()
+	if !far.IsValid() {
+		far = near
+	}
+	if !far.IsValid() {
 		return skip("no address beyond the hub is known")
 	}
+	found := h.pingFromGuest(ctx, far)
+	if found.status != Fail || !near.IsValid() || near == far {
+		return found
+	}
+	if h.pingFromGuest(ctx, near).status == Pass {
+		return warn(found.detail + fmt.Sprintf("; %s is reached: the hub has no default route, or something on this machine drops it (`ingot doctor`)", near))
+	}
+	return found
+}
+
+// pingFromGuest has one of the host's microVMs ping an address.
+func (h *hostSurvey) pingFromGuest(ctx context.Context, to netip.Addr) finding {
 	vms, err := h.list()
 	if err != nil {
 		return skip(h.Name + " failed")
@@ -297,11 +314,22 @@ func checkOutside(ctx context.Context, h *hostSurvey, hub *v1.HubFacts) finding 
 			why = vmName(vm) + " has no ping"
 			continue // another image may have one
 		case code != 0:
-			return fail(fmt.Sprintf("%s does not reach %s: %s", vmName(vm), to, cmp.Or(strings.Join(strings.Fields(out), " "), fmt.Sprintf("ping ended with %d", code))))
+			return fail(fmt.Sprintf("%s does not reach %s: %s", vmName(vm), to, cmp.Or(summary(out), fmt.Sprintf("ping ended with %d", code))))
 		}
 		return pass(fmt.Sprintf("%s reached %s in %s", vmName(vm), to, quick(time.Since(start))))
 	}
 	return skip(why)
+}
+
+// summary is ping's own: "1 packets transmitted, 0 packets received, …", or all
+// that it said if that is not there.
+func summary(out string) string {
+	for line := range strings.Lines(out) {
+		if strings.Contains(line, "transmitted") {
+			return strings.TrimSpace(line)
+		}
+	}
+	return strings.Join(strings.Fields(out), " ")
 }
 
 // beyond is the other end of the hub's uplink, if that is a link of two.

@@ -85,7 +85,12 @@ func poolFacts(dir string) *ingotv1.PoolFacts {
 	if p.Image != "" {
 		kind = "loop"
 	}
+	full := ""
+	if err := p.Full(); err != nil {
+		full = err.Error()
+	}
 	return &ingotv1.PoolFacts{
+		Full: full, Low: p.Low(),
 		Path: p.Path, Kind: kind, SizeBytes: p.Size, UsedBytes: p.Used, BackingFreeBytes: p.Backing, Reflink: true,
 	}
 }

@@ -13,8 +13,8 @@ import (
 
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/internal/agent"
-	"ingot/internal/host"
 	"ingot/internal/image"
+	"ingot/internal/logfile"
 )
 
 // hostService is ingot.v1's Host.
@@ -84,7 +84,7 @@ func (s *hostService) Logs(r *ingotv1.LogsRequest, stream ingotv1.Host_LogsServe
 	if err != nil {
 		return err
 	}
-	return host.Follow(stream.Context(), path, r.GetTailBytes(), r.GetFollow(), writer(func(p []byte) error {
+	return logfile.Follow(stream.Context(), path, r.GetTailBytes(), r.GetFollow(), writer(func(p []byte) error {
 		return stream.Send(&ingotv1.LogsResponse{Data: p})
 	}))
 }
@@ -125,19 +125,19 @@ func (s *hostService) Exec(stream ingotv1.Host_ExecServer) error {
 		return err
 	}
 	start := first.GetStart()
-	if start == nil || len(start.GetArgs()) == 0 {
+	if start == nil || len(start.GetArgs()) == 0 && !start.GetMain() {
 		return fmt.Errorf("exec: first message must be a start message with uid and args set: %w", errdefs.ErrInvalidArgument)
 	}
 	client, err := s.Host.Agent(start.GetUid())
 	if err != nil {
 		return err
 	}
-	return run(stream, client, start)
+	return runCommand(stream, client, start)
 }
 
-// run runs one command in a guest. Only one goroutine may send on a stream: the
+// runCommand runs one command in a guest. Only one goroutine may send on a stream: the
 // two outputs take turns.
-func run(stream ingotv1.Host_ExecServer, client *agent.Client, start *ingotv1.ExecStart) error {
+func runCommand(stream ingotv1.Host_ExecServer, client *agent.Client, start *ingotv1.ExecStart) error {
 	var mu sync.Mutex
 	send := func(r *ingotv1.ExecResponse) error {
 		mu.Lock()
@@ -154,7 +154,7 @@ func run(stream ingotv1.Host_ExecServer, client *agent.Client, start *ingotv1.Ex
 	defer cancel()
 	session, err := client.Exec(ctx, agent.Command{
 		Args: start.GetArgs(), Env: start.GetEnv(), Dir: start.GetWorkingDir(), User: start.GetUser(), TTY: start.GetTty(),
-		Rows: uint16(start.GetSize().GetRows()), Cols: uint16(start.GetSize().GetColumns()),
+		Main: start.GetMain(), Rows: uint16(start.GetSize().GetRows()), Cols: uint16(start.GetSize().GetColumns()),
 	}, stdin,
 		writer(func(p []byte) error {
 			return send(&ingotv1.ExecResponse{Payload: &ingotv1.ExecResponse_Stdout{Stdout: p}})
@@ -207,7 +207,7 @@ func (s *hostService) Pull(r *ingotv1.PullRequest, stream grpc.ServerStreamingSe
 	reports := make(chan image.Progress, 64)
 	done := make(chan error, 1)
 	go func() {
-		done <- s.Images.Pull(stream.Context(), r.GetImage(), func(p image.Progress) {
+		done <- s.Images.Pull(stream.Context(), r.GetImage(), image.Policy(r.GetPolicy()), func(p image.Progress) {
 			select {
 			case reports <- p:
 			default: // the next one says more

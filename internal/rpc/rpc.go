@@ -20,6 +20,7 @@ import (
 	"ingot/internal/host"
 	"ingot/internal/image"
 	"ingot/internal/pki"
+	"ingot/internal/run"
 	"ingot/internal/wire"
 )
 
@@ -69,7 +70,7 @@ func (s *Server) Run(ctx context.Context) error {
 	ingotv1.RegisterHostServer(g, &hostService{Config: s.c})
 	grpc_health_v1.RegisterHealthServer(g, health.NewServer())
 	reflection.Register(g)
-	l, err := net.Listen("tcp", s.c.Listen)
+	l, err := run.Listen(ctx, net.ListenConfig{}, "tcp", s.c.Listen)
 	if err != nil {
 		return fmt.Errorf("serve gRPC on %s: %w", s.c.Listen, err)
 	}

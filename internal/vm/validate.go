@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
 )
 
 // The metadata interface, as flintlock's guests know it.
@@ -120,7 +121,11 @@ func (m *mistakes) check(ok bool, field, format string, a ...any) {
 
 func (m *mistakes) image(field, ref string) {
 	m.check(ref != "", field, "is required")
-	m.check(len(ref) <= 512 && !strings.ContainsFunc(ref, func(r rune) bool { return r <= ' ' || r == 0x7f }), field, "%q is not an image's name", ref)
+	if ref == "" {
+		return
+	}
+	_, err := reference.ParseNormalizedNamed(ref)
+	m.check(len(ref) <= 512 && err == nil, field, "%q is not an image's name: %v", ref, err)
 }
 
 // path checks a path inside an image. What leads out of it is refused here, and

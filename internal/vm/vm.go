@@ -95,12 +95,25 @@ type Interface struct {
 	Metadata    bool         `json:"metadata,omitempty"` // the metadata service is reached by it
 }
 
-// Process overrides what an image without an init of its own runs.
+// Process overrides what an image without an init of its own runs, as OCI's
+// image configuration has it.
 type Process struct {
-	Args []string          `json:"args,omitempty"`
-	Env  map[string]string `json:"env,omitempty"`
-	Dir  string            `json:"dir,omitempty"`
-	User string            `json:"user,omitempty"`
+	// Entrypoint goes before Args; one empty word stands for none, whatever the image says.
+	Entrypoint []string          `json:"entrypoint,omitempty"`
+	Args       []string          `json:"args,omitempty"`
+	Env        map[string]string `json:"env,omitempty"`
+	Dir        string            `json:"dir,omitempty"`
+	User       string            `json:"user,omitempty"`
+	StopSignal string            `json:"stop_signal,omitempty"` // empty: SIGTERM
+	// Attach has it wait until a client asks for it, whose it is then:
+	// its streams, its terminal, its signals.
+	Attach bool `json:"attach,omitempty"`
+}
+
+// IsZero says whether nothing is overridden.
+func (p Process) IsZero() bool {
+	return len(p.Entrypoint) == 0 && len(p.Args) == 0 && len(p.Env) == 0 &&
+		p.Dir == "" && p.User == "" && p.StopSignal == "" && !p.Attach
 }
 
 // Restart says what happens when a microVM ends without being asked to.

@@ -2,13 +2,9 @@ package wire
 
 import (
 	"context"
-	"crypto/subtle"
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"log/slog"
-	"runtime/debug"
-	"strings"
 	"time"
 
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -18,7 +14,6 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"ingot/internal/pki"
@@ -90,66 +85,3 @@ func (b basic) GetRequestMetadata(context.Context, ...string) (map[string]string
 }
 
 func (b basic) RequireTransportSecurity() bool { return b.secure }
-
-// ServerOptions are what all our gRPC servers share: the token, if there is one,
-// errors with their codes, a panic that ends a call and not the daemon, and
-// patience with clients that ping often.
-func ServerOptions(token pki.Secret, log *slog.Logger) []grpc.ServerOption {
-	return []grpc.ServerOption{
-		grpc.MaxRecvMsgSize(16 << 20),
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
-		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (answer any, err error) {
-			defer recovered(info.FullMethod, log, &err)
-			if err := authorize(ctx, token); err != nil {
-				return nil, err
-			}
-			answer, err = next(ctx, req)
-			log.Debug("call", "method", info.FullMethod, "err", err)
-			return answer, Error(err)
-		}),
-		grpc.ChainStreamInterceptor(func(srv any, s grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
-			defer recovered(info.FullMethod, log, &err)
-			if err := authorize(s.Context(), token); err != nil {
-				return err
-			}
-			err = next(srv, s)
-			log.Debug("stream", "method", info.FullMethod, "err", err)
-			return Error(err)
-		}),
-	}
-}
-
-func recovered(method string, log *slog.Logger, err *error) {
-	if p := recover(); p != nil {
-		log.Error("a call panicked", "method", method, "err", p, "stack", string(debug.Stack()))
-		*err = status.Errorf(codes.Internal, "%s: internal error, see the daemon's log", method)
-	}
-}
-
-// authorize wants `Basic base64(token)`, as flintlock does, or `Bearer token`.
-func authorize(ctx context.Context, token pki.Secret) error {
-	if token == "" {
-		return nil
-	}
-	md, _ := metadata.FromIncomingContext(ctx)
-	given := md.Get("authorization")
-	if len(given) != 1 {
-		return status.Error(codes.Unauthenticated, "Request unauthenticated with basic")
-	}
-	scheme, value, _ := strings.Cut(given[0], " ")
-	switch strings.ToLower(scheme) {
-	case "basic":
-		text, err := base64.StdEncoding.DecodeString(value)
-		if err != nil {
-			return status.Error(codes.Unauthenticated, "invalid auth token: not base64")
-		}
-		value = string(text)
-	case "bearer":
-	default:
-		return status.Error(codes.Unauthenticated, "Request unauthenticated with basic")
-	}
-	if subtle.ConstantTimeCompare([]byte(value), []byte(token)) != 1 {
-		return status.Error(codes.Unauthenticated, "invalid auth token: wrong token")
-	}
-	return nil
-}

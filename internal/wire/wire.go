@@ -36,8 +36,9 @@ func SpecFromProto(p *types.MicroVMSpec) (vm.Spec, error) {
 		Root:       volumeFromProto(p.GetRootVolume()),
 		GuestAgent: p.GetAllowGuestAgent(),
 		Process: vm.Process{
-			Args: p.GetProcess().GetArgs(), Env: maps.Clone(p.GetProcess().GetEnv()),
+			Entrypoint: p.GetProcess().GetEntrypoint(), Args: p.GetProcess().GetArgs(), Env: maps.Clone(p.GetProcess().GetEnv()),
 			Dir: p.GetProcess().GetWorkingDir(), User: p.GetProcess().GetUser(),
+			StopSignal: p.GetProcess().GetStopSignal(), Attach: p.GetProcess().GetAttach(),
 		},
 	}
 	switch p.GetRestartPolicy() {
@@ -161,8 +162,11 @@ func specToProto(s vm.Spec) *types.MicroVMSpec {
 		policy = types.RestartPolicy_NEVER
 	}
 	p.RestartPolicy = &policy
-	if len(s.Process.Args) > 0 || len(s.Process.Env) > 0 || s.Process.Dir != "" || s.Process.User != "" {
-		p.Process = &types.Process{Args: s.Process.Args, Env: s.Process.Env, WorkingDir: s.Process.Dir, User: s.Process.User}
+	if !s.Process.IsZero() {
+		p.Process = &types.Process{
+			Entrypoint: s.Process.Entrypoint, Args: s.Process.Args, Env: s.Process.Env, WorkingDir: s.Process.Dir,
+			User: s.Process.User, StopSignal: s.Process.StopSignal, Attach: s.Process.Attach,
+		}
 	}
 	return p
 }

@@ -668,15 +668,18 @@ func (*ExecRequest_Resize) isExecRequest_Payload() {}
 func (*ExecRequest_Signal) isExecRequest_Payload() {}
 
 type ExecStart struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
-	Args          []string               `protobuf:"bytes,2,rep,name=args,proto3" json:"args,omitempty"`
-	Env           map[string]string      `protobuf:"bytes,3,rep,name=env,proto3" json:"env,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	WorkingDir    string                 `protobuf:"bytes,4,opt,name=working_dir,json=workingDir,proto3" json:"working_dir,omitempty"`
-	User          string                 `protobuf:"bytes,5,opt,name=user,proto3" json:"user,omitempty"`
-	Tty           bool                   `protobuf:"varint,6,opt,name=tty,proto3" json:"tty,omitempty"`
-	Stdin         bool                   `protobuf:"varint,7,opt,name=stdin,proto3" json:"stdin,omitempty"`
-	Size          *WindowSize            `protobuf:"bytes,8,opt,name=size,proto3" json:"size,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Uid        string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	Args       []string               `protobuf:"bytes,2,rep,name=args,proto3" json:"args,omitempty"`
+	Env        map[string]string      `protobuf:"bytes,3,rep,name=env,proto3" json:"env,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	WorkingDir string                 `protobuf:"bytes,4,opt,name=working_dir,json=workingDir,proto3" json:"working_dir,omitempty"`
+	User       string                 `protobuf:"bytes,5,opt,name=user,proto3" json:"user,omitempty"`
+	Tty        bool                   `protobuf:"varint,6,opt,name=tty,proto3" json:"tty,omitempty"`
+	Stdin      bool                   `protobuf:"varint,7,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	Size       *WindowSize            `protobuf:"bytes,8,opt,name=size,proto3" json:"size,omitempty"`
+	// The microVM's own process, which waits for this (see Process.attach): its
+	// end is the microVM's. args are not read then.
+	Main          bool `protobuf:"varint,9,opt,name=main,proto3" json:"main,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -765,6 +768,13 @@ func (x *ExecStart) GetSize() *WindowSize {
 		return x.Size
 	}
 	return nil
+}
+
+func (x *ExecStart) GetMain() bool {
+	if x != nil {
+		return x.Main
+	}
+	return false
 }
 
 type WindowSize struct {
@@ -918,8 +928,11 @@ func (*ExecResponse_Stderr) isExecResponse_Payload() {}
 func (*ExecResponse_ExitCode) isExecResponse_Payload() {}
 
 type PullRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Image         string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Image string                 `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	// always, missing (only if it is not there) or never (it must be there); empty:
+	// always for the tag latest, missing for all others.
+	Policy        string `protobuf:"bytes,2,opt,name=policy,proto3" json:"policy,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -957,6 +970,13 @@ func (*PullRequest) Descriptor() ([]byte, []int) {
 func (x *PullRequest) GetImage() string {
 	if x != nil {
 		return x.Image
+	}
+	return ""
+}
+
+func (x *PullRequest) GetPolicy() string {
+	if x != nil {
+		return x.Policy
 	}
 	return ""
 }
@@ -1021,6 +1041,267 @@ func (x *PullResponse) GetStatus() string {
 	return ""
 }
 
+type ListImagesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListImagesRequest) Reset() {
+	*x = ListImagesRequest{}
+	mi := &file_ingot_v1_host_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListImagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListImagesRequest) ProtoMessage() {}
+
+func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
+func (*ListImagesRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{16}
+}
+
+type ListImagesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Images        []*HeldImage           `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListImagesResponse) Reset() {
+	*x = ListImagesResponse{}
+	mi := &file_ingot_v1_host_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListImagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListImagesResponse) ProtoMessage() {}
+
+func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
+func (*ListImagesResponse) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ListImagesResponse) GetImages() []*HeldImage {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+// HeldImage is an image on a host.
+type HeldImage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // with its registry
+	Digest        string                 `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"` // what was pulled
+	MicrovmUids   []string               `protobuf:"bytes,4,rep,name=microvm_uids,json=microvmUids,proto3" json:"microvm_uids,omitempty"`
+	UsedAt        *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=used_at,json=usedAt,proto3" json:"used_at,omitempty"` // when one was last made or started from it, or it was pulled
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeldImage) Reset() {
+	*x = HeldImage{}
+	mi := &file_ingot_v1_host_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeldImage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeldImage) ProtoMessage() {}
+
+func (x *HeldImage) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeldImage.ProtoReflect.Descriptor instead.
+func (*HeldImage) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *HeldImage) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *HeldImage) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *HeldImage) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *HeldImage) GetMicrovmUids() []string {
+	if x != nil {
+		return x.MicrovmUids
+	}
+	return nil
+}
+
+func (x *HeldImage) GetUsedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.UsedAt
+	}
+	return nil
+}
+
+type RemoveImagesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Images        []string               `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`                        // empty: all that no microVM uses
+	UnusedFor     *durationpb.Duration   `protobuf:"bytes,2,opt,name=unused_for,json=unusedFor,proto3" json:"unused_for,omitempty"` // of those: only what was not used for so long
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveImagesRequest) Reset() {
+	*x = RemoveImagesRequest{}
+	mi := &file_ingot_v1_host_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveImagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveImagesRequest) ProtoMessage() {}
+
+func (x *RemoveImagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveImagesRequest.ProtoReflect.Descriptor instead.
+func (*RemoveImagesRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *RemoveImagesRequest) GetImages() []string {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+func (x *RemoveImagesRequest) GetUnusedFor() *durationpb.Duration {
+	if x != nil {
+		return x.UnusedFor
+	}
+	return nil
+}
+
+type RemoveImagesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Images        []*HeldImage           `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
+	FreedBytes    int64                  `protobuf:"varint,2,opt,name=freed_bytes,json=freedBytes,proto3" json:"freed_bytes,omitempty"` // of what had been pulled; volumes free more
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveImagesResponse) Reset() {
+	*x = RemoveImagesResponse{}
+	mi := &file_ingot_v1_host_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveImagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveImagesResponse) ProtoMessage() {}
+
+func (x *RemoveImagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveImagesResponse.ProtoReflect.Descriptor instead.
+func (*RemoveImagesResponse) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *RemoveImagesResponse) GetImages() []*HeldImage {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+func (x *RemoveImagesResponse) GetFreedBytes() int64 {
+	if x != nil {
+		return x.FreedBytes
+	}
+	return 0
+}
+
 // HostFacts is one machine's state, as `ingot inspect` shows it.
 type HostFacts struct {
 	state                protoimpl.MessageState `protogen:"open.v1"`
@@ -1051,7 +1332,7 @@ type HostFacts struct {
 
 func (x *HostFacts) Reset() {
 	*x = HostFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[16]
+	mi := &file_ingot_v1_host_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1063,7 +1344,7 @@ func (x *HostFacts) String() string {
 func (*HostFacts) ProtoMessage() {}
 
 func (x *HostFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[16]
+	mi := &file_ingot_v1_host_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1076,7 +1357,7 @@ func (x *HostFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostFacts.ProtoReflect.Descriptor instead.
 func (*HostFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{16}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *HostFacts) GetHostname() string {
@@ -1239,7 +1520,7 @@ type DriverFacts struct {
 
 func (x *DriverFacts) Reset() {
 	*x = DriverFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[17]
+	mi := &file_ingot_v1_host_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1251,7 +1532,7 @@ func (x *DriverFacts) String() string {
 func (*DriverFacts) ProtoMessage() {}
 
 func (x *DriverFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[17]
+	mi := &file_ingot_v1_host_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1264,7 +1545,7 @@ func (x *DriverFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DriverFacts.ProtoReflect.Descriptor instead.
 func (*DriverFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{17}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *DriverFacts) GetName() string {
@@ -1323,7 +1604,7 @@ type ContainerdFacts struct {
 
 func (x *ContainerdFacts) Reset() {
 	*x = ContainerdFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[18]
+	mi := &file_ingot_v1_host_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1335,7 +1616,7 @@ func (x *ContainerdFacts) String() string {
 func (*ContainerdFacts) ProtoMessage() {}
 
 func (x *ContainerdFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[18]
+	mi := &file_ingot_v1_host_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1348,7 +1629,7 @@ func (x *ContainerdFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerdFacts.ProtoReflect.Descriptor instead.
 func (*ContainerdFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{18}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ContainerdFacts) GetSocket() string {
@@ -1450,13 +1731,15 @@ type PoolFacts struct {
 	UsedBytes        int64                  `protobuf:"varint,4,opt,name=used_bytes,json=usedBytes,proto3" json:"used_bytes,omitempty"`
 	BackingFreeBytes int64                  `protobuf:"varint,5,opt,name=backing_free_bytes,json=backingFreeBytes,proto3" json:"backing_free_bytes,omitempty"` // what the file system below a sparse pool still has
 	Reflink          bool                   `protobuf:"varint,6,opt,name=reflink,proto3" json:"reflink,omitempty"`
+	Full             string                 `protobuf:"bytes,7,opt,name=full,proto3" json:"full,omitempty"` // why no microVM is let in any more; empty if there is room
+	Low              string                 `protobuf:"bytes,8,opt,name=low,proto3" json:"low,omitempty"`   // what will soon be full
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
 
 func (x *PoolFacts) Reset() {
 	*x = PoolFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[19]
+	mi := &file_ingot_v1_host_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1468,7 +1751,7 @@ func (x *PoolFacts) String() string {
 func (*PoolFacts) ProtoMessage() {}
 
 func (x *PoolFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[19]
+	mi := &file_ingot_v1_host_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1481,7 +1764,7 @@ func (x *PoolFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolFacts.ProtoReflect.Descriptor instead.
 func (*PoolFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{19}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *PoolFacts) GetPath() string {
@@ -1526,6 +1809,20 @@ func (x *PoolFacts) GetReflink() bool {
 	return false
 }
 
+func (x *PoolFacts) GetFull() string {
+	if x != nil {
+		return x.Full
+	}
+	return ""
+}
+
+func (x *PoolFacts) GetLow() string {
+	if x != nil {
+		return x.Low
+	}
+	return ""
+}
+
 type InterfaceFacts struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1542,7 +1839,7 @@ type InterfaceFacts struct {
 
 func (x *InterfaceFacts) Reset() {
 	*x = InterfaceFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[20]
+	mi := &file_ingot_v1_host_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1554,7 +1851,7 @@ func (x *InterfaceFacts) String() string {
 func (*InterfaceFacts) ProtoMessage() {}
 
 func (x *InterfaceFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[20]
+	mi := &file_ingot_v1_host_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1567,7 +1864,7 @@ func (x *InterfaceFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InterfaceFacts.ProtoReflect.Descriptor instead.
 func (*InterfaceFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{20}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *InterfaceFacts) GetName() string {
@@ -1664,7 +1961,7 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\tstdin_eof\x18\x03 \x01(\bH\x00R\bstdinEof\x12.\n" +
 	"\x06resize\x18\x04 \x01(\v2\x14.ingot.v1.WindowSizeH\x00R\x06resize\x12\x18\n" +
 	"\x06signal\x18\x05 \x01(\x05H\x00R\x06signalB\t\n" +
-	"\apayload\"\xa0\x02\n" +
+	"\apayload\"\xb4\x02\n" +
 	"\tExecStart\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x12\n" +
 	"\x04args\x18\x02 \x03(\tR\x04args\x12.\n" +
@@ -1674,7 +1971,8 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\x04user\x18\x05 \x01(\tR\x04user\x12\x10\n" +
 	"\x03tty\x18\x06 \x01(\bR\x03tty\x12\x14\n" +
 	"\x05stdin\x18\a \x01(\bR\x05stdin\x12(\n" +
-	"\x04size\x18\b \x01(\v2\x14.ingot.v1.WindowSizeR\x04size\x1a6\n" +
+	"\x04size\x18\b \x01(\v2\x14.ingot.v1.WindowSizeR\x04size\x12\x12\n" +
+	"\x04main\x18\t \x01(\bR\x04main\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\":\n" +
@@ -1686,13 +1984,32 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\x06stdout\x18\x01 \x01(\fH\x00R\x06stdout\x12\x18\n" +
 	"\x06stderr\x18\x02 \x01(\fH\x00R\x06stderr\x12\x1d\n" +
 	"\texit_code\x18\x03 \x01(\x05H\x00R\bexitCodeB\t\n" +
-	"\apayload\"#\n" +
+	"\apayload\";\n" +
 	"\vPullRequest\x12\x14\n" +
-	"\x05image\x18\x01 \x01(\tR\x05image\"T\n" +
+	"\x05image\x18\x01 \x01(\tR\x05image\x12\x16\n" +
+	"\x06policy\x18\x02 \x01(\tR\x06policy\"T\n" +
 	"\fPullResponse\x12\x16\n" +
 	"\x06offset\x18\x01 \x01(\x03R\x06offset\x12\x14\n" +
 	"\x05total\x18\x02 \x01(\x03R\x05total\x12\x16\n" +
-	"\x06status\x18\x03 \x01(\tR\x06status\"\xdd\x06\n" +
+	"\x06status\x18\x03 \x01(\tR\x06status\"\x13\n" +
+	"\x11ListImagesRequest\"A\n" +
+	"\x12ListImagesResponse\x12+\n" +
+	"\x06images\x18\x01 \x03(\v2\x13.ingot.v1.HeldImageR\x06images\"\xae\x01\n" +
+	"\tHeldImage\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06digest\x18\x02 \x01(\tR\x06digest\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x03 \x01(\x03R\tsizeBytes\x12!\n" +
+	"\fmicrovm_uids\x18\x04 \x03(\tR\vmicrovmUids\x123\n" +
+	"\aused_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x06usedAt\"g\n" +
+	"\x13RemoveImagesRequest\x12\x16\n" +
+	"\x06images\x18\x01 \x03(\tR\x06images\x128\n" +
+	"\n" +
+	"unused_for\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\tunusedFor\"d\n" +
+	"\x14RemoveImagesResponse\x12+\n" +
+	"\x06images\x18\x01 \x03(\v2\x13.ingot.v1.HeldImageR\x06images\x12\x1f\n" +
+	"\vfreed_bytes\x18\x02 \x01(\x03R\n" +
+	"freedBytes\"\xdd\x06\n" +
 	"\tHostFacts\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x121\n" +
@@ -1742,7 +2059,7 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\rcontent_bytes\x18\v \x01(\x03R\fcontentBytes\x12\x1f\n" +
 	"\vimage_names\x18\f \x03(\tR\n" +
 	"imageNames\x12\x1b\n" +
-	"\tlease_ids\x18\r \x03(\tR\bleaseIds\"\xb9\x01\n" +
+	"\tlease_ids\x18\r \x03(\tR\bleaseIds\"\xdf\x01\n" +
 	"\tPoolFacts\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x1d\n" +
@@ -1751,7 +2068,9 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\n" +
 	"used_bytes\x18\x04 \x01(\x03R\tusedBytes\x12,\n" +
 	"\x12backing_free_bytes\x18\x05 \x01(\x03R\x10backingFreeBytes\x12\x18\n" +
-	"\areflink\x18\x06 \x01(\bR\areflink\"\xbd\x01\n" +
+	"\areflink\x18\x06 \x01(\bR\areflink\x12\x12\n" +
+	"\x04full\x18\a \x01(\tR\x04full\x12\x10\n" +
+	"\x03low\x18\b \x01(\tR\x03low\"\xbd\x01\n" +
 	"\x0eInterfaceFacts\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05index\x18\x02 \x01(\x05R\x05index\x12\x10\n" +
@@ -1760,7 +2079,7 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\x02up\x18\x05 \x01(\bR\x02up\x12\x12\n" +
 	"\x04kind\x18\x06 \x01(\tR\x04kind\x12\x16\n" +
 	"\x06master\x18\a \x01(\tR\x06master\x12\x15\n" +
-	"\x06vm_uid\x18\b \x01(\tR\x05vmUid2\xda\x03\n" +
+	"\x06vm_uid\x18\b \x01(\tR\x05vmUid2\xf2\x04\n" +
 	"\x04Host\x128\n" +
 	"\x05Start\x12\x16.ingot.v1.StartRequest\x1a\x17.ingot.v1.StartResponse\x125\n" +
 	"\x04Stop\x12\x15.ingot.v1.StopRequest\x1a\x16.ingot.v1.StopResponse\x12:\n" +
@@ -1769,7 +2088,10 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\aConsole\x12\x18.ingot.v1.ConsoleRequest\x1a\x19.ingot.v1.ConsoleResponse(\x010\x01\x129\n" +
 	"\x04Exec\x12\x15.ingot.v1.ExecRequest\x1a\x16.ingot.v1.ExecResponse(\x010\x01\x124\n" +
 	"\x05Facts\x12\x16.google.protobuf.Empty\x1a\x13.ingot.v1.HostFacts\x127\n" +
-	"\x04Pull\x12\x15.ingot.v1.PullRequest\x1a\x16.ingot.v1.PullResponse0\x01B\x1cZ\x1aingot/api/ingot/v1;ingotv1b\x06proto3"
+	"\x04Pull\x12\x15.ingot.v1.PullRequest\x1a\x16.ingot.v1.PullResponse0\x01\x12G\n" +
+	"\n" +
+	"ListImages\x12\x1b.ingot.v1.ListImagesRequest\x1a\x1c.ingot.v1.ListImagesResponse\x12M\n" +
+	"\fRemoveImages\x12\x1d.ingot.v1.RemoveImagesRequest\x1a\x1e.ingot.v1.RemoveImagesResponseB\x1cZ\x1aingot/api/ingot/v1;ingotv1b\x06proto3"
 
 var (
 	file_ingot_v1_host_proto_rawDescOnce sync.Once
@@ -1783,7 +2105,7 @@ func file_ingot_v1_host_proto_rawDescGZIP() []byte {
 	return file_ingot_v1_host_proto_rawDescData
 }
 
-var file_ingot_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_ingot_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_ingot_v1_host_proto_goTypes = []any{
 	(*StartRequest)(nil),          // 0: ingot.v1.StartRequest
 	(*StartResponse)(nil),         // 1: ingot.v1.StartResponse
@@ -1801,53 +2123,66 @@ var file_ingot_v1_host_proto_goTypes = []any{
 	(*ExecResponse)(nil),          // 13: ingot.v1.ExecResponse
 	(*PullRequest)(nil),           // 14: ingot.v1.PullRequest
 	(*PullResponse)(nil),          // 15: ingot.v1.PullResponse
-	(*HostFacts)(nil),             // 16: ingot.v1.HostFacts
-	(*DriverFacts)(nil),           // 17: ingot.v1.DriverFacts
-	(*ContainerdFacts)(nil),       // 18: ingot.v1.ContainerdFacts
-	(*PoolFacts)(nil),             // 19: ingot.v1.PoolFacts
-	(*InterfaceFacts)(nil),        // 20: ingot.v1.InterfaceFacts
-	nil,                           // 21: ingot.v1.ExecStart.EnvEntry
-	(*types.MicroVM)(nil),         // 22: flintlock.types.MicroVM
-	(*durationpb.Duration)(nil),   // 23: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 24: google.protobuf.Timestamp
-	(*emptypb.Empty)(nil),         // 25: google.protobuf.Empty
+	(*ListImagesRequest)(nil),     // 16: ingot.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),    // 17: ingot.v1.ListImagesResponse
+	(*HeldImage)(nil),             // 18: ingot.v1.HeldImage
+	(*RemoveImagesRequest)(nil),   // 19: ingot.v1.RemoveImagesRequest
+	(*RemoveImagesResponse)(nil),  // 20: ingot.v1.RemoveImagesResponse
+	(*HostFacts)(nil),             // 21: ingot.v1.HostFacts
+	(*DriverFacts)(nil),           // 22: ingot.v1.DriverFacts
+	(*ContainerdFacts)(nil),       // 23: ingot.v1.ContainerdFacts
+	(*PoolFacts)(nil),             // 24: ingot.v1.PoolFacts
+	(*InterfaceFacts)(nil),        // 25: ingot.v1.InterfaceFacts
+	nil,                           // 26: ingot.v1.ExecStart.EnvEntry
+	(*types.MicroVM)(nil),         // 27: flintlock.types.MicroVM
+	(*durationpb.Duration)(nil),   // 28: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 29: google.protobuf.Timestamp
+	(*emptypb.Empty)(nil),         // 30: google.protobuf.Empty
 }
 var file_ingot_v1_host_proto_depIdxs = []int32{
-	22, // 0: ingot.v1.StartResponse.microvm:type_name -> flintlock.types.MicroVM
-	23, // 1: ingot.v1.StopRequest.timeout:type_name -> google.protobuf.Duration
-	22, // 2: ingot.v1.StopResponse.microvm:type_name -> flintlock.types.MicroVM
-	22, // 3: ingot.v1.WatchResponse.microvm:type_name -> flintlock.types.MicroVM
+	27, // 0: ingot.v1.StartResponse.microvm:type_name -> flintlock.types.MicroVM
+	28, // 1: ingot.v1.StopRequest.timeout:type_name -> google.protobuf.Duration
+	27, // 2: ingot.v1.StopResponse.microvm:type_name -> flintlock.types.MicroVM
+	27, // 3: ingot.v1.WatchResponse.microvm:type_name -> flintlock.types.MicroVM
 	11, // 4: ingot.v1.ExecRequest.start:type_name -> ingot.v1.ExecStart
 	12, // 5: ingot.v1.ExecRequest.resize:type_name -> ingot.v1.WindowSize
-	21, // 6: ingot.v1.ExecStart.env:type_name -> ingot.v1.ExecStart.EnvEntry
+	26, // 6: ingot.v1.ExecStart.env:type_name -> ingot.v1.ExecStart.EnvEntry
 	12, // 7: ingot.v1.ExecStart.size:type_name -> ingot.v1.WindowSize
-	23, // 8: ingot.v1.HostFacts.uptime:type_name -> google.protobuf.Duration
-	17, // 9: ingot.v1.HostFacts.drivers:type_name -> ingot.v1.DriverFacts
-	18, // 10: ingot.v1.HostFacts.containerd:type_name -> ingot.v1.ContainerdFacts
-	19, // 11: ingot.v1.HostFacts.pool:type_name -> ingot.v1.PoolFacts
-	20, // 12: ingot.v1.HostFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
-	24, // 13: ingot.v1.HostFacts.boot_time:type_name -> google.protobuf.Timestamp
-	0,  // 14: ingot.v1.Host.Start:input_type -> ingot.v1.StartRequest
-	2,  // 15: ingot.v1.Host.Stop:input_type -> ingot.v1.StopRequest
-	4,  // 16: ingot.v1.Host.Watch:input_type -> ingot.v1.WatchRequest
-	6,  // 17: ingot.v1.Host.Logs:input_type -> ingot.v1.LogsRequest
-	8,  // 18: ingot.v1.Host.Console:input_type -> ingot.v1.ConsoleRequest
-	10, // 19: ingot.v1.Host.Exec:input_type -> ingot.v1.ExecRequest
-	25, // 20: ingot.v1.Host.Facts:input_type -> google.protobuf.Empty
-	14, // 21: ingot.v1.Host.Pull:input_type -> ingot.v1.PullRequest
-	1,  // 22: ingot.v1.Host.Start:output_type -> ingot.v1.StartResponse
-	3,  // 23: ingot.v1.Host.Stop:output_type -> ingot.v1.StopResponse
-	5,  // 24: ingot.v1.Host.Watch:output_type -> ingot.v1.WatchResponse
-	7,  // 25: ingot.v1.Host.Logs:output_type -> ingot.v1.LogsResponse
-	9,  // 26: ingot.v1.Host.Console:output_type -> ingot.v1.ConsoleResponse
-	13, // 27: ingot.v1.Host.Exec:output_type -> ingot.v1.ExecResponse
-	16, // 28: ingot.v1.Host.Facts:output_type -> ingot.v1.HostFacts
-	15, // 29: ingot.v1.Host.Pull:output_type -> ingot.v1.PullResponse
-	22, // [22:30] is the sub-list for method output_type
-	14, // [14:22] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	18, // 8: ingot.v1.ListImagesResponse.images:type_name -> ingot.v1.HeldImage
+	29, // 9: ingot.v1.HeldImage.used_at:type_name -> google.protobuf.Timestamp
+	28, // 10: ingot.v1.RemoveImagesRequest.unused_for:type_name -> google.protobuf.Duration
+	18, // 11: ingot.v1.RemoveImagesResponse.images:type_name -> ingot.v1.HeldImage
+	28, // 12: ingot.v1.HostFacts.uptime:type_name -> google.protobuf.Duration
+	22, // 13: ingot.v1.HostFacts.drivers:type_name -> ingot.v1.DriverFacts
+	23, // 14: ingot.v1.HostFacts.containerd:type_name -> ingot.v1.ContainerdFacts
+	24, // 15: ingot.v1.HostFacts.pool:type_name -> ingot.v1.PoolFacts
+	25, // 16: ingot.v1.HostFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
+	29, // 17: ingot.v1.HostFacts.boot_time:type_name -> google.protobuf.Timestamp
+	0,  // 18: ingot.v1.Host.Start:input_type -> ingot.v1.StartRequest
+	2,  // 19: ingot.v1.Host.Stop:input_type -> ingot.v1.StopRequest
+	4,  // 20: ingot.v1.Host.Watch:input_type -> ingot.v1.WatchRequest
+	6,  // 21: ingot.v1.Host.Logs:input_type -> ingot.v1.LogsRequest
+	8,  // 22: ingot.v1.Host.Console:input_type -> ingot.v1.ConsoleRequest
+	10, // 23: ingot.v1.Host.Exec:input_type -> ingot.v1.ExecRequest
+	30, // 24: ingot.v1.Host.Facts:input_type -> google.protobuf.Empty
+	14, // 25: ingot.v1.Host.Pull:input_type -> ingot.v1.PullRequest
+	16, // 26: ingot.v1.Host.ListImages:input_type -> ingot.v1.ListImagesRequest
+	19, // 27: ingot.v1.Host.RemoveImages:input_type -> ingot.v1.RemoveImagesRequest
+	1,  // 28: ingot.v1.Host.Start:output_type -> ingot.v1.StartResponse
+	3,  // 29: ingot.v1.Host.Stop:output_type -> ingot.v1.StopResponse
+	5,  // 30: ingot.v1.Host.Watch:output_type -> ingot.v1.WatchResponse
+	7,  // 31: ingot.v1.Host.Logs:output_type -> ingot.v1.LogsResponse
+	9,  // 32: ingot.v1.Host.Console:output_type -> ingot.v1.ConsoleResponse
+	13, // 33: ingot.v1.Host.Exec:output_type -> ingot.v1.ExecResponse
+	21, // 34: ingot.v1.Host.Facts:output_type -> ingot.v1.HostFacts
+	15, // 35: ingot.v1.Host.Pull:output_type -> ingot.v1.PullResponse
+	17, // 36: ingot.v1.Host.ListImages:output_type -> ingot.v1.ListImagesResponse
+	20, // 37: ingot.v1.Host.RemoveImages:output_type -> ingot.v1.RemoveImagesResponse
+	28, // [28:38] is the sub-list for method output_type
+	18, // [18:28] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_ingot_v1_host_proto_init() }
@@ -1877,7 +2212,7 @@ func file_ingot_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ingot_v1_host_proto_rawDesc), len(file_ingot_v1_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -22,14 +22,16 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Host_Start_FullMethodName   = "/ingot.v1.Host/Start"
-	Host_Stop_FullMethodName    = "/ingot.v1.Host/Stop"
-	Host_Watch_FullMethodName   = "/ingot.v1.Host/Watch"
-	Host_Logs_FullMethodName    = "/ingot.v1.Host/Logs"
-	Host_Console_FullMethodName = "/ingot.v1.Host/Console"
-	Host_Exec_FullMethodName    = "/ingot.v1.Host/Exec"
-	Host_Facts_FullMethodName   = "/ingot.v1.Host/Facts"
-	Host_Pull_FullMethodName    = "/ingot.v1.Host/Pull"
+	Host_Start_FullMethodName        = "/ingot.v1.Host/Start"
+	Host_Stop_FullMethodName         = "/ingot.v1.Host/Stop"
+	Host_Watch_FullMethodName        = "/ingot.v1.Host/Watch"
+	Host_Logs_FullMethodName         = "/ingot.v1.Host/Logs"
+	Host_Console_FullMethodName      = "/ingot.v1.Host/Console"
+	Host_Exec_FullMethodName         = "/ingot.v1.Host/Exec"
+	Host_Facts_FullMethodName        = "/ingot.v1.Host/Facts"
+	Host_Pull_FullMethodName         = "/ingot.v1.Host/Pull"
+	Host_ListImages_FullMethodName   = "/ingot.v1.Host/ListImages"
+	Host_RemoveImages_FullMethodName = "/ingot.v1.Host/RemoveImages"
 )
 
 // HostClient is the client API for Host service.
@@ -56,6 +58,11 @@ type HostClient interface {
 	Facts(ctx context.Context, in *emptypb.Empty, opts ...grpc.CallOption) (*HostFacts, error)
 	// Pull fetches an image ahead of use, with progress.
 	Pull(ctx context.Context, in *PullRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PullResponse], error)
+	// ListImages says which images are on the machine, and who uses them.
+	ListImages(ctx context.Context, in *ListImagesRequest, opts ...grpc.CallOption) (*ListImagesResponse, error)
+	// RemoveImages deletes images, those that are named or those that no microVM
+	// uses, and what only they held. One that a microVM uses is refused.
+	RemoveImages(ctx context.Context, in *RemoveImagesRequest, opts ...grpc.CallOption) (*RemoveImagesResponse, error)
 }
 
 type hostClient struct {
@@ -179,6 +186,26 @@ func (c *hostClient) Pull(ctx context.Context, in *PullRequest, opts ...grpc.Cal
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Host_PullClient = grpc.ServerStreamingClient[PullResponse]
 
+func (c *hostClient) ListImages(ctx context.Context, in *ListImagesRequest, opts ...grpc.CallOption) (*ListImagesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListImagesResponse)
+	err := c.cc.Invoke(ctx, Host_ListImages_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostClient) RemoveImages(ctx context.Context, in *RemoveImagesRequest, opts ...grpc.CallOption) (*RemoveImagesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RemoveImagesResponse)
+	err := c.cc.Invoke(ctx, Host_RemoveImages_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // HostServer is the server API for Host service.
 // All implementations must embed UnimplementedHostServer
 // for forward compatibility.
@@ -203,6 +230,11 @@ type HostServer interface {
 	Facts(context.Context, *emptypb.Empty) (*HostFacts, error)
 	// Pull fetches an image ahead of use, with progress.
 	Pull(*PullRequest, grpc.ServerStreamingServer[PullResponse]) error
+	// ListImages says which images are on the machine, and who uses them.
+	ListImages(context.Context, *ListImagesRequest) (*ListImagesResponse, error)
+	// RemoveImages deletes images, those that are named or those that no microVM
+	// uses, and what only they held. One that a microVM uses is refused.
+	RemoveImages(context.Context, *RemoveImagesRequest) (*RemoveImagesResponse, error)
 	mustEmbedUnimplementedHostServer()
 }
 
@@ -236,6 +268,12 @@ func (UnimplementedHostServer) Facts(context.Context, *emptypb.Empty) (*HostFact
 }
 func (UnimplementedHostServer) Pull(*PullRequest, grpc.ServerStreamingServer[PullResponse]) error {
 	return status.Error(codes.Unimplemented, "method Pull not implemented")
+}
+func (UnimplementedHostServer) ListImages(context.Context, *ListImagesRequest) (*ListImagesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListImages not implemented")
+}
+func (UnimplementedHostServer) RemoveImages(context.Context, *RemoveImagesRequest) (*RemoveImagesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RemoveImages not implemented")
 }
 func (UnimplementedHostServer) mustEmbedUnimplementedHostServer() {}
 func (UnimplementedHostServer) testEmbeddedByValue()              {}
@@ -359,6 +397,42 @@ func _Host_Pull_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Host_PullServer = grpc.ServerStreamingServer[PullResponse]
 
+func _Host_ListImages_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListImagesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).ListImages(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_ListImages_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).ListImages(ctx, req.(*ListImagesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Host_RemoveImages_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RemoveImagesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).RemoveImages(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_RemoveImages_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).RemoveImages(ctx, req.(*RemoveImagesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Host_ServiceDesc is the grpc.ServiceDesc for Host service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -377,6 +451,14 @@ var Host_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Facts",
 			Handler:    _Host_Facts_Handler,
+		},
+		{
+			MethodName: "ListImages",
+			Handler:    _Host_ListImages_Handler,
+		},
+		{
+			MethodName: "RemoveImages",
+			Handler:    _Host_RemoveImages_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -272,13 +272,6 @@ func TestPush(t *testing.T) {
 	if err := Save(file, "hello", img); err != nil {
 		t.Fatal(err)
 	}
-	loaded, err := Load(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Push(ctx, r, "loaded", loaded); err != nil {
-		t.Error(err)
-	}
 	wrong := r
 	wrong.Password = "guess"
 	if _, err := Push(ctx, wrong, "x", img); !errdefs.IsUnauthorized(err) {

@@ -73,6 +73,48 @@ func Digest(ctx context.Context, r Registry, ref string) (string, error) {
 	return d.Digest.String(), nil
 }
 
+// FullName completes a short name as a registry's hosts do.
+func FullName(r Registry, ref string) (string, error) {
+	tag, err := name.NewTag(ref, name.WithDefaultRegistry(r.Address), name.WithDefaultTag("latest"))
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	return tag.Name(), nil
+}
+
+// Delete deletes an image; one that has another name too loses this one. The
+// registry deletes the layers at its next start.
+func Delete(ctx context.Context, r Registry, ref string) error {
+	tag, options, err := r.open(ctx, ref)
+	if err != nil {
+		return fmt.Errorf("delete %s: %w", ref, err)
+	}
+	if err := remove(tag, options); err != nil {
+		return fmt.Errorf("delete %s: %w", ref, meaning(err))
+	}
+	return nil
+}
+
+func remove(tag name.Tag, options []remote.Option) error {
+	d, err := remote.Head(tag, options...)
+	if err != nil {
+		return err
+	}
+	tags, err := remote.List(tag.Repository, options...)
+	if err != nil {
+		return err
+	}
+	for _, t := range tags {
+		if t == tag.TagStr() {
+			continue
+		}
+		if other, err := remote.Head(tag.Tag(t), options...); err != nil || other.Digest == d.Digest {
+			return errors.Join(err, remote.Delete(tag, options...))
+		}
+	}
+	return remote.Delete(tag.Digest(d.Digest.String()), options...)
+}
+
 // List is what a registry has, in the order of names.
 func List(ctx context.Context, r Registry) ([]Image, error) {
 	reg, err := name.NewRegistry(r.Address)
@@ -91,8 +133,8 @@ func List(ctx context.Context, r Registry) ([]Image, error) {
 	for _, repository := range repositories {
 		repo := reg.Repo(repository)
 		tags, err := remote.List(repo, options...)
-		if err != nil {
-			return nil, fmt.Errorf("list images: %w", meaning(err))
+		if err = meaning(err); err != nil && !errdefs.IsNotFound(err) { // it has lost its last tag
+			return nil, fmt.Errorf("list images: %w", err)
 		}
 		for _, t := range tags {
 			img, err := describe(repo.Tag(t), options)
@@ -171,6 +213,9 @@ func (r Registry) transport() (*http.Transport, error) {
 
 // meaning gives a registry's refusal its class.
 func meaning(err error) error {
+	if err == nil {
+		return nil
+	}
 	var refused *transport.Error
 	if !errors.As(err, &refused) {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)

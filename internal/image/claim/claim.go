@@ -19,6 +19,14 @@ import (
 
 const method = "/ingot.containerd.v1.Claims/Make"
 
+// RoomLabel on a snapshot of an image's layer, while it is unpacked, asks for a
+// file system of so many times the usual size. containerd shows a snapshotter
+// labels with this beginning only.
+const RoomLabel = "containerd.io/snapshot/ingot.room"
+
+// MostRoom is the most that can be asked for.
+const MostRoom = 16
+
 // Request says what a lease is to hold.
 type Request struct {
 	Lease     string            `json:"lease"`

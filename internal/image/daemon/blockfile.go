@@ -20,6 +20,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"ingot/internal/image/claim"
 	"ingot/internal/pool"
 	"ingot/internal/vm"
 )
@@ -178,14 +179,14 @@ func (b *blockfile) mounts(e entry) []mount.Mount {
 }
 
 func (b *blockfile) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
-	return b.create(snapshots.KindActive, key, parent, opts)
+	return b.create(ctx, snapshots.KindActive, key, parent, opts)
 }
 
 func (b *blockfile) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
-	return b.create(snapshots.KindView, key, parent, opts)
+	return b.create(ctx, snapshots.KindView, key, parent, opts)
 }
 
-func (b *blockfile) create(kind snapshots.Kind, key, parent string, opts []snapshots.Opt) ([]mount.Mount, error) {
+func (b *blockfile) create(ctx context.Context, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) ([]mount.Mount, error) {
 	now := time.Now().UTC()
 	e := entry{Info: snapshots.Info{Kind: kind, Name: key, Parent: parent, Created: now, Updated: now}, busy: true}
 	for _, opt := range opts {
@@ -200,6 +201,10 @@ func (b *blockfile) create(kind snapshots.Kind, key, parent string, opts []snaps
 	if err := b.make(e, source); err != nil {
 		b.forget(key)
 		return nil, fmt.Errorf("make snapshot %s: %w", key, err)
+	}
+	if err := b.makeRoom(ctx, e); err != nil {
+		b.forget(key)
+		return nil, errors.Join(fmt.Errorf("make snapshot %s: %w", key, err), os.Remove(b.path(e.file)))
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -260,6 +265,23 @@ func (b *blockfile) make(e entry, source string) error {
 		return err
 	}
 	return nil
+}
+
+// makeRoom grows a snapshot that is to take more than a usual volume's.
+func (b *blockfile) makeRoom(ctx context.Context, e entry) error {
+	label := e.Labels[claim.RoomLabel]
+	if label == "" || e.Kind != snapshots.KindActive {
+		return nil
+	}
+	times, err := strconv.ParseInt(label, 10, 32)
+	if err != nil || times < 1 || times > claim.MostRoom {
+		return fmt.Errorf("label %s: %q is not a number up to %d: %w", claim.RoomLabel, label, claim.MostRoom, errdefs.ErrInvalidArgument)
+	}
+	scratch, err := os.Stat(b.scratch)
+	if err != nil {
+		return err
+	}
+	return pool.Grow(ctx, b.path(e.file), vm.MiB(times*scratch.Size()>>20))
 }
 
 // Commit makes a snapshot a parent of others. Its blocks and its name are on

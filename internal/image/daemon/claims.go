@@ -162,6 +162,11 @@ func (c *claims) makeAll(batch []*waiting) error {
 	var made []string
 	err := c.db.Update(func(tx *bolt.Tx) (err error) {
 		for _, w := range batch {
+			// A daemon that was killed may be followed by one that has given the lease
+			// up before it is this claim's turn: what was made then would stay.
+			if w.err = context.Cause(w.ctx); w.err != nil {
+				continue
+			}
 			if w.out, err = c.fill(boltutil.WithTransaction(w.ctx, tx), w.request); err != nil {
 				break
 			}
@@ -176,7 +181,7 @@ func (c *claims) makeAll(batch []*waiting) error {
 	}
 	c.blocks.settle(made)
 	for _, w := range batch {
-		w.done, w.err = true, err
+		w.done, w.err = true, errors.Join(w.err, err)
 	}
 	return err
 }

@@ -109,8 +109,11 @@ func tail(path string, from, size int64) []byte {
 	}
 	defer f.Close()
 	end, err := f.Seek(0, io.SeekEnd)
-	if err != nil || end < from {
+	if err != nil {
 		return nil
+	}
+	if end < from { // what was before has been moved away
+		from = 0
 	}
 	text := make([]byte, min(size, end-from))
 	n, _ := f.ReadAt(text, end-int64(len(text)))

@@ -21,12 +21,13 @@ type machine struct {
 	dir  string
 	r    record
 	p    *process
-	qmp  *monitor
 	done chan struct{}
 	exit vmm.Exit // once done is closed
 
 	watcher sync.WaitGroup
 	closing sync.Once
+
+	asking sync.Mutex // QEMU talks to one connection at a time
 
 	mu      sync.Mutex
 	stopped bool // by us
@@ -34,8 +35,8 @@ type machine struct {
 
 var _ vmm.Machine = (*machine)(nil)
 
-func newMachine(log *slog.Logger, dir string, r record, p *process, qmp *monitor) *machine {
-	m := &machine{log: log, dir: dir, r: r, p: p, qmp: qmp, done: make(chan struct{})}
+func newMachine(log *slog.Logger, dir string, r record, p *process) *machine {
+	m := &machine{log: log, dir: dir, r: r, p: p, done: make(chan struct{})}
 	m.watcher.Go(m.watch)
 	return m
 }
@@ -56,6 +57,27 @@ func (m *machine) watch() {
 	close(m.done)
 }
 
+// ask connects to QEMU's monitor for as long as a conversation takes: an idle
+// microVM has no connection that costs a descriptor, a goroutine and its stack.
+func (m *machine) ask(ctx context.Context, converse func(*monitor) error) error {
+	m.asking.Lock()
+	defer m.asking.Unlock()
+	conn, err := dial(ctx, m.dir, m.r.Sockets["qmp"])
+	if err != nil {
+		return fmt.Errorf("connect to QEMU's monitor: %w", err)
+	}
+	q, err := newMonitor(ctx, conn)
+	if err != nil {
+		return err
+	}
+	defer q.close()
+	return converse(q)
+}
+
+func (m *machine) tell(ctx context.Context, command string) error {
+	return m.ask(ctx, func(q *monitor) error { return q.call(ctx, command, nil, nil) })
+}
+
 func (m *machine) PID() int              { return m.r.PID }
 func (m *machine) Done() <-chan struct{} { return m.done }
 func (m *machine) Exit() vmm.Exit        { return m.exit }
@@ -71,7 +93,8 @@ func (m *machine) State(ctx context.Context) (vmm.State, error) {
 		Running bool   `json:"running"`
 		Status  string `json:"status"`
 	}
-	if err := m.qmp.call(ctx, "query-status", nil, &status); err != nil {
+	err := m.ask(ctx, func(q *monitor) error { return q.call(ctx, "query-status", nil, &status) })
+	if err != nil {
 		if m.gone() {
 			return vmm.Dead, nil
 		}
@@ -80,7 +103,7 @@ func (m *machine) State(ctx context.Context) (vmm.State, error) {
 	switch status.Status {
 	case "running":
 		return vmm.Running, nil
-	case "shutdown", "guest-panicked", "internal-error", "io-error":
+	case "shutdown", "guest-panicked", "internal-error":
 		return vmm.Dead, nil
 	default:
 		return vmm.Paused, nil
@@ -93,17 +116,20 @@ func (m *machine) gone() bool {
 	return errdefs.IsNotFound(err)
 }
 
-func (m *machine) Pause(ctx context.Context) error  { return m.qmp.call(ctx, "stop", nil, nil) }
-func (m *machine) Resume(ctx context.Context) error { return m.qmp.call(ctx, "cont", nil, nil) }
+func (m *machine) Pause(ctx context.Context) error  { return m.tell(ctx, "stop") }
+func (m *machine) Resume(ctx context.Context) error { return m.tell(ctx, "cont") }
 
 // Stop presses the power button, and kills when ctx ends.
 func (m *machine) Stop(ctx context.Context) error {
 	m.claim()
 	// A paused guest does not feel the button. Errors mean that QEMU is ending,
 	// or will be killed.
-	if m.qmp.call(ctx, "cont", nil, nil) == nil {
-		m.qmp.call(ctx, "system_powerdown", nil, nil)
-	}
+	_ = m.ask(ctx, func(q *monitor) error {
+		if err := q.call(ctx, "cont", nil, nil); err != nil {
+			return err
+		}
+		return q.call(ctx, "system_powerdown", nil, nil)
+	})
 	select {
 	case <-m.done:
 		return nil
@@ -159,7 +185,6 @@ func (m *machine) Close() error {
 	m.closing.Do(func() {
 		m.p.fd.SetReadDeadline(time.Unix(1, 0)) // ends watch
 		m.watcher.Wait()
-		m.qmp.close()
 		m.p.close()
 	})
 	return nil

@@ -104,9 +104,10 @@ func (d *Driver) Attach(ctx context.Context, dir string) (vmm.Machine, error) {
 	}
 	conn, err := dial(ctx, dir, r.Sockets["qmp"])
 	if err == nil {
-		var m *monitor
-		if m, err = newMonitor(ctx, conn); err == nil {
-			return newMachine(d.Log, dir, r, p, m), nil
+		var q *monitor
+		if q, err = newMonitor(ctx, conn); err == nil {
+			q.close()
+			return newMachine(d.Log, dir, r, p), nil
 		}
 	}
 	// It may have ended since.

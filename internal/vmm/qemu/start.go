@@ -108,8 +108,7 @@ func (l *launch) run(ctx context.Context, binary string) (vmm.Machine, error) {
 		return nil, err
 	}
 	l.release() // so that the sockets close with the process
-	m, err := l.meet(ctx, p, conn)
-	if err != nil {
+	if err := l.meet(ctx, p, conn); err != nil {
 		p.signal(unix.SIGKILL)
 		p.wait()
 		p.close()
@@ -118,11 +117,11 @@ func (l *launch) run(ctx context.Context, binary string) (vmm.Machine, error) {
 		}
 		return nil, err
 	}
-	return newMachine(l.d.Log, l.c.Dir, l.r, p, m), nil
+	return newMachine(l.d.Log, l.c.Dir, l.r, p), nil
 }
 
 // meet records the new process, then waits until it answers.
-func (l *launch) meet(ctx context.Context, p *process, conn net.Conn) (*monitor, error) {
+func (l *launch) meet(ctx context.Context, p *process, conn net.Conn) error {
 	version, _ := l.d.version()
 	l.r = record{
 		Format: recordFormat, Driver: Name, Version: version, Accelerator: l.d.accelerator(),
@@ -138,13 +137,17 @@ func (l *launch) meet(ctx context.Context, p *process, conn net.Conn) (*monitor,
 	}
 	if err != nil {
 		conn.Close()
-		return nil, err
+		return err
 	}
 	if l.c.Spawned != nil {
 		l.c.Spawned(p.pid)
 	}
 	note(l.c.Dir, "started: process %d, version %s, %s %s", p.pid, version, l.r.Accelerator, l.d.KVM.Reason())
-	return newMonitor(ctx, conn)
+	q, err := newMonitor(ctx, conn)
+	if err != nil {
+		return err
+	}
+	return q.close()
 }
 
 // spawn makes the process: of its own session, user and cgroup.

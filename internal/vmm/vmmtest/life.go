@@ -53,9 +53,12 @@ func (s suite) life(t *testing.T) {
 	}
 	expectAgent(t, m)
 	s.pause(t, m, con)
-	if metrics, err := m.Metrics(t.Context()); err != nil || metrics.CPU == 0 || metrics.Resident == 0 {
-		t.Errorf("metrics %+v, %v", metrics, err)
-	}
+	await(t, m, "its metrics to show that it runs", func() bool {
+		con.tell(t, "echo work")
+		con.hear(t, "echoed work")
+		metrics, err := m.Metrics(t.Context())
+		return err == nil && metrics.CPU > 0 && metrics.Resident > 0
+	})
 
 	if _, err := s.driver(t).Start(t.Context(), c); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("a second start in the same directory: %v", err)

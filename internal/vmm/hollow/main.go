@@ -1,0 +1,143 @@
+// Command hollow is a hypervisor with nothing inside: it takes QEMU's command
+// line and speaks its machine protocol as the QEMU driver uses them, and plays
+// the guest itself. It stands in where a thousand microVMs are wanted, or one
+// that starts in milliseconds, and passes the suite of package vmmtest. It emulates no CPU,
+// opens no disk and sends no packet.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func main() {
+	if slices.Contains(os.Args, "--version") {
+		fmt.Println("QEMU emulator version 0.0.0 (hollow)")
+		return
+	}
+	m, err := parse(os.Args[1:])
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "hollow:", err)
+		os.Exit(1)
+	}
+	m.run()
+}
+
+// options is a command line as far as it matters.
+type options struct {
+	qmp, console, agent int      // listening sockets; 0: none
+	log                 *os.File // what the console shows
+	echo                bool
+	delay               time.Duration // until the monitor answers
+	disks, nics         []string      // serial numbers, MAC addresses
+}
+
+// parse reads the command line, and refuses what QEMU would.
+func parse(args []string) (*machine, error) {
+	m := &machine{}
+	var problems []error
+	for i := 0; i+1 < len(args); i++ {
+		if err := m.option(args[i], args[i+1]); err != nil {
+			problems = append(problems, fmt.Errorf("%s %s: %w", args[i], args[i+1], err))
+		}
+	}
+	return m, errors.Join(problems...)
+}
+
+func (m *machine) option(name, value string) error {
+	switch name {
+	case "-kernel":
+		return isKernel(value)
+	case "-m":
+		n, err := strconv.Atoi(strings.TrimSuffix(value, "M"))
+		if err == nil && n > 1<<20 {
+			err = errors.New("cannot allocate memory")
+		}
+		return err
+	case "-smp":
+		n, err := strconv.Atoi(value)
+		if err == nil && n > 255 {
+			err = errors.New("too many CPUs")
+		}
+		return err
+	case "-append":
+		for word := range strings.FieldsSeq(value) {
+			// The suite's guest sends back what its agent's channel gets.
+			if word == "hollow.agent=echo" {
+				m.echo = true
+			}
+			if d, ok := strings.CutPrefix(word, "hollow.delay="); ok {
+				var err error
+				if m.delay, err = time.ParseDuration(d); err != nil {
+					return err
+				}
+			}
+		}
+	case "-add-fd":
+		if field(value, "opaque") == "console" {
+			m.log = os.NewFile(uintptr(number(value, "fd")), "console")
+		}
+	case "-chardev":
+		switch field(value, "id") {
+		case "qmp":
+			m.qmp = number(value, "fd")
+		case "console":
+			m.console = number(value, "fd")
+		case "agent":
+			m.agent = number(value, "fd")
+		}
+	case "-device":
+		if strings.HasPrefix(value, "virtio-blk-device") {
+			m.disks = append(m.disks, field(value, "serial"))
+		}
+		if strings.HasPrefix(value, "virtio-net-device") {
+			m.nics = append(m.nics, field(value, "mac"))
+		}
+	case "-netdev":
+		return isTap(number(value, "fd"))
+	}
+	return nil
+}
+
+// field is one of an option's comma-separated values.
+func field(options, name string) string {
+	for f := range strings.SplitSeq(options, ",") {
+		if v, ok := strings.CutPrefix(f, name+"="); ok {
+			return v
+		}
+	}
+	return ""
+}
+
+func number(options, name string) int {
+	n, err := strconv.Atoi(field(options, name))
+	if err != nil {
+		return -1
+	}
+	return n
+}
+
+func isKernel(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	magic := make([]byte, 4)
+	if _, err := f.Read(magic); err != nil || string(magic) != "\x7fELF" {
+		return errors.New("not a kernel")
+	}
+	return nil
+}
+
+func isTap(fd int) error {
+	_, err := unix.IoctlGetUint32(fd, unix.TUNGETFEATURES)
+	return err
+}

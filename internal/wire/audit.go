@@ -1,0 +1,92 @@
+package wire
+
+import (
+	"context"
+	"log/slog"
+	"path"
+	"strings"
+	"sync"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+
+	ingotv1 "ingot/api/ingot/v1"
+	"ingot/api/types"
+)
+
+// reading are the beginnings of the names of methods that change nothing. All
+// others are in the audit: one that is added is, until somebody says otherwise.
+var reading = []string{"Get", "List", "Watch", "Logs", "Facts", "Check", "Ping", "ServerReflectionInfo", "ServerInfo"}
+
+// audit logs one line for a call that changes something: who asked, for what.
+func audit(ctx context.Context, log *slog.Logger, method string, request any, result ...any) {
+	name := path.Base(method)
+	for _, r := range reading {
+		if strings.HasPrefix(name, r) {
+			return
+		}
+	}
+	who, from := caller(ctx)
+	log.Info("audit", append([]any{"method", method, "who", who, "from", from, "target", target(request)}, result...)...)
+}
+
+// caller is the name in the client's certificate, and its address.
+func caller(ctx context.Context) (who, from string) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return "unknown", ""
+	}
+	who = "unknown"
+	if info, ok := p.AuthInfo.(credentials.TLSInfo); ok && len(info.State.PeerCertificates) > 0 {
+		who = info.State.PeerCertificates[0].Subject.CommonName
+	}
+	return who, p.Addr.String()
+}
+
+// target is what a request is about: a microVM, an image, a lease.
+func target(request any) string {
+	type (
+		ofSpec  interface{ GetMicrovm() *types.MicroVMSpec }
+		ofUID   interface{ GetUid() string }
+		ofImage interface{ GetImage() string }
+		ofMAC   interface{ GetMac() string }
+		ofIP    interface{ GetIp() string }
+		ofStart interface{ GetStart() *ingotv1.ExecStart }
+		ofMany  interface{ GetImages() []string }
+	)
+	switch r := request.(type) {
+	case ofSpec:
+		return r.GetMicrovm().GetNamespace() + "/" + r.GetMicrovm().GetId()
+	case ofUID:
+		return r.GetUid()
+	case ofImage:
+		return r.GetImage()
+	case ofMAC:
+		return r.GetMac()
+	case ofIP:
+		return r.GetIp()
+	case ofMany:
+		return strings.Join(r.GetImages(), " ")
+	case ofStart: // the arguments may be secrets
+		return strings.TrimSpace(r.GetStart().GetUid() + " " + strings.Join(r.GetStart().GetArgs()[:min(1, len(r.GetStart().GetArgs()))], ""))
+	}
+	return ""
+}
+
+// auditedStream writes the audit's line when the stream's first message is
+// there, which says what it is about: its end may be a day later.
+type auditedStream struct {
+	grpc.ServerStream
+	method string
+	log    *slog.Logger
+	once   sync.Once
+}
+
+func (s *auditedStream) RecvMsg(m any) error {
+	err := s.ServerStream.RecvMsg(m)
+	if err == nil {
+		s.once.Do(func() { audit(s.Context(), s.log, s.method, m) })
+	}
+	return err
+}

@@ -1,0 +1,83 @@
+package wire
+
+import (
+	"context"
+	"crypto/subtle"
+	"encoding/base64"
+	"log/slog"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"ingot/internal/pki"
+)
+
+// ServerOptions are what all our gRPC servers share: the token, if there is one,
+// errors with their codes, a panic that ends a call and not the daemon, a line in
+// the log for each call that changes something, and patience with clients that
+// ping often.
+func ServerOptions(token pki.Secret, log *slog.Logger) []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.MaxRecvMsgSize(16 << 20),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
+		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (answer any, err error) {
+			began := time.Now()
+			defer func() { audit(ctx, log, info.FullMethod, req, "took", time.Since(began), "err", err) }()
+			defer recovered(info.FullMethod, log, &err)
+			if err := authorize(ctx, token); err != nil {
+				return nil, err
+			}
+			answer, err = next(ctx, req)
+			return answer, Error(err)
+		}),
+		grpc.ChainStreamInterceptor(func(srv any, s grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
+			defer recovered(info.FullMethod, log, &err)
+			if err := authorize(s.Context(), token); err != nil {
+				audit(s.Context(), log, info.FullMethod, nil, "err", err)
+				return err
+			}
+			return Error(next(srv, &auditedStream{ServerStream: s, method: info.FullMethod, log: log}))
+		}),
+	}
+}
+
+func recovered(method string, log *slog.Logger, err *error) {
+	if p := recover(); p != nil {
+		log.Error("a call panicked", "method", method, "err", p, "stack", string(debug.Stack()))
+		*err = status.Errorf(codes.Internal, "%s: internal error, see the daemon's log", method)
+	}
+}
+
+// authorize wants `Basic base64(token)`, as flintlock does, or `Bearer token`.
+func authorize(ctx context.Context, token pki.Secret) error {
+	if token == "" {
+		return nil
+	}
+	md, _ := metadata.FromIncomingContext(ctx)
+	given := md.Get("authorization")
+	if len(given) != 1 {
+		return status.Error(codes.Unauthenticated, "Request unauthenticated with basic")
+	}
+	scheme, value, _ := strings.Cut(given[0], " ")
+	switch strings.ToLower(scheme) {
+	case "basic":
+		text, err := base64.StdEncoding.DecodeString(value)
+		if err != nil {
+			return status.Error(codes.Unauthenticated, "invalid auth token: not base64")
+		}
+		value = string(text)
+	case "bearer":
+	default:
+		return status.Error(codes.Unauthenticated, "Request unauthenticated with basic")
+	}
+	if subtle.ConstantTimeCompare([]byte(value), []byte(token)) != 1 {
+		return status.Error(codes.Unauthenticated, "invalid auth token: wrong token")
+	}
+	return nil
+}
