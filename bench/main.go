@@ -6,6 +6,7 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -17,18 +18,19 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc"
 
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/api/services/microvm/v1alpha1"
 	"ingot/api/types"
 	"ingot/internal/env"
-	"ingot/internal/wire"
 )
 
 const name = "bench"
 
+var fleetSize = flag.Int("fleet", 30, "how many microVMs are made at once")
+
 func main() {
+	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
 	if err := run(ctx, "bin/ingot"); err != nil {
@@ -64,7 +66,7 @@ func run(ctx context.Context, binary string) (err error) {
 	if err := b.open(); err != nil {
 		return err
 	}
-	for _, part := range []func(context.Context) error{b.memory, b.sync, b.creates, b.leases, b.inspections, b.ups} {
+	for _, part := range []func(context.Context) error{b.memory, b.sync, b.creates, b.leases, b.inspections, b.fleet, b.ups} {
 		if err := part(ctx); err != nil {
 			return err
 		}
@@ -87,21 +89,11 @@ func (b *bench) open() error {
 	if b.env, err = env.Open(name); err != nil {
 		return err
 	}
-	dial := func(m env.Machine) (*grpc.ClientConn, error) {
-		target, err := b.env.Target(m)
-		if err != nil {
-			return nil, err
-		}
-		return wire.Dial(target)
-	}
-	hub, err := dial(b.env.Hub())
+	conns, err := b.env.Dial()
 	if err != nil {
 		return err
 	}
-	host, err := dial(b.env.Hosts()[0])
-	if err != nil {
-		return err
-	}
+	hub, host := conns.Hub, conns.Hosts[b.env.Hosts()[0].Name]
 	b.hub, b.host, b.vms = ingotv1.NewHubClient(hub), ingotv1.NewHostClient(host), v1alpha1.NewMicroVMClient(host)
 	return nil
 }
@@ -185,7 +177,7 @@ func (b *bench) create(ctx context.Context, id string, until func(*types.MicroVM
 }
 
 func (b *bench) watch(ctx context.Context, uid string, until func(*types.MicroVM) bool) error {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
 	stream, err := b.host.Watch(ctx, &ingotv1.WatchRequest{Uid: uid})
 	if err != nil {
@@ -400,6 +392,38 @@ func (b *bench) inspections(ctx context.Context) error {
 		all = append(all, time.Since(start))
 	}
 	show("ingot inspect, 10 microVMs", all[1:])
+	for _, uid := range uids {
+		if err := b.remove(ctx, uid); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// fleet makes microVMs all at once, and waits until each has an address and the
+// environment is green.
+func (b *bench) fleet(ctx context.Context) error {
+	var uids []string
+	start := time.Now()
+	for i := range *fleetSize {
+		s := spec(fmt.Sprint("fleet-", i))
+		s.MemoryInMb = 128
+		r, err := b.vms.CreateMicroVM(ctx, &v1alpha1.CreateMicroVMRequest{Microvm: s})
+		if err != nil {
+			return err
+		}
+		uids = append(uids, r.GetMicrovm().GetSpec().GetUid())
+	}
+	for _, uid := range uids {
+		if err := b.watch(ctx, uid, func(vm *types.MicroVM) bool { return len(vm.GetStatus().GetAddresses()) > 0 }); err != nil {
+			return err
+		}
+	}
+	fmt.Printf("%-44s %.1f s\n", fmt.Sprint(*fleetSize, " microVMs at once, all with addresses"), time.Since(start).Seconds())
+	if err := b.ingot("inspect", "--wait", "3m"); err != nil {
+		return err
+	}
+	fmt.Printf("%-44s %.1f s\n", "and all green", time.Since(start).Seconds())
 	for _, uid := range uids {
 		if err := b.remove(ctx, uid); err != nil {
 			return err

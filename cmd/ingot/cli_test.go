@@ -11,7 +11,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	ingotv1 "ingot/api/ingot/v1"
 	"ingot/api/types"
 	"ingot/internal/inspect"
 )
@@ -62,45 +61,6 @@ func TestPick(t *testing.T) {
 		}
 		if got != c.want {
 			t.Errorf("%q: %s, want %s", c.name, got, c.want)
-		}
-	}
-}
-
-func TestChoose(t *testing.T) {
-	hosts := make([]*hostClient, 3)
-	for i := range hosts {
-		hosts[i] = &hostClient{Machine: inspect.Machine{Name: fmt.Sprint("host-", i)}}
-	}
-	for _, c := range []struct {
-		name  string
-		facts []*ingotv1.HostFacts
-		want  string
-	}{
-		{"all alike", []*ingotv1.HostFacts{{MemoryBytes: 8}, {MemoryBytes: 8}, {MemoryBytes: 8}}, "host-0"},
-		{"most room", []*ingotv1.HostFacts{{MemoryBytes: 8, MemoryCommittedBytes: 4}, {MemoryBytes: 7, MemoryCommittedBytes: 2}, {MemoryBytes: 8, MemoryCommittedBytes: 4}}, "host-1"},
-		{"fewer microVMs", []*ingotv1.HostFacts{{MemoryBytes: 8, Microvms: 2}, {MemoryBytes: 8, Microvms: 1}, {MemoryBytes: 8, Microvms: 3}}, "host-1"},
-		{"two are silent", []*ingotv1.HostFacts{nil, nil, {MemoryBytes: 1}}, "host-2"},
-	} {
-		facts := map[*hostClient]*ingotv1.HostFacts{}
-		for i, f := range c.facts {
-			if f != nil {
-				facts[hosts[i]] = f
-			}
-		}
-		if got := choose(hosts, facts).Name; got != c.want {
-			t.Errorf("%s: %s, want %s", c.name, got, c.want)
-		}
-	}
-}
-
-func TestParseMemory(t *testing.T) {
-	for s, want := range map[string]int32{
-		"256": 256, "512M": 512, "512MiB": 512, "2G": 2048, "2GiB": 2048,
-		"": 0, "0": 0, "-1": 0, "G": 0, "1.5G": 0, "2097152G": 0, "99999999999": 0, "1K": 0,
-	} {
-		got, err := parseMemory(s)
-		if got != want || (err == nil) != (want != 0) {
-			t.Errorf("%q: %d, %v, want %d", s, got, err, want)
 		}
 	}
 }

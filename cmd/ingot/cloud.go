@@ -28,6 +28,8 @@ type cloud struct {
 	name  string
 	hub   *hubClient
 	hosts []*hostClient
+
+	inspection inspect.Environment
 }
 
 type hubClient struct {

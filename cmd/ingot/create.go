@@ -33,6 +33,11 @@ YAML or JSON; - is standard input.`,
 				if err != nil {
 					return err
 				}
+				if f.file == "" {
+					if err := c.addKey(ctx, spec); err != nil {
+						return err
+					}
+				}
 				vm, err := create(ctx, host, spec)
 				if err != nil {
 					return err
@@ -79,7 +84,7 @@ func readSpec(file string) (*types.MicroVMSpec, error) {
 		return nil, fmt.Errorf("read microVM: %w", err)
 	}
 	if data, err = yaml.YAMLToJSON(data); err != nil {
-		return nil, fmt.Errorf("read microVM %s: %w", file, err)
+		return nil, fmt.Errorf("read microVM %s: %s", file, yaml.FormatError(err, false, false)) // without the file's text
 	}
 	spec := &types.MicroVMSpec{}
 	if err := protojson.Unmarshal(data, spec); err != nil {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"ingot/internal/doctor"
 	"ingot/internal/inspect"
 )
 
@@ -18,6 +19,7 @@ import (
 func TestJSONDocs(t *testing.T) {
 	types := map[string]any{
 		"ingot inspect":      &inspect.Report{},
+		"ingot doctor":       &doctor.Report{},
 		"ingot ps":           &[]vmView{},
 		"ingot vm get":       &vmView{},
 		"ingot lease list":   &[]leaseView{},

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -28,7 +29,9 @@ const e2eEnv = "e2e"
 
 // e2eScripts are the scripts of testdata/e2e in the order in which they run:
 // the first brings the environment up, the last takes it down.
-var e2eScripts = []string{"up", "ps", "run", "exec", "terminal", "logs", "isolation", "faults", "rm", "down"}
+var e2eScripts = []string{"up", "ps", "run", "exec", "terminal", "image", "debian", "logs", "isolation", "faults", "upgrade", "rm", "declare", "down"}
+
+var withDebian = flag.Bool("debian", false, "also build the debian image, boot it and log in to it (minutes)")
 
 // TestE2E runs the program that `make build` makes, on an environment of its own.
 func TestE2E(t *testing.T) {
@@ -53,6 +56,11 @@ func TestE2E(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build the probe: %v\n%s", err, out)
 	}
+	newer := filepath.Join(bin, "newer") // the program as of another day
+	build = exec.Command("go", "build", "-ldflags", "-s -w -X main.version=newer", "-o", newer, ".")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build another version: %v\n%s", err, out)
+	}
 	onlyOne(t)
 	down := func() {
 		if out, err := exec.Command(program, "--env", e2eEnv, "down").CombinedOutput(); err != nil {
@@ -62,6 +70,12 @@ func TestE2E(t *testing.T) {
 	down() // what an earlier run left behind
 	t.Cleanup(down)
 	for _, script := range e2eScripts {
+		if script == "down" { // another environment comes and goes beside this one
+			t.Run("killed", func(t *testing.T) { testKilled(t, program) })
+		}
+		if script == "debian" && !*withDebian {
+			continue
+		}
 		// One after the other: a script's faults must not be another's.
 		ok := t.Run(script, func(t *testing.T) {
 			testscript.Run(t, testscript.Params{
@@ -72,6 +86,7 @@ func TestE2E(t *testing.T) {
 					e.Setenv("PATH", bin+string(os.PathListSeparator)+e.Getenv("PATH")+":/usr/sbin:/sbin")
 					e.Setenv("PROGRAM", program)
 					e.Setenv("PROBE", probe)
+					e.Setenv("NEWER", newer)
 					if script != "up" {
 						e.Defer(func() { removeVMs(t, program) })
 					}
@@ -80,8 +95,10 @@ func TestE2E(t *testing.T) {
 				Cmds: map[string]func(*testscript.TestScript, bool, []string){
 					"eventually": scriptEventually,
 					"jsonenv":    scriptJSONEnv,
+					"mkimage":    scriptMkimage,
 					"code":       scriptCode,
 					"pty":        scriptPTY,
+					"reboot":     scriptReboot,
 				},
 			})
 		})

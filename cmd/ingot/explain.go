@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"errors"
+	"io/fs"
+	"os"
 	"regexp"
 	"strings"
 
@@ -29,12 +31,24 @@ func explain(err error) string {
 			lines = append(lines, line)
 		}
 	}
-	text := strings.Join(lines, "; ")
+	text := short(strings.Join(lines, "; "))
+	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
+		text += " (ingot needs root: sudo ingot …)"
+	}
 	switch status.Code(err) {
 	case codes.Unauthenticated, codes.PermissionDenied:
 		text += " (the environment's certificates or token have changed; `ingot up` renews them)"
 	}
 	return text
+}
+
+// short cuts out the middle of what is no message any more, but somebody's file.
+func short(text string) string {
+	const most = 2000
+	if len(text) <= most {
+		return text
+	}
+	return text[:most/2] + " … " + text[len(text)-most/2:]
 }
 
 // plain takes gRPC's own words out of an error's text.

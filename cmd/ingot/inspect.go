@@ -24,6 +24,12 @@ func inspectCommand() *cobra.Command {
 The exit code is 0 unless a check fails. With -v each check shows the
 configuration that it looked at, and the file, unit and port it lives in.`,
 		Args: cobra.NoArgs,
+		PreRunE: func(cmd *cobra.Command, _ []string) error {
+			if wait < 0 {
+				return misused(cmd, "--wait %s: it must not be negative", wait)
+			}
+			return nil
+		},
 		RunE: inCloud(func(cmd *cobra.Command, c *cloud, _ []string) error {
 			r := c.inspect(cmd.Context(), wait)
 			style := inspect.Style{Notes: verbose, Colour: isTerminal(os.Stdout) && os.Getenv("NO_COLOR") == ""}
@@ -45,18 +51,14 @@ configuration that it looked at, and the file, unit and port it lives in.`,
 
 // inspect makes the checks once, or until nothing fails.
 func (c *cloud) inspect(ctx context.Context, wait time.Duration) inspect.Report {
-	e := inspect.Environment{Name: c.name, Hub: c.hub.Machine}
-	for _, h := range c.hosts {
-		e.Hosts = append(e.Hosts, h.Machine)
-	}
 	if wait <= 0 {
-		return inspect.Run(ctx, e)
+		return inspect.Run(ctx, c.inspection)
 	}
 	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	p := newProgress()
 	defer p.clear()
-	return inspect.Wait(ctx, e, func(r inspect.Report) {
+	return inspect.Wait(ctx, c.inspection, func(r inspect.Report) {
 		if found := r.Findings(); len(found) > 0 && !r.OK {
 			p.say(fmt.Sprintf("not green: %s", found[0]), "")
 		}

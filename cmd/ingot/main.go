@@ -5,16 +5,18 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/signal"
 	"path/filepath"
-	"regexp"
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	"ingot/internal/env"
 )
 
 func main() {
@@ -35,6 +37,7 @@ func Main() int {
 func report(err error) int {
 	var code exitCode
 	var misuse *usageError
+	var objections env.Objections
 	switch {
 	case err == nil:
 		return 0
@@ -43,6 +46,11 @@ func report(err error) int {
 	case errors.As(err, &misuse):
 		fmt.Fprintf(os.Stderr, "ingot: %v\nSee '%s --help'.\n", misuse.cause, misuse.command)
 		return 2
+	case errors.As(err, &objections): // a line each: there may be many
+		for _, one := range objections {
+			fmt.Fprintln(os.Stderr, "ingot:", explain(one))
+		}
+		return 1
 	}
 	fmt.Fprintln(os.Stderr, "ingot:", explain(err))
 	return 1
@@ -81,7 +89,7 @@ func rootCommand() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
-			if name := environment(cmd); !environmentName.MatchString(name) {
+			if name := environment(cmd); !env.ValidName(name) {
 				return fmt.Errorf("an environment cannot be called %q: only lower-case letters, digits and dashes, at most 32", name)
 			}
 			return nil
@@ -90,9 +98,11 @@ func rootCommand() *cobra.Command {
 	root.PersistentFlags().String("env", "", "environment (default: $INGOT_ENV, else lab)")
 	root.AddCommand(
 		// The environment.
+		initCommand(),
 		upCommand(),
 		downCommand(),
 		inspectCommand(),
+		doctorCommand(),
 		machineCommand(),
 		// MicroVMs.
 		runCommand(),
@@ -101,6 +111,8 @@ func rootCommand() *cobra.Command {
 		logsCommand(),
 		consoleCommand(),
 		execCommand(),
+		sshCommand(),
+		attachCommand(),
 		vmCommand(),
 		// What they are made of and reached by.
 		imageCommand(),
@@ -118,17 +130,21 @@ func rootCommand() *cobra.Command {
 	return root
 }
 
-// environmentName is what an environment can be called: its name becomes that
-// of directories and interfaces, and a part of DNS names.
-var environmentName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,31}$`)
-
 // environment is the name of the environment that a command is about.
 func environment(cmd *cobra.Command) string {
-	if flag := cmd.Flag("env"); flag != nil && flag.Value.String() != "" {
+	return cmp.Or(chosenEnvironment(cmd), usualEnvironment())
+}
+
+// chosenEnvironment is the name that a flag gives, or none.
+func chosenEnvironment(cmd *cobra.Command) string {
+	if flag := cmd.Flag("name"); flag != nil && flag.Annotations[ofEnvironment] != nil && flag.Changed {
 		return flag.Value.String()
 	}
-	if name := os.Getenv("INGOT_ENV"); name != "" {
-		return name
+	if flag := cmd.Flag("env"); flag != nil {
+		return flag.Value.String()
 	}
-	return "lab"
+	return ""
 }
+
+// usualEnvironment is the one that is meant where none is named.
+func usualEnvironment() string { return cmp.Or(os.Getenv("INGOT_ENV"), env.DefaultName) }

@@ -5,10 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
+	"os/signal"
+	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -30,10 +32,10 @@ const (
 type runOptions struct {
 	specFlags
 	image      string
+	pull       string
 	command    []string
 	rm         bool
 	stdin, tty bool
-	env        map[string]string // of the command, where that is not the main process
 	timeout    time.Duration
 }
 
@@ -44,11 +46,14 @@ func runCommand() *cobra.Command {
 		Short: "Boot a microVM from an image",
 		Long: `Boot a microVM from an OCI image, on the host with most room, and say its address.
 
-A COMMAND takes the place of the image's own process. With -i, -t or --rm it is
-run beside that, joined to this terminal, and its exit code becomes that of ingot;
---rm then deletes the microVM.`,
+The image's process runs as its configuration says: entrypoint, environment, user,
+directory, signal to stop by. COMMAND takes the place of its CMD. With -i, -t or --rm
+it is joined to this terminal, its exit code becomes that of ingot, and its end is
+the microVM's; --rm then deletes that. An image with an init of its own gets COMMAND
+beside that.`,
 		Example: `  ingot run busybox
-  ingot run busybox --rm -it -- sh`,
+  ingot run busybox --rm -it -- sh
+  ingot run --rm -e LANG=C -u nobody --entrypoint env busybox`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			o.image = args[0]
@@ -56,11 +61,17 @@ run beside that, joined to this terminal, and its exit code becomes that of ingo
 				return err
 			}
 			spec, err := o.spec(cmd, o.image, o.command)
+			if err == nil {
+				err = errors.Join(checkPolicy(cmd, o.pull), checkTerminal(cmd, o.stdin, o.tty))
+			}
 			if err != nil {
 				return err
 			}
-			if o.attached() { // both are for the command beside the image's own process
-				o.env, spec.Process = spec.GetProcess().GetEnv(), nil
+			if o.attached() {
+				if spec.Process == nil {
+					spec.Process = &types.Process{}
+				}
+				spec.Process.Attach = true
 			}
 			return withCloud(cmd, func(c *cloud) error { return c.run(cmd, o, spec) })
 		},
@@ -70,17 +81,19 @@ run beside that, joined to this terminal, and its exit code becomes that of ingo
 	f.BoolVar(&o.rm, "rm", false, "delete the microVM at the end")
 	f.BoolVarP(&o.stdin, "stdin", "i", false, "pass standard input to the command")
 	f.BoolVarP(&o.tty, "tty", "t", false, "give the command a terminal")
+	pullFlag(cmd, &o.pull)
 	f.DurationVar(&o.timeout, "timeout", 5*time.Minute, "how long it may take to be up")
 	return cmd
 }
 
-// attached says whether a command is run by the agent, joined to this terminal.
-func (o *runOptions) attached() bool {
-	return o.stdin || o.tty || o.rm && len(o.command) > 0
-}
+// attached says whether the process is joined to this terminal.
+func (o *runOptions) attached() bool { return o.stdin || o.tty || o.rm }
 
 func (c *cloud) run(cmd *cobra.Command, o runOptions, spec *types.MicroVMSpec) (err error) {
-	ctx := cmd.Context()
+	// A closed terminal and a reader that has gone are as an interrupt: with --rm
+	// there is a microVM to remove.
+	ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGHUP, syscall.SIGPIPE)
+	defer stop()
 	p := newProgress()
 	defer p.clear()
 	host, err := c.choose(ctx, o.host, spec)
@@ -89,7 +102,10 @@ func (c *cloud) run(cmd *cobra.Command, o runOptions, spec *types.MicroVMSpec) (
 	}
 	boot, cancel := context.WithTimeoutCause(ctx, o.timeout, fmt.Errorf("not up after %s", o.timeout))
 	defer cancel()
-	if err := pull(boot, host, p, spec); err != nil {
+	if err := c.addKey(ctx, spec); err != nil {
+		return err
+	}
+	if err := pull(boot, host, p, o.pull, spec); err != nil {
 		return err
 	}
 	vm, err := create(boot, host, spec)
@@ -116,8 +132,6 @@ func (c *cloud) run(cmd *cobra.Command, o runOptions, spec *types.MicroVMSpec) (
 	case o.attached():
 		p.line("%s is up on %s at %s", vm, host.Name, ip)
 		return attach(ctx, vm, o.start(vm))
-	case o.rm:
-		return untilEnd(ctx, vm)
 	case state(vm.GetStatus()) == "stopped": // a process that was quicker than we
 		fmt.Fprintln(cmd.OutOrStdout(), vm)
 		fmt.Fprintf(os.Stderr, "next: ingot logs %s\n", vm)
@@ -137,17 +151,9 @@ func ended(vm microVM) error {
 	return nil
 }
 
-// start is the command of -it.
+// start asks for the microVM's own process, which waits for it.
 func (o *runOptions) start(vm microVM) *ingotv1.ExecStart {
-	command := o.command
-	if len(command) == 0 {
-		command = []string{"sh"}
-	}
-	env := o.env
-	if env == nil {
-		env = map[string]string{}
-	}
-	return &ingotv1.ExecStart{Uid: vm.uid(), Args: command, Env: env, Tty: o.tty, Stdin: o.stdin}
+	return &ingotv1.ExecStart{Uid: vm.uid(), Main: true, Env: map[string]string{}, Tty: o.tty, Stdin: o.stdin}
 }
 
 // choose finds a host and a name for a microVM.
@@ -180,29 +186,9 @@ func (c *cloud) choose(ctx context.Context, wanted string, spec *types.MicroVMSp
 }
 
 // pull fetches the images ahead, for the progress that a create does not show.
-func pull(ctx context.Context, host *hostClient, p *progress, spec *types.MicroVMSpec) error {
-	images := []string{spec.GetKernel().GetImage()}
-	if root := spec.GetRootVolume().GetSource().GetContainerSource(); root != images[0] {
-		images = append(images, root)
-	}
-	errs := make([]error, len(images))
-	var wg sync.WaitGroup
-	for i, image := range images {
-		wg.Go(func() {
-			stream, err := host.Pull(ctx, &ingotv1.PullRequest{Image: image})
-			for err == nil {
-				var r *ingotv1.PullResponse
-				if r, err = stream.Recv(); err == nil {
-					p.say("pull "+image, transferred(r.GetOffset(), r.GetTotal()))
-				}
-			}
-			if !errors.Is(err, io.EOF) {
-				errs[i] = fmt.Errorf("pull %s on %s: %w", image, host.Name, err)
-			}
-		})
-	}
-	wg.Wait()
-	return errors.Join(errs...)
+func pull(ctx context.Context, host *hostClient, p *progress, policy string, spec *types.MicroVMSpec) error {
+	list := []string{spec.GetKernel().GetImage(), spec.GetRootVolume().GetSource().GetContainerSource()}
+	return pullAll(ctx, host, p, policy, slices.Compact(list))
 }
 
 func create(ctx context.Context, host *hostClient, spec *types.MicroVMSpec) (microVM, error) {
@@ -261,18 +247,6 @@ func stepWords(st *types.MicroVMStatus) (step, detail string) {
 		"pull": "prepare the images", "unpack": "prepare the images", "volume": "make the volume", "network": "make the interfaces", "boot": "boot",
 	}[name]
 	return cmp.Or(step, st.GetStep(), state(st)), detail
-}
-
-// untilEnd waits for the end of the guest's own process; its exit code is ours.
-func untilEnd(ctx context.Context, vm microVM) error {
-	watch, err := vm.host.Watch(ctx, &ingotv1.WatchRequest{Uid: vm.uid()})
-	for err == nil {
-		var r *ingotv1.WatchResponse
-		if r, err = watch.Recv(); err == nil && state(r.GetMicrovm().GetStatus()) == "stopped" {
-			return ended(microVM{r.GetMicrovm(), vm.host})
-		}
-	}
-	return fmt.Errorf("watch %s on %s: %w", vm, vm.host.Name, err)
 }
 
 // farewellTo stops and deletes a microVM of --rm, also when ctx has ended.

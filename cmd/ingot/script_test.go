@@ -1,6 +1,8 @@
 package main
 
 import (
+	"fmt"
+	"os"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -8,7 +10,7 @@ import (
 
 // TestMain makes this test binary all the names that the program answers to.
 func TestMain(m *testing.M) {
-	programs := map[string]func(){}
+	programs := map[string]func(){"tracer": tracer}
 	for _, name := range []string{"ingot", "flintlockd", "ctr", "dhcp-lease-list", "dhcp-leases-list"} {
 		programs[name] = main
 	}
@@ -17,5 +19,13 @@ func TestMain(m *testing.M) {
 
 // TestScript runs what needs no environment.
 func TestScript(t *testing.T) {
-	testscript.Run(t, testscript.Params{Dir: "testdata/script", RequireExplicitExec: true})
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata/script", RequireExplicitExec: true,
+		Condition: func(name string) (bool, error) {
+			if name != "root" {
+				return false, fmt.Errorf("unknown condition %s", name)
+			}
+			return os.Getuid() == 0, nil
+		},
+	})
 }

@@ -2,14 +2,19 @@ package main
 
 import (
 	"cmp"
+	"encoding/base64"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/proto"
 
 	"ingot/api/types"
+	"ingot/internal/env"
+	"ingot/internal/wire"
 )
 
 // specFlags are the flags that describe a microVM to be.
@@ -18,7 +23,9 @@ type specFlags struct {
 	cpus                                  int32
 	memory                                string
 	env, labels                           []string
-	restart                               string
+	restart, disk                         string
+	entrypoint, user, dir, stopSignal     string
+	userData                              string // a file
 	file                                  string // of `vm create -f`
 }
 
@@ -31,32 +38,39 @@ func (f *specFlags) register(cmd *cobra.Command) {
 	flags.StringVar(&f.driver, "driver", "", "driver (default: the host's)")
 	flags.Int32Var(&f.cpus, "cpus", 1, "virtual CPUs")
 	flags.StringVarP(&f.memory, "memory", "m", "256", "memory in MiB, or with a unit: 512M, 2G")
+	flags.StringVar(&f.disk, "disk", "", "least size of the root disk, as --memory (default: the host's)")
 	flags.StringArrayVarP(&f.env, "env-var", "e", nil, "set a variable of the command: KEY=VALUE")
 	flags.StringArrayVarP(&f.labels, "label", "l", nil, "label: KEY=VALUE")
 	flags.StringVar(&f.restart, "restart", "always", "start it again after a crash or reboot (always), a crash (on-failure), never")
+	flags.StringVar(&f.entrypoint, "entrypoint", "", "run this in the place of the image's ENTRYPOINT and CMD; \"\": COMMAND alone")
+	flags.StringVarP(&f.user, "user", "u", "", "user in the guest: name or id, and :group (default: the image's)")
+	flags.StringVarP(&f.dir, "workdir", "w", "", "directory in the guest (default: the image's)")
+	flags.StringVar(&f.stopSignal, "stop-signal", "", "signal that ends the process (default: the image's, else SIGTERM)")
+	flags.StringVar(&f.userData, "user-data", "", "file with what cloud-init does in the guest: #cloud-config, or a script")
 	flags.SetInterspersed(false)
 	_ = cmd.RegisterFlagCompletionFunc("restart", cobra.FixedCompletions([]string{"always", "on-failure", "never"}, cobra.ShellCompDirectiveNoFileComp))
-}
-
-var restartPolicies = map[string]types.RestartPolicy{
-	"always": types.RestartPolicy_ALWAYS, "on-failure": types.RestartPolicy_ON_FAILURE, "never": types.RestartPolicy_NEVER,
 }
 
 // spec is the microVM that the flags describe; process is what it runs, empty
 // for the image's own.
 func (f *specFlags) spec(cmd *cobra.Command, image string, process []string) (*types.MicroVMSpec, error) {
-	memory, err := parseMemory(f.memory)
+	memory, err := env.ParseMemory(f.memory)
 	if err != nil {
 		return nil, misused(cmd, "--memory %s: %w", f.memory, err)
 	}
 	if f.cpus < 1 {
 		return nil, misused(cmd, "--cpus %d: a microVM needs one", f.cpus)
 	}
-	policy, ok := restartPolicies[f.restart]
-	if !ok {
+	disk := int32(0)
+	if f.disk != "" {
+		if disk, err = env.ParseMemory(f.disk); err != nil {
+			return nil, misused(cmd, "--disk %s: %w", f.disk, err)
+		}
+	}
+	if _, ok := env.RestartPolicies[f.restart]; !ok {
 		return nil, misused(cmd, "--restart %s: it must be always, on-failure or never", f.restart)
 	}
-	env, err := variables(cmd, f.env)
+	vars, err := variables(cmd, f.env)
 	if err != nil {
 		return nil, err
 	}
@@ -68,38 +82,42 @@ func (f *specFlags) spec(cmd *cobra.Command, image string, process []string) (*t
 		}
 		labels[key] = value
 	}
-	spec := &types.MicroVMSpec{
-		Id: f.name, Namespace: cmp.Or(f.namespace, defaultNamespace), Labels: labels,
-		Vcpu: f.cpus, MemoryInMb: memory,
-		Kernel:          &types.Kernel{Image: f.kernel, Filename: new("boot/vmlinux"), AddNetworkConfig: true},
-		Initrd:          &types.Initrd{Image: f.kernel, Filename: new("boot/initrd")},
-		RootVolume:      &types.Volume{Id: "root", Source: &types.VolumeSource{ContainerSource: &image}},
-		Interfaces:      []*types.NetworkInterface{{DeviceId: "eth1", Type: types.NetworkInterface_TAP}},
-		AllowGuestAgent: true,
-		RestartPolicy:   policy.Enum(),
+	spec, err := env.MicroVM{
+		Name: f.name, Namespace: f.namespace, Image: image, Kernel: f.kernel, Driver: f.driver, CPUs: f.cpus, Memory: memory, Disk: disk,
+		Command: process, Env: vars, Labels: labels, Restart: f.restart,
+	}.Proto()
+	if err != nil {
+		return nil, err
 	}
-	if f.driver != "" {
-		spec.Provider = &f.driver
+	if f.userData != "" {
+		text, err := os.ReadFile(f.userData)
+		if err != nil {
+			return nil, fmt.Errorf("read user data: %w", err)
+		}
+		spec.Metadata = map[string]string{"user-data": base64.StdEncoding.EncodeToString(text)}
 	}
-	if len(process) > 0 || len(env) > 0 {
-		spec.Process = &types.Process{Args: process, Env: env}
+	own := &types.Process{Args: process, Env: vars, User: f.user, WorkingDir: f.dir, StopSignal: f.stopSignal}
+	if cmd.Flags().Changed("entrypoint") {
+		own.Entrypoint = []string{f.entrypoint}
 	}
-	return spec, nil
+	if !proto.Equal(own, &types.Process{}) {
+		spec.Process = own
+	}
+	return spec, check(cmd, spec)
 }
 
-// parseMemory reads a quantity of memory as MiB.
-func parseMemory(s string) (int32, error) {
-	number, factor := s, int64(1)
-	for suffix, f := range map[string]int64{"M": 1, "MiB": 1, "G": 1 << 10, "GiB": 1 << 10} {
-		if n, ok := strings.CutSuffix(s, suffix); ok {
-			number, factor = n, f
-		}
+// check refuses here what a host would refuse once the images are pulled.
+func check(cmd *cobra.Command, spec *types.MicroVMSpec) error {
+	s, err := wire.SpecFromProto(spec)
+	if err == nil {
+		s.Name = cmp.Or(s.Name, "made-up-later")
+		s.Normalize()
+		err = s.Validate()
 	}
-	n, err := strconv.ParseInt(number, 10, 32)
-	if err != nil || n <= 0 || n > (1<<31-1)/factor {
-		return 0, fmt.Errorf("it must be a number of MiB, or one with M or G")
+	if err != nil {
+		return misused(cmd, "%w", err)
 	}
-	return int32(n * factor), nil
+	return nil
 }
 
 // The two words of a name that nobody chose.

@@ -2,7 +2,6 @@ package env
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -11,59 +10,77 @@ import (
 
 	"github.com/containerd/errdefs"
 
-	"ingot/internal/dns"
+	"ingot/internal/lab"
 )
 
 // Down removes an environment: its microVMs, machines, files and traces. It works
-// as well on one that is half made or half removed.
+// as well on one that is half made or half removed: what is there is found by
+// its names.
 func Down(ctx context.Context, name string, out io.Writer) error {
 	if os.Getuid() != 0 {
 		return fmt.Errorf("ingot down needs root: sudo ingot down: %w", errdefs.ErrFailedPrecondition)
 	}
-	e, err := Open(name)
-	if err != nil {
-		e = Default(name) // what is there is found by its names
-	}
-	_, errDir := os.Stat(e.Dir())
-	_, errRun := os.Stat(e.RunDir())
-	if errors.Is(errDir, os.ErrNotExist) && errors.Is(errRun, os.ErrNotExist) {
-		fmt.Fprintf(out, "there is no environment %s\n", name)
-		return nil
-	}
-	unlock, err := lock(name, out)
+	lock, err := lockEnvironment(ctx, name, out)
 	if err != nil {
 		return err
 	}
-	defer unlock()
-	binary, err := os.Executable()
-	if err != nil {
-		return err
+	err = down(ctx, Env{Name: name}, out)
+	err = errors.Join(err, lock.Release())
+	if lock, err := lockMachine(ctx); err == nil { // an `up` that was killed leaves its file
+		lock.Release()
 	}
-	if err := e.Lab(binary).Remove(ctx); err != nil {
-		return fmt.Errorf("take %s down: %w", name, err)
-	}
-	fmt.Fprintln(out, "machines, microVMs and network removed")
-	if err := os.RemoveAll(e.Dir()); err != nil {
-		return fmt.Errorf("take %s down: %w", name, err)
-	}
-	fmt.Fprintf(out, "%s removed\n", e.Dir())
-	err = errors.Join(removeIfThere(filepath.Join(RunRoot, name+".lock")))
 	os.Remove(RunRoot) // both only if they are empty: other environments keep them
 	os.Remove(Root)
 	return err
 }
 
-func removeIfThere(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+func down(ctx context.Context, e Env, out io.Writer) error {
+	if there, err := e.traces(); err != nil || !there {
+		fmt.Fprintf(out, "there is no environment %s\n", e.Name)
 		return err
 	}
+	binary, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	if err := e.Lab(binary).Remove(ctx); err != nil {
+		return fmt.Errorf("take %s down: %w", e.Name, err)
+	}
+	fmt.Fprintln(out, "machines, microVMs and network removed")
+	// Aside first: an `up` that finds half of the files would build on them.
+	if err := os.Rename(e.Dir(), e.aside()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err = errors.Join(os.RemoveAll(e.aside()), os.Rename(e.Dir(), e.aside())); err != nil {
+			return fmt.Errorf("take %s down: %w", e.Name, err)
+		}
+	}
+	if err := os.RemoveAll(e.aside()); err != nil {
+		return fmt.Errorf("take %s down: %w", e.Name, err)
+	}
+	fmt.Fprintf(out, "%s removed\n", e.Dir())
 	return nil
 }
 
-func upstreams() ([]string, error) { return dns.SystemUpstreams() }
+// aside is where the files are while they are being removed. No environment is
+// called so.
+func (e Env) aside() string { return filepath.Join(Root, ".removed-"+e.Name) }
 
-// imageStamp names what our images are made of, so that a new guest program makes
-// new images.
-func imageStamp(init []byte) []byte {
-	return fmt.Appendf(nil, "%x\n", sha256.Sum256(init))
+func (e Env) traces() (bool, error) {
+	for _, path := range []string{e.Dir(), e.RunDir(), e.aside()} {
+		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+			return true, err
+		}
+	}
+	return false, nil
+}
+
+// lockEnvironment lets one `up` or `down` of an environment run at a time.
+func lockEnvironment(ctx context.Context, name string, out io.Writer) (*lab.FileLock, error) {
+	return lab.Lock(ctx, filepath.Join(RunRoot, name+".lock"), func() {
+		fmt.Fprintf(out, "another `ingot up` or `down` of %s is at work: waiting for it\n", name)
+	})
+}
+
+// lockMachine lets one environment at a time choose its network and name.
+func lockMachine(ctx context.Context) (*lab.FileLock, error) {
+	return lab.Lock(ctx, filepath.Join(RunRoot, ".environments.lock"), nil)
 }

@@ -1,0 +1,187 @@
+package env
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/goccy/go-yaml"
+
+	"ingot/internal/dns"
+	"ingot/internal/hub"
+	"ingot/internal/lab"
+	"ingot/internal/nat"
+	"ingot/internal/pki"
+)
+
+// keep makes the environment's directory, with its file: from now on an `up`
+// without a file goes on with what this one has begun.
+func (u *up) keep(context.Context) (string, error) {
+	// What a `down` that was killed has left.
+	if err := os.RemoveAll(u.env.aside()); err != nil {
+		return "", err
+	}
+	if err := os.MkdirAll(u.env.Dir(), 0o700); err != nil {
+		return "", err
+	}
+	var err error
+	switch {
+	case u.Declared != nil: // it says which microVMs there are
+		err = removeIfThere(u.pendingPath())
+	case u.was == nil:
+		err = writeFile(u.pendingPath(), nil)
+	}
+	if err != nil {
+		return "", err
+	}
+	b, err := u.env.marshal()
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(u.env.Dir(), fileName)
+	if have, err := os.ReadFile(path); err != nil || string(have) != string(b) {
+		if err := u.env.save(); err != nil {
+			return "", err
+		}
+	}
+	err = u.choice.Release()
+	u.choice = nil
+	return path, err
+}
+
+// makeCertificates makes the CA, a certificate for each machine and one for the
+// operator, and the token, as far as they are not there.
+func (u *up) makeCertificates(context.Context) (string, error) {
+	ca, err := pki.OpenCA(filepath.Join(u.env.Dir(), "ca"), "ingot environment "+u.env.Name)
+	if err != nil {
+		return "", err
+	}
+	if _, err := ca.Ensure(filepath.Join(u.env.Dir(), "client"), "operator", nil, nil); err != nil {
+		return "", err
+	}
+	for _, m := range u.env.Machines {
+		dir := filepath.Join(u.env.Dir(), "machines", m.Name, pkiDir)
+		if _, err := ca.Ensure(dir, m.Name, []string{m.Name, "localhost"}, []netip.Addr{m.Address, netip.MustParseAddr("127.0.0.1")}); err != nil {
+			return "", err
+		}
+	}
+	u.token, err = u.env.Token()
+	if errors.Is(err, os.ErrNotExist) {
+		u.token = pki.NewToken()
+		err = writeFile(filepath.Join(u.env.Dir(), "token"), []byte(u.token))
+	}
+	return "CA, machines, operator, token", err
+}
+
+func (u *up) makeMachines(ctx context.Context) (string, error) {
+	_, err := u.lab.Ensure(ctx)
+	if there, _ := nat.Present("firewalld"); there {
+		u.say("note: firewalld refuses what it does not know; so that microVMs reach the world:\n  firewall-cmd --zone=trusted --add-interface=%s", u.lab.Device())
+	}
+	var names []string
+	for _, m := range u.env.Machines {
+		names = append(names, m.Name)
+	}
+	return strings.Join(names, ", "), err
+}
+
+// file is one that a machine is given.
+type file struct {
+	path string
+	text []byte
+}
+
+// files are a machine's configuration.
+func (u *up) files(m Machine) ([]file, error) {
+	files := []file{{tokenFile, []byte(u.token)}}
+	add := func(path string, v any) error {
+		b, err := yaml.Marshal(v)
+		files = append(files, file{path, b})
+		return err
+	}
+	if m.Hub {
+		if err := add(hubFile, u.hubConfig(m)); err != nil {
+			return nil, err
+		}
+	}
+	if m.Host {
+		if err := add(hostFile, u.hostConfig(m)); err != nil {
+			return nil, err
+		}
+	}
+	return files, nil
+}
+
+// configure writes each machine's configuration.
+func (u *up) configure(context.Context) (string, error) {
+	changed := 0
+	for _, m := range u.env.Machines {
+		files, err := u.files(m)
+		if err != nil {
+			return "", err
+		}
+		for _, f := range files {
+			did, err := u.lab.WriteFile(m.Name, f.path, f.text, 0o600)
+			if err != nil {
+				return "", err
+			}
+			if did {
+				changed++
+			}
+		}
+	}
+	if _, err := dns.SystemUpstreams(); err != nil {
+		u.say("note: guests will resolve names of the environment only: %v", err)
+	}
+	return fmt.Sprintf("%d files changed", changed), nil
+}
+
+func (u *up) hubConfig(m Machine) hub.Config {
+	c := hub.Default()
+	c.Address, c.Subnet, c.Trusted = m.Address, u.env.Subnet, u.env.Uplink
+	c.First, c.Last = u.env.DHCP.First, u.env.DHCP.Last
+	c.Domain = u.env.Name + ".internal"
+	for _, other := range u.env.Machines {
+		c.Machines = append(c.Machines, hub.Machine{Name: other.Name, Address: other.Address})
+	}
+	c.Upstreams, _ = dns.SystemUpstreams() // configure says what it means if there are none
+	return c
+}
+
+// hostConfig is flintlock's configuration, with our keys.
+func (u *up) hostConfig(m Machine) any {
+	var platform []netip.Addr
+	for _, other := range u.env.Machines {
+		platform = append(platform, other.Address)
+	}
+	platform = append(platform, u.lab.RootEnd(), u.lab.HubEnd())
+	return yaml.MapSlice{
+		{Key: "grpc-endpoint", Value: netip.AddrPortFrom(m.Address, hub.HostPort).String()},
+		{Key: "tls-cert", Value: "/etc/ingot/pki/cert.pem"},
+		{Key: "tls-key", Value: "/etc/ingot/pki/key.pem"},
+		{Key: "tls-client-validate", Value: true},
+		{Key: "tls-client-ca", Value: "/etc/ingot/pki/ca.pem"},
+		{Key: "token-file", Value: "/etc/ingot/token"},
+		{Key: "bridge-name", Value: lab.Bridge},
+		{Key: "parent-iface", Value: lab.Segment},
+		{Key: "default-registry", Value: u.env.RegistryAddress()},
+		{Key: "registry-ca", Value: "/etc/ingot/pki/ca.pem"},
+		{Key: "segment", Value: lab.Segment},
+		{Key: "segment-port", Value: lab.Port},
+		{Key: "machines", Value: platform},
+		{Key: "hub", Value: u.env.Hub().Address},
+		{Key: "trusted", Value: u.env.Uplink},
+	}
+}
+
+func (u *up) startRoles(ctx context.Context) (string, error) {
+	count := 0
+	for _, m := range u.lab.Machines {
+		count += len(m.Roles)
+	}
+	return fmt.Sprintf("%d processes, supervised", count), u.lab.Start(ctx)
+}

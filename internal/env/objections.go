@@ -1,0 +1,135 @@
+package env
+
+import (
+	"context"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/containerd/errdefs"
+
+	"ingot/internal/lab"
+)
+
+// check decides what the environment is to be, and finds all that speaks against
+// it. Nothing has been changed so far.
+func (u *up) check(context.Context) (string, error) {
+	if u.missing != nil {
+		return "", u.missing
+	}
+	if err := u.decide(); err != nil {
+		return "", err
+	}
+	u.lab = u.env.Lab(u.Binary)
+	o := u.collisions()
+	o = append(o, u.lost()...)
+	o = append(o, u.vmPlan().objections(u.Force)...)
+	return "nothing speaks against it", o.err()
+}
+
+func (u *up) decide() error {
+	if u.Declared == nil && u.was != nil {
+		u.env = *u.was
+		return nil
+	}
+	d := u.Declared
+	if d == nil {
+		d = &Declaration{Machines: usualMachines()}
+	}
+	var taken []netip.Prefix
+	for _, other := range u.others {
+		taken = append(taken, other.Subnet, other.Uplink)
+	}
+	var err error
+	u.env, err = d.resolve(u.name, u.was, func(want, avoid netip.Prefix) (netip.Prefix, error) {
+		not := taken
+		if avoid.IsValid() {
+			not = append(slices.Clone(taken), avoid)
+		}
+		return lab.FreeSubnet(want, Env{Name: u.name}.Lab(u.Binary).Device(), not...)
+	})
+	return err
+}
+
+// collisions are with other environments and with routes of this machine.
+func (u *up) collisions() Objections {
+	var o Objections
+	where := source{}
+	if u.Declared != nil {
+		where = u.Declared.source
+	}
+	for _, other := range u.others {
+		if other.Lab(u.Binary).Device() == u.lab.Device() {
+			o = append(o, refuse(errdefs.ErrAlreadyExists, "environment %s has the interface %s already: choose another name", other.Name, u.lab.Device()))
+		}
+	}
+	if u.was != nil {
+		return o
+	}
+	for _, net := range []struct {
+		key string
+		p   netip.Prefix
+	}{{"subnet", u.env.Subnet}, {"uplink", u.env.Uplink}} {
+		for _, other := range u.others {
+			if net.p.Overlaps(other.Subnet) || net.p.Overlaps(other.Uplink) {
+				o = append(o, where.mistake(net.key, "%s overlaps with environment %s, which has %s and %s", net.p, other.Name, other.Subnet, other.Uplink))
+			}
+		}
+		if r, found, err := lab.InTheWay(net.p, u.lab.Device()); err != nil {
+			o = append(o, err)
+		} else if found && !slices.ContainsFunc(u.others, func(e Env) bool { return r.Interface == e.Lab(u.Binary).Device() }) {
+			o = append(o, where.mistake(net.key, "%s overlaps with this machine's route to %s by %s", net.p, r.Destination, r.Interface))
+		}
+	}
+	return o
+}
+
+// lost are the microVMs on machines that the file no longer has, but for those that
+// it no longer declares either.
+func (u *up) lost() Objections {
+	var o Objections
+	if u.was == nil || u.Force {
+		return nil
+	}
+	for _, m := range u.was.Machines {
+		if slices.ContainsFunc(u.env.Machines, func(n Machine) bool { return n.Name == m.Name }) {
+			continue
+		}
+		var names []string
+		for _, name := range vmsOnDisk(filepath.Join(u.was.Dir(), "machines", m.Name)) {
+			is := func(v MicroVM) bool { return v.String() == name }
+			if !slices.ContainsFunc(u.was.MicroVMs, is) || slices.ContainsFunc(u.env.MicroVMs, is) {
+				names = append(names, name)
+			}
+		}
+		if len(names) > 0 {
+			o = append(o, refuse(errdefs.ErrFailedPrecondition,
+				"machine %s can't go while it has %s: `ingot rm` them, or lose them with `ingot up --force`", m.Name, strings.Join(names, ", ")))
+		}
+	}
+	return o
+}
+
+// vmsOnDisk are the microVMs that a machine has records of, whether it runs or not.
+func vmsOnDisk(files string) []string {
+	found, _ := filepath.Glob(filepath.Join(files, "var/lib/flintlock/vm/*/*/*/vm.json"))
+	var names []string
+	for _, path := range found {
+		parts := strings.Split(filepath.Dir(path), string(filepath.Separator))
+		names = append(names, parts[len(parts)-3]+"/"+parts[len(parts)-2])
+	}
+	return names
+}
+
+// vmPlan is what the microVMs that are seen now have to become. On a host that
+// does not answer yet there may be others: once it does, startMicroVMs looks again.
+func (u *up) vmPlan() vmPlan {
+	var stay []placed
+	for _, h := range u.have {
+		if slices.ContainsFunc(u.env.Hosts(), func(m Machine) bool { return m.Name == h.host }) {
+			stay = append(stay, h)
+		}
+	}
+	return planMicroVMs(u.env.MicroVMs, stay)
+}

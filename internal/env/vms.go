@@ -1,0 +1,177 @@
+package env
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	ingotv1 "ingot/api/ingot/v1"
+	"ingot/api/services/microvm/v1alpha1"
+	"ingot/api/types"
+)
+
+// startMicroVMs makes the microVMs what the file says, or the first ones of a new
+// environment without one.
+func (u *up) startMicroVMs(ctx context.Context) (string, error) {
+	have, silent := list(ctx, u.conns, u.env.Hosts())
+	if len(silent) > 0 {
+		return "", fmt.Errorf("list microVMs: %v did not answer", silent)
+	}
+	plan := planMicroVMs(u.env.MicroVMs, have)
+	if err := plan.objections(u.Force).err(); err != nil {
+		return "", err
+	}
+	var gone []placed
+	gone = append(gone, plan.remove...)
+	for _, r := range plan.replace {
+		gone = append(gone, r.old)
+		plan.create = append(plan.create, r.by)
+	}
+	if err := u.remove(ctx, gone); err != nil {
+		return "", err
+	}
+	for _, m := range plan.create {
+		spec, err := m.wanted()
+		if err != nil {
+			return "", fmt.Errorf("create microVM %s: %w", m, err)
+		}
+		if err := u.create(ctx, m, spec); err != nil {
+			return "", err
+		}
+	}
+	first, err := u.startFirst(ctx, have)
+	if err != nil {
+		return "", err
+	}
+	if len(gone)+len(plan.create)+first == 0 {
+		return "none to make", nil
+	}
+	return fmt.Sprintf("%d removed, %d made", len(gone), len(plan.create)+first), nil
+}
+
+// startFirst makes the first microVMs of an environment without a file, and notes
+// that it did. No file declares them: they are as if made by hand.
+func (u *up) startFirst(ctx context.Context, have []placed) (made int, err error) {
+	if !u.firstVMs() {
+		return 0, nil
+	}
+	for _, m := range u.first() {
+		if slices.ContainsFunc(have, func(h placed) bool { return h.name() == m.String() }) {
+			continue // an earlier `up` was killed after this
+		}
+		spec, err := m.Proto()
+		if err != nil {
+			return made, err
+		}
+		if err := u.create(ctx, m, spec); err != nil {
+			return made, err
+		}
+		made++
+	}
+	return made, removeIfThere(u.pendingPath())
+}
+
+// remove deletes microVMs and waits until they are gone.
+func (u *up) remove(ctx context.Context, all []placed) error {
+	group, ctx := errgroup.WithContext(ctx)
+	for _, p := range all {
+		client := v1alpha1.NewMicroVMClient(u.conns.Hosts[p.host])
+		group.Go(func() error {
+			if _, err := client.DeleteMicroVM(ctx, &v1alpha1.DeleteMicroVMRequest{Uid: p.vm.GetSpec().GetUid()}); err != nil {
+				return fmt.Errorf("remove microVM %s: %w", p.name(), err)
+			}
+			return await(ctx, p.host, func(ctx context.Context) error {
+				r, err := client.ListMicroVMs(ctx, &v1alpha1.ListMicroVMsRequest{})
+				there := slices.ContainsFunc(r.GetMicrovm(), func(vm *types.MicroVM) bool { return vm.GetSpec().GetUid() == p.vm.GetSpec().GetUid() })
+				if err == nil && there {
+					err = errors.New("microVM " + p.name() + " is still being removed")
+				}
+				return err
+			})
+		})
+	}
+	return group.Wait()
+}
+
+func (u *up) create(ctx context.Context, m MicroVM, spec *types.MicroVMSpec) error {
+	host, err := u.place(ctx, m, int64(spec.GetMemoryInMb())<<20)
+	if err != nil {
+		return fmt.Errorf("create microVM %s: %w", m, err)
+	}
+	if _, err := v1alpha1.NewMicroVMClient(u.conns.Hosts[host]).CreateMicroVM(ctx, &v1alpha1.CreateMicroVMRequest{Microvm: spec}); err != nil {
+		return fmt.Errorf("create microVM %s on %s: %w", m, host, err)
+	}
+	return nil
+}
+
+// place is the host of a microVM: the one that it names, else the one with most room.
+func (u *up) place(ctx context.Context, m MicroVM, need int64) (string, error) {
+	if m.Host != "" {
+		return m.Host, nil
+	}
+	var names []string
+	facts := map[string]*ingotv1.HostFacts{}
+	for _, h := range u.env.Hosts() {
+		f, err := ingotv1.NewHostClient(u.conns.Hosts[h.Name]).Facts(ctx, &emptypb.Empty{})
+		if err != nil {
+			return "", fmt.Errorf("%s: %w", h.Name, err)
+		}
+		names, facts[h.Name] = append(names, h.Name), f
+	}
+	return Place(names, facts, need)
+}
+
+// Place chooses the host for a microVM of so many bytes of memory: the one with
+// most memory that is not promised, else with fewer microVMs, else the first.
+// Those without facts are not chosen, and there must be one with them.
+func Place(hosts []string, facts map[string]*ingotv1.HostFacts, need int64) (string, error) {
+	room := func(host string) int64 { return facts[host].GetMemoryBytes() - facts[host].GetMemoryCommittedBytes() }
+	answered := slices.DeleteFunc(slices.Clone(hosts), func(h string) bool { return facts[h] == nil })
+	best := slices.MinFunc(answered, func(a, b string) int {
+		return cmp.Or(cmp.Compare(room(b), room(a)), cmp.Compare(facts[a].GetMicrovms(), facts[b].GetMicrovms()))
+	})
+	if room(best) < need {
+		return "", fmt.Errorf("%w: %d MiB asked for, and the most that a host has to promise is %d MiB on %s",
+			errdefs.ErrResourceExhausted, need>>20, max(0, room(best))>>20, best)
+	}
+	return best, nil
+}
+
+// pendingPath is a file that is there until the first microVMs were made: those
+// that are deleted later don't come back.
+func (u *up) pendingPath() string {
+	return filepath.Join(Env{Name: u.name}.Dir(), "first-microvms-pending")
+}
+
+// firstVMs says whether the first microVMs are to be made.
+func (u *up) firstVMs() bool {
+	if u.NoVMs || u.Declared != nil {
+		return false
+	}
+	_, err := os.Stat(u.pendingPath())
+	return u.was == nil || err == nil
+}
+
+func removeIfThere(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// first are the microVMs of an environment that no file describes.
+func (u *up) first() []MicroVM {
+	var all []MicroVM
+	for i, m := range u.env.Hosts() {
+		all = append(all, MicroVM{Name: fmt.Sprintf("vm-%d", i), Host: m.Name, Image: "busybox"})
+	}
+	return all
+}
