@@ -156,6 +156,7 @@ func (m *testMachine) killBefore(t *testing.T, victim string, step int, call fun
 	}
 	c.Wait()
 	if k.what != "" {
+		process.Process.Kill() // the tracer's own may not have come to it
 		process.Wait()
 		map[string]func(testing.TB){"daemon": m.startDaemon, "containerd": m.startContainerd}[victim](t)
 	}

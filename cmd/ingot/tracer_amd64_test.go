@@ -97,10 +97,10 @@ func trace(pid, step, victim int) error {
 				if steps++; step == 0 {
 					fmt.Println(name)
 				} else if steps == step {
+					fmt.Println("killed before", name) // first: it may itself be killed after the kill
 					if err := unix.Kill(victim, unix.SIGKILL); err != nil {
 						return err
 					}
-					fmt.Println("killed before", name)
 				}
 			}
 		case int(status)>>16 == 0: // no event of ptrace's, but a signal
