@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -81,41 +82,92 @@ func await(ctx context.Context, machine string, ask func(context.Context) error)
 	}
 }
 
-// provideImages builds and pushes the images that the registry has not got, or
-// has of another build.
-func (u *up) provideImages(ctx context.Context) (string, error) {
+// building are our images while they are being built.
+type building struct {
+	all    errgroup.Group
+	cancel context.CancelFunc
+	images [2]images.OCIImage // of builtImages
+}
+
+var builtImages = [2]string{"kernel", "busybox"}
+
+// buildImages begins to build the images that the registry has not got, or has of
+// another build, beside the steps until it is there to take them.
+func (u *up) buildImages(ctx context.Context) (string, error) {
 	init, err := guest.Init()
 	if err != nil {
 		return "", err
 	}
-	r := images.Registry{Address: u.env.RegistryAddress(), CAFile: u.env.CAFile(), User: "ingot", Password: string(u.token)}
+	u.stamp = imageStamp(init)
+	if b, err := os.ReadFile(u.pushedPath()); err == nil && bytes.Equal(b, u.stamp) {
+		return strings.Join(builtImages[:], ", ") + " (not needed)", nil
+	}
+	u.build(ctx, init)
+	return strings.Join(builtImages[:], ", ") + " (begun)", nil
+}
+
+func (u *up) build(ctx context.Context, init []byte) {
+	b := &building{}
+	ctx, b.cancel = context.WithCancel(ctx)
 	o := images.Options{Progress: func(s string) { u.say("  %s", s) }}
-	stamp := imageStamp(init)
-	pushed := filepath.Join(u.env.Dir(), "images")
-	if b, err := os.ReadFile(pushed); err == nil && bytes.Equal(b, stamp) {
-		there, err := images.Exists(ctx, r, "kernel")
+	b.all.Go(func() (err error) {
+		b.images[0], err = images.Kernel(ctx, o, init)
+		return err
+	})
+	b.all.Go(func() (err error) {
+		b.images[1], err = images.Busybox(ctx, o)
+		return err
+	})
+	u.building = b
+}
+
+// end stops what is still being built.
+func (b *building) end() {
+	if b != nil {
+		b.cancel()
+		b.all.Wait()
+	}
+}
+
+// pushedPath is a file that says which images the registry was given.
+func (u *up) pushedPath() string { return filepath.Join(u.env.Dir(), "images") }
+
+// provideImages pushes the images that were built. A registry that was to have
+// them, and has not, gets them now.
+func (u *up) provideImages(ctx context.Context) (string, error) {
+	r := images.Registry{Address: u.env.RegistryAddress(), CAFile: u.env.CAFile(), User: "ingot", Password: string(u.token)}
+	if u.building == nil {
+		missing := false
+		for _, name := range builtImages {
+			there, err := images.Exists(ctx, r, name)
+			if err != nil {
+				return "", err
+			}
+			missing = missing || !there
+		}
+		if !missing {
+			return strings.Join(builtImages[:], ", ") + " (there)", nil
+		}
+		init, err := guest.Init()
 		if err != nil {
 			return "", err
 		}
-		if also, err := images.Exists(ctx, r, "busybox"); err == nil && there && also {
-			return "kernel, busybox (there)", nil
-		}
+		u.build(ctx, init)
 	}
-	kernel, err := images.Kernel(ctx, o, init)
-	if err == nil {
-		_, err = images.Push(ctx, r, "kernel", kernel)
-	}
-	if err != nil {
+	if err := u.building.all.Wait(); err != nil {
 		return "", err
 	}
-	busybox, err := images.Busybox(ctx, o)
-	if err == nil {
-		_, err = images.Push(ctx, r, "busybox", busybox)
+	var pushing errgroup.Group
+	for i, name := range builtImages {
+		pushing.Go(func() error {
+			_, err := images.Push(ctx, r, name, u.building.images[i])
+			return err
+		})
 	}
-	if err != nil {
+	if err := pushing.Wait(); err != nil {
 		return "", err
 	}
-	return "kernel, busybox (pushed)", writeFile(pushed, stamp)
+	return strings.Join(builtImages[:], ", ") + " (pushed)", writeFile(u.pushedPath(), u.stamp)
 }
 
 // imageStamp names what our images are made of, so that a new guest program makes

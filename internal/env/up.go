@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -44,6 +45,10 @@ type up struct {
 	token  pki.Secret
 	conns  Conns
 	choice *lab.FileLock // while the network is being chosen
+
+	stamp    []byte // of the images that this program makes
+	building *building
+	saying   sync.Mutex // guards Out
 }
 
 // Up brings an environment up, completes one, or makes it what its file says, and
@@ -70,6 +75,7 @@ func Up(ctx context.Context, name string, o Options) (Env, error) {
 		{"plan", u.showPlan},
 		// Here a dry run ends. Install:
 		{"environment", u.keep},
+		{"building", u.buildImages}, // goes on beside what follows, until images
 		{"certificates", u.makeCertificates},
 		{"machines", u.makeMachines},
 		{"configuration", u.configure},
@@ -103,9 +109,15 @@ func (u *up) failed(step string, err error) error {
 	return fmt.Errorf("bring %s up: %s: %w", u.name, step, err)
 }
 
-func (u *up) say(format string, a ...any) { fmt.Fprintf(u.Out, format+"\n", a...) }
+// say writes a line of progress. What is built beside the steps speaks, too.
+func (u *up) say(format string, a ...any) {
+	u.saying.Lock()
+	defer u.saying.Unlock()
+	fmt.Fprintf(u.Out, format+"\n", a...)
+}
 
 func (u *up) close() {
+	u.building.end()
 	u.conns.Close()
 	if u.choice != nil {
 		u.choice.Release()

@@ -102,21 +102,13 @@ func (a *archive) link(name, target string) {
 	a.add(tar.Header{Typeflag: tar.TypeSymlink, Name: name, Linkname: target, Mode: 0o777}, nil)
 }
 
-// layerFile writes a compressed layer to a file, unless it is there. Compressing
-// a kernel takes longer than everything else together.
-func layerFile(file string, fill func(*archive)) error {
-	if _, err := os.Stat(file); err == nil {
-		return nil
-	}
-	return writeFile(file, func(w io.Writer) error { return compress(w, fill) })
-}
-
-func compress(w io.Writer, fill func(*archive)) error {
+// compress writes a layer, and copies what it is before compression to plain.
+func compress(w, plain io.Writer, fill func(*archive)) error {
 	z, err := gzip.NewWriterLevel(w, gzip.BestSpeed)
 	if err != nil {
 		return err
 	}
-	a := &archive{Writer: tar.NewWriter(z)}
+	a := &archive{Writer: tar.NewWriter(io.MultiWriter(z, plain))}
 	fill(a)
 	if a.err == nil {
 		a.err = a.Close()
@@ -130,7 +122,7 @@ func compress(w io.Writer, fill func(*archive)) error {
 // memoryLayer is a small layer.
 func memoryLayer(fill func(*archive)) (v1.Layer, error) {
 	var b bytes.Buffer
-	if err := compress(&b, fill); err != nil {
+	if err := compress(&b, io.Discard, fill); err != nil {
 		return nil, fmt.Errorf("write layer: %w", err)
 	}
 	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) {

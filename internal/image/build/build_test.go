@@ -26,6 +26,7 @@ import (
 	ociregistry "github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/validate"
 
 	"ingot/internal/need"
 	"ingot/internal/registry"
@@ -82,6 +83,13 @@ func TestKernel(t *testing.T) {
 	}
 	if v := config.Config.Labels[LabelVersion]; !strings.HasSuffix(v, "-cloud-amd64") {
 		t.Errorf("version %q", v)
+	}
+	kept, err := img.Layers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := validate.Layer(kept[0]); err != nil { // its sums are of another run
+		t.Error(err)
 	}
 	said = nil
 	again, err := Kernel(t.Context(), o, []byte("init"))

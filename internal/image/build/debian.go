@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -62,7 +63,7 @@ func fetch(ctx context.Context, o Options, name string) (debPackage, error) {
 // candidate is the version that apt would install. Without package lists they
 // are fetched first.
 func candidate(ctx context.Context, o Options, name string) (string, error) {
-	version, err := policy(ctx, name)
+	version, err := policy(ctx, o, name)
 	if err != nil {
 		return "", err
 	}
@@ -73,7 +74,7 @@ func candidate(ctx context.Context, o Options, name string) (string, error) {
 	if _, err := apt(ctx, "", "apt-get", "-q", "update"); err != nil {
 		return "", fmt.Errorf("find package %s: %w", name, err)
 	}
-	if version, err = policy(ctx, name); err != nil {
+	if version, err = policy(ctx, o, name); err != nil {
 		return "", err
 	}
 	if version == "" {
@@ -82,8 +83,8 @@ func candidate(ctx context.Context, o Options, name string) (string, error) {
 	return version, nil
 }
 
-func policy(ctx context.Context, name string) (string, error) {
-	out, err := apt(ctx, "", "apt-cache", "policy", name)
+func policy(ctx context.Context, o Options, name string) (string, error) {
+	out, err := aptCache(ctx, o, "policy", name)
 	if err != nil {
 		return "", fmt.Errorf("find package %s: %w", name, err)
 	}
@@ -100,7 +101,7 @@ func dependency(ctx context.Context, o Options, name, prefix string) (string, er
 	if _, err := candidate(ctx, o, name); err != nil {
 		return "", err
 	}
-	out, err := apt(ctx, "", "apt-cache", "depends", name)
+	out, err := aptCache(ctx, o, "depends", name)
 	if err != nil {
 		return "", fmt.Errorf("read the dependencies of %s: %w", name, err)
 	}
@@ -110,6 +111,36 @@ func dependency(ctx context.Context, o Options, name, prefix string) (string, er
 		}
 	}
 	return "", fmt.Errorf("package %s depends on no %s…: %w", name, prefix, errdefs.ErrNotFound)
+}
+
+// aptCache is apt-cache's answer. It takes half a second to give one, and is not
+// asked again until apt's lists or sources have changed.
+func aptCache(ctx context.Context, o Options, question ...string) ([]byte, error) {
+	key := sha256.New()
+	fmt.Fprintf(key, "%q", question)
+	for _, path := range []string{"/var/lib/apt/lists", "/var/lib/dpkg/status", "/etc/apt/sources.list", "/etc/apt/sources.list.d", "/etc/apt/preferences", "/etc/apt/preferences.d"} {
+		if info, err := os.Stat(path); err == nil {
+			fmt.Fprintf(key, " %s %d", path, info.ModTime().UnixNano())
+		}
+	}
+	file := filepath.Join(o.cache(), "apt", strings.Join(question, "-"))
+	line := fmt.Sprintf("%x\n", key.Sum(nil))
+	if kept, err := os.ReadFile(file); err == nil {
+		if answer, ok := strings.CutPrefix(string(kept), line); ok {
+			return []byte(answer), nil
+		}
+	}
+	answer, err := apt(ctx, "", append([]string{"apt-cache"}, question...)...)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		return nil, fmt.Errorf("make the cache: %w", err)
+	}
+	return answer, writeFile(file, func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "%s%s", line, answer)
+		return err
+	})
 }
 
 // apt runs a command of apt's, in English, and returns its output.

@@ -15,8 +15,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/tarball"
-	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"ingot/internal/boot"
 )
@@ -47,10 +45,6 @@ func Kernel(ctx context.Context, o Options, init []byte) (v1.Image, error) {
 		return nil, fmt.Errorf("build kernel image: %w", err)
 	}
 	o.say("assemble kernel image %s", k.version)
-	first, err := tarball.LayerFromFile(k.layer, tarball.WithMediaType(types.OCILayer))
-	if err != nil {
-		return nil, fmt.Errorf("build kernel image: %w", err)
-	}
 	var initrd bytes.Buffer
 	if err := boot.Initramfs(&initrd, init, k.modules); err != nil {
 		return nil, fmt.Errorf("build kernel image: %w", err)
@@ -62,13 +56,13 @@ func Kernel(ctx context.Context, o Options, init []byte) (v1.Image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("build kernel image: %w", err)
 	}
-	return assemble(v1.Config{Labels: map[string]string{labelTitle: "kernel", LabelVersion: k.version}}, first, second)
+	return assemble(v1.Config{Labels: map[string]string{labelTitle: "kernel", LabelVersion: k.version}}, k.layer, second)
 }
 
 // kernelFiles are what is taken out of a kernel package.
 type kernelFiles struct {
-	version string // 6.1.0-56-cloud-amd64
-	layer   string // a compressed layer with the ELF kernel
+	version string    // 6.1.0-56-cloud-amd64
+	layer   keptLayer // with the ELF kernel
 	modules []boot.Module
 }
 
@@ -83,22 +77,28 @@ func kernel(ctx context.Context, o Options) (kernelFiles, error) {
 		return kernelFiles{}, err
 	}
 	dir := filepath.Join(o.cache(), "kernel", strings.TrimSuffix(filepath.Base(p.file), ".deb"))
-	k := kernelFiles{version: strings.TrimPrefix(name, "linux-image-"), layer: filepath.Join(dir, "vmlinux.tar.gz")}
-	if k.modules, err = readModules(dir); err == nil {
-		if _, err := os.Stat(k.layer); err == nil {
-			return k, nil
-		}
+	k := kernelFiles{version: strings.TrimPrefix(name, "linux-image-")}
+	if err := k.read(dir); err == nil {
+		return k, nil
 	}
 	o.say("unpack kernel %s", k.version)
-	if err := takeApart(ctx, p, dir, k.layer); err != nil {
+	if err := takeApart(ctx, p, dir); err != nil {
 		return kernelFiles{}, err
 	}
-	k.modules, err = readModules(dir)
-	return k, err
+	return k, k.read(dir)
 }
 
+func (k *kernelFiles) read(dir string) (err error) {
+	if k.modules, err = readModules(dir); err == nil {
+		k.layer, err = openLayer(layerPath(dir))
+	}
+	return err
+}
+
+func layerPath(dir string) string { return filepath.Join(dir, "vmlinux.tar.gz") }
+
 // takeApart writes the kernel's layer, the modules, and, last, the modules' list.
-func takeApart(ctx context.Context, p debPackage, dir, layer string) error {
+func takeApart(ctx context.Context, p debPackage, dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
@@ -126,7 +126,7 @@ func takeApart(ctx context.Context, p debPackage, dir, layer string) error {
 	if err != nil {
 		return err
 	}
-	err = layerFile(layer, func(a *archive) {
+	err = writeLayer(layerPath(dir), func(a *archive) {
 		a.dir("boot", 0o755)
 		a.file(KernelPath, 0o644, vmlinux)
 	})
