@@ -32,11 +32,11 @@ type Info struct {
 
 // List returns all interfaces of the current network namespace.
 func List() ([]Info, error) {
-	links, err := netlink.LinkList()
+	links, err := dump(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list interfaces: %w", err)
 	}
-	addrs, err := netlink.AddrList(nil, unix.AF_UNSPEC)
+	addrs, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, unix.AF_UNSPEC) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}
@@ -72,7 +72,7 @@ func Get(name string) (Info, error) {
 			i.Master = master.Attrs().Name
 		}
 	}
-	addrs, err := netlink.AddrList(l, unix.AF_UNSPEC)
+	addrs, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(l, unix.AF_UNSPEC) })
 	if err != nil {
 		return Info{}, fmt.Errorf("list addresses of %s: %w", name, err)
 	}

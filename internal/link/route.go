@@ -18,12 +18,12 @@ type Route struct {
 
 // Routes lists the IPv4 routes of the main table.
 func Routes() ([]Route, error) {
-	list, err := netlink.RouteList(nil, unix.AF_INET)
+	list, err := dump(func() ([]netlink.Route, error) { return netlink.RouteList(nil, unix.AF_INET) })
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)
 	}
 	names := map[int]string{}
-	links, err := netlink.LinkList()
+	links, err := dump(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list interfaces: %w", err)
 	}
@@ -65,7 +65,7 @@ func EnsureRoute(dst netip.Prefix, via netip.Addr) (changed bool, err error) {
 // ForgetNeighbour drops what is known of the MAC address behind an IPv4 address, on
 // all interfaces. The next packet asks for it anew.
 func ForgetNeighbour(a netip.Addr) error {
-	known, err := netlink.NeighList(0, unix.AF_INET)
+	known, err := dump(func() ([]netlink.Neigh, error) { return netlink.NeighList(0, unix.AF_INET) })
 	if err != nil {
 		return fmt.Errorf("list neighbours: %w", err)
 	}
