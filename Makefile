@@ -61,4 +61,4 @@ fuzz: ## run every fuzz target for FUZZTIME
 
 e2e: build ## bring an environment up, use it, break it, take it down
 	@scripts/packages run test
-	$(GO) test -run TestE2E -count 1 -timeout 15m -v ./cmd/ingot
+	$(GO) test -run TestE2E -count 1 -timeout 20m -v ./cmd/ingot

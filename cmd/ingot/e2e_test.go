@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
-	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -30,8 +29,6 @@ const e2eEnv = "e2e"
 // e2eScripts are the scripts of testdata/e2e in the order in which they run:
 // the first brings the environment up, the last takes it down.
 var e2eScripts = []string{"up", "ps", "run", "exec", "terminal", "image", "debian", "logs", "isolation", "faults", "upgrade", "rm", "declare", "down"}
-
-var withDebian = flag.Bool("debian", false, "also build the debian image, boot it and log in to it (minutes)")
 
 // TestE2E runs the program that `make build` makes, on an environment of its own.
 func TestE2E(t *testing.T) {
@@ -72,9 +69,6 @@ func TestE2E(t *testing.T) {
 	for _, script := range e2eScripts {
 		if script == "down" { // another environment comes and goes beside this one
 			t.Run("killed", func(t *testing.T) { testKilled(t, program) })
-		}
-		if script == "debian" && !*withDebian {
-			continue
 		}
 		// One after the other: a script's faults must not be another's.
 		ok := t.Run(script, func(t *testing.T) {
