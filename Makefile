@@ -42,11 +42,12 @@ test: ## run all tests
 	$(GO) test -p 1 -timeout 20m ./...
 	CGO_ENABLED=1 $(GO) test -p 1 -race -short -timeout 10m $(RACE)
 
-check: ## format, vet, staticcheck, layout
+check: ## format, vet, staticcheck, layout, arm64
 	@bad=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$bad" || { echo "not gofmt'd: $$bad"; exit 1; }
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	$(GO) test -run TestLayout .
+	GOARCH=arm64 $(GO) build ./...
 
 bench: build ## measure what docs/benchmarks.md shows
 	@scripts/packages run test

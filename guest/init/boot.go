@@ -58,7 +58,7 @@ func openConsole() {
 		return // there is none: words go nowhere
 	}
 	for fd := range 3 {
-		syscall.Dup2(int(f.Fd()), fd)
+		syscall.Dup3(int(f.Fd()), fd, 0)
 	}
 }
 
