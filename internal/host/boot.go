@@ -51,7 +51,7 @@ func (v *instance) boot(ctx context.Context) error {
 		s.Links, s.Volumes = links, prepared.Volumes
 		s.KernelPath, s.InitrdPath = prepared.Kernel, prepared.Initrd
 	})
-	if err := v.serveMetadata(); err != nil {
+	if err := v.serveMetadata(ctx); err != nil {
 		return err
 	}
 	spec.Process = boot.Process(spec.Process, prepared.Process)
@@ -161,7 +161,7 @@ func (v *instance) ensureLinks(spec vm.Spec) (map[string]vm.InterfaceStatus, err
 
 // serveMetadata answers the guest on its metadata interface, and writes down what
 // it is told.
-func (v *instance) serveMetadata() error {
+func (v *instance) serveMetadata(ctx context.Context) error {
 	spec := v.spec
 	data := boot.Metadata(spec)
 	text, err := json.MarshalIndent(map[string]any{"latest": data}, "", " ")
@@ -178,7 +178,7 @@ func (v *instance) serveMetadata() error {
 		if !n.Metadata || v.metadata != nil {
 			continue
 		}
-		if v.metadata, err = metadata.Listen(device(spec.UID, n)); err != nil {
+		if v.metadata, err = metadata.Listen(ctx, device(spec.UID, n)); err != nil {
 			return err
 		}
 	}

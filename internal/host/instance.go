@@ -288,7 +288,7 @@ func (v *instance) find(ctx context.Context) {
 			if err := v.host.logs.Add(v.dir); err != nil {
 				v.log.Error("bound logs", "err", err)
 			}
-			if err := v.serveMetadata(); err != nil {
+			if err := v.serveMetadata(ctx); err != nil {
 				v.log.Error("serve metadata", "err", err)
 			}
 		case errors.As(err, &ended) && w.Status.Phase == vm.Running:

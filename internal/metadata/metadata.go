@@ -64,12 +64,12 @@ type Server struct {
 
 // Listen serves the guest behind a device of this network namespace. Guests all
 // ask the same address: each listener hears only what came in by its device.
-func Listen(device string) (*Server, error) {
+func Listen(ctx context.Context, device string) (*Server, error) {
 	if device == "" {
 		return nil, fmt.Errorf("serve metadata: no device is named: %w", errdefs.ErrInvalidArgument)
 	}
 	config := net.ListenConfig{Control: func(_, _ string, conn syscall.RawConn) error { return bind(conn, device) }}
-	l, err := run.Listen(context.Background(), config, "tcp4", Address)
+	l, err := run.Listen(ctx, config, "tcp4", Address)
 	if err != nil {
 		return nil, fmt.Errorf("serve metadata on %s: %w", device, err)
 	}

@@ -2,6 +2,7 @@ package metadata_test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -134,7 +135,7 @@ func read(t *testing.T, conn io.Reader) (status int, body string) {
 
 func serve(t *testing.T, device string, values map[string]string) *metadata.Server {
 	t.Helper()
-	s, err := metadata.Listen(device)
+	s, err := metadata.Listen(t.Context(), device)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -205,12 +206,27 @@ func TestGuestCannotTakeMuch(t *testing.T) {
 	if status, _ := read(t, conn); status != http.StatusMethodNotAllowed {
 		t.Errorf("a write: status %d", status)
 	}
-	// Connections that say nothing hold others up, but only until they time out,
-	// and they don't hold up Close.
-	for range 40 {
+	// Connections that say nothing hold others up once there are as many as a guest
+	// may have, until one of them ends, and they don't hold up Close.
+	var silent []net.Conn
+	for range 16 {
+		expect(t, g, "/latest/meta-data", 200, "x")
 		if c := g.dial(t); c != nil {
+			silent = append(silent, c)
 			defer c.Close()
 		}
+	}
+	late := g.dial(t)
+	defer late.Close()
+	fmt.Fprint(late, "GET /latest/meta-data HTTP/1.0\r\n\r\n")
+	late.SetReadDeadline(time.Now().Add(200 * time.Millisecond))
+	if n, err := late.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("one more than the guest may have is answered: %d bytes, %v", n, err)
+	}
+	silent[0].Close()
+	late.SetReadDeadline(time.Now().Add(20 * time.Second))
+	if status, body := read(t, late); status != 200 || body != "x" {
+		t.Errorf("after another has ended: %d %q", status, body)
 	}
 	if err := s.Close(); err != nil {
 		t.Error(err)
@@ -219,7 +235,7 @@ func TestGuestCannotTakeMuch(t *testing.T) {
 
 func TestListenNeedsItsDevice(t *testing.T) {
 	need.NetNS(t)
-	if s, err := metadata.Listen("mdtest-none"); err == nil {
+	if s, err := metadata.Listen(t.Context(), "mdtest-none"); err == nil {
 		s.Close()
 		t.Error("it listens on a device that does not exist")
 	}
