@@ -149,14 +149,8 @@ func TestLab(t *testing.T) {
 // Docker and ufw leave a chain like this one.
 func TestPassageThroughAnothersDrop(t *testing.T) {
 	needs(t)
-	nft := func(script string) {
-		t.Helper()
-		if out, err := exec.Command("nft", script).CombinedOutput(); err != nil {
-			t.Fatalf("nft: %v %s", err, out)
-		}
-	}
-	nft("table ip filter { chain FORWARD { type filter hook forward priority filter; policy drop; }; chain DOCKER-USER {}; }")
-	nft("table inet other { chain forward { type filter hook forward priority filter; policy accept; }; }")
+	nft(t, "table ip filter { chain FORWARD { type filter hook forward priority filter; policy drop; }; chain DOCKER-USER {}; }")
+	nft(t, "table inet other { chain forward { type filter hook forward priority filter; policy accept; }; }")
 	for i, want := range []int{1, 0} { // twice changes nothing
 		added, err := nat.SetPassage("ingot-lab")
 		if err != nil || len(added) != want {
@@ -164,6 +158,19 @@ func TestPassageThroughAnothersDrop(t *testing.T) {
 		}
 	}
 	golden(t, "passage.nft", "ip", "filter")
+	// One of the two rules is away, or is there twice.
+	const accept = ` counter accept comment "ingot: let pass ingot-lab"`
+	for _, script := range []string{
+		"flush chain ip filter FORWARD; add rule ip filter FORWARD oifname ingot-lab" + accept,
+		"add rule ip filter FORWARD iifname ingot-lab" + accept,
+		"flush chain ip filter FORWARD; add rule ip filter FORWARD iifname ingot-lab" + accept + "; add rule ip filter FORWARD iifname ingot-lab" + accept,
+	} {
+		nft(t, script)
+		if added, err := nat.SetPassage("ingot-lab"); err != nil || len(added) != 1 {
+			t.Fatalf("after %s: %v, %v", script, added, err)
+		}
+		golden(t, "passage.nft", "ip", "filter")
+	}
 	if err := nat.RemovePassage("ingot-lab"); err != nil {
 		t.Fatal(err)
 	}

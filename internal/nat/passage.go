@@ -28,15 +28,21 @@ func SetPassage(iface string) (added []string, err error) {
 	return letPass(c, chains, iface)
 }
 
-// letPass puts the two rules into each chain that has not got them.
+// letPass puts the two rules into each chain that has not got both and no more, in
+// place of what it has of them.
 func letPass(c *nftables.Conn, chains []*nftables.Chain, iface string) (added []string, err error) {
 	for _, chain := range chains {
 		have, err := passageRules(c, chain, iface)
 		if err != nil {
 			return nil, err
 		}
-		if len(have) == 2 {
+		if len(have) == 2 && direction(have[0]) != direction(have[1]) {
 			continue
+		}
+		for _, r := range have {
+			if err := c.DelRule(r); err != nil {
+				return nil, fmt.Errorf("remove rule: %w", err)
+			}
 		}
 		for _, match := range [][]expr.Any{oif(iface), iif(iface)} {
 			c.InsertRule(&nftables.Rule{
@@ -51,6 +57,16 @@ func letPass(c *nftables.Conn, chains []*nftables.Chain, iface string) (added []
 		return nil, fmt.Errorf("let %s pass: %w", iface, err)
 	}
 	return added, nil
+}
+
+// direction is what a rule of ours looks at: the interface in, or out.
+func direction(r *nftables.Rule) expr.MetaKey {
+	for _, e := range r.Exprs {
+		if meta, ok := e.(*expr.Meta); ok {
+			return meta.Key
+		}
+	}
+	return 0
 }
 
 // RemovePassage takes away what SetPassage has added.
