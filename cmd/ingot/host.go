@@ -106,6 +106,16 @@ func readHostConfig(file string, must bool) (hostConfig, error) {
 	if c.BridgeName == "" && c.ParentInterface == "" {
 		return c, errors.New("you must supply at least one of parent interface, bridge name (parent-iface, bridge-name in " + file + ")")
 	}
+	for key, addr := range map[string]netip.Addr{"hub": c.Hub, "trusted": c.Trusted.Addr()} {
+		if addr.IsValid() && !addr.Is4() {
+			return c, fmt.Errorf("read %s: %s: %s is no IPv4 address", file, key, addr)
+		}
+	}
+	for _, addr := range c.Machines {
+		if !addr.Is4() {
+			return c, fmt.Errorf("read %s: machines: %s is no IPv4 address", file, addr)
+		}
+	}
 	if c.TokenFile != "" {
 		token, err := os.ReadFile(c.TokenFile)
 		if err != nil {
@@ -149,7 +159,7 @@ func runHost(ctx context.Context, c hostConfig, file string) error {
 	if err != nil {
 		return err
 	}
-	guard, err := c.guard(log)
+	guard, err := c.guard()
 	if err != nil {
 		return err
 	}
@@ -166,14 +176,14 @@ func runHost(ctx context.Context, c hostConfig, file string) error {
 	}
 	h := host.New(host.Config{
 		StateDir: c.StateDir, Bridge: c.BridgeName, Parent: c.ParentInterface, DefaultDriver: c.DefaultProvider, Pool: c.Pool,
-		Images: images, Drivers: []vmm.Driver{qemu.New(qemu.Config{KVM: verdict, Log: log})}, Log: log.With("controller", "microvm"),
+		Guard: guard.Set, Images: images, Drivers: []vmm.Driver{qemu.New(qemu.Config{KVM: verdict, Log: log})}, Log: log.With("controller", "microvm"),
 	})
 	server := rpc.New(rpc.Config{
 		Listen: c.GRPCEndpoint, TLS: security, Token: pki.Secret(c.BasicAuthToken), Host: h, Images: images,
 		Pool: c.Pool, Segment: c.Segment, Version: b.Version, ConfigFile: file, StateDir: c.StateDir, Log: log,
 	})
 	collector := image.Collector{Images: images, Unused: c.ImageKeep, Pool: c.Pool}
-	return run.All(ctx, log, guard, h, run.Func(collector.String(), collector.Run), run.Func(server.String(), func(ctx context.Context, ready func()) error {
+	return run.All(ctx, log, keep(guard, log), h, run.Func(collector.String(), collector.Run), run.Func(server.String(), func(ctx context.Context, ready func()) error {
 		select {
 		case <-h.Ready(): // so that nobody is told of half the microVMs
 		case <-ctx.Done():
@@ -184,15 +194,12 @@ func runHost(ctx context.Context, c hostConfig, file string) error {
 	}))
 }
 
-// guard keeps guests from this machine's services and from other machines'.
-func (c hostConfig) guard(log *slog.Logger) (run.Task, error) {
-	const name = "guest guard"
-	if c.Segment == "" { // an operator's own network
-		return run.Func(name, func(ctx context.Context, ready func()) error {
-			ready()
-			<-ctx.Done()
-			return nil
-		}), nil
+// guard keeps guests from this machine's services and from other machines', and to
+// their own addresses. On an operator's own network, which names no segment, it
+// guards the metadata interfaces only.
+func (c hostConfig) guard() (*nat.Guard, error) {
+	if c.Segment == "" {
+		return nat.OpenGuard(nat.Host{})
 	}
 	_, port, err := net.SplitHostPort(c.GRPCEndpoint)
 	if err != nil {
@@ -206,13 +213,18 @@ func (c hostConfig) guard(log *slog.Logger) (run.Task, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := nat.Host{
+	return nat.OpenGuard(nat.Host{
 		Segment: c.Segment, MAC: segment.MAC, Bridge: c.BridgeName, Port: c.SegmentPort,
 		Platform: c.Machines, Hub: c.Hub, Trusted: c.Trusted, Management: []uint16{uint16(number)},
-	}
-	return run.Func(name, func(ctx context.Context, ready func()) error {
-		return nat.KeepHost(ctx, h, ready, func() {
+	})
+}
+
+// keep is the task that keeps the guard's rules in force.
+func keep(guard *nat.Guard, log *slog.Logger) run.Task {
+	return run.Func("guest guard", func(ctx context.Context, ready func()) error {
+		ready()
+		return guard.Keep(ctx, func() {
 			log.Warn("somebody changed the nftables rules that guests are kept by: they are set again")
 		})
-	}), nil
+	})
 }

@@ -147,7 +147,10 @@ func (v *instance) ensureLinks(spec vm.Spec) (map[string]vm.InterfaceStatus, err
 				err = link.Metadata(name)
 			}
 		default:
-			info, err = link.EnsureTap(name, link.Tap{Bridge: n.Bridge})
+			info, err = link.EnsureTap(name, link.Tap{Bridge: n.Bridge, MAC: mac})
+		}
+		if err == nil {
+			err = v.guard(n)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("make interface %s: %w", n.ID, err)
@@ -157,6 +160,18 @@ func (v *instance) ensureLinks(spec vm.Spec) (map[string]vm.InterfaceStatus, err
 		}
 	}
 	return links, nil
+}
+
+// guard holds the guest to the MAC address of one of its interfaces.
+func (v *instance) guard(n vm.Interface) error {
+	if v.host.c.Guard == nil || n.Metadata {
+		return nil
+	}
+	mac, err := net.ParseMAC(n.MAC)
+	if err != nil {
+		return err
+	}
+	return v.host.c.Guard(device(v.spec.UID, n), mac)
 }
 
 // serveMetadata answers the guest on its metadata interface, and writes down what

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -36,9 +37,12 @@ type Config struct {
 	Parent        string // what macvtaps sit on; empty: taps are made instead
 	DefaultDriver string // empty: the first that is available
 	Pool          string // what package pool opened; empty: nobody looks how full it is
-	Images        *image.Store
-	Drivers       []vmm.Driver
-	Log           *slog.Logger
+	// Guard is told the MAC address of the guest behind each device on a network,
+	// before the guest can send, and nil before the device is removed. nil: nobody.
+	Guard   func(device string, mac net.HardwareAddr) error
+	Images  *image.Store
+	Drivers []vmm.Driver
+	Log     *slog.Logger
 }
 
 // Host keeps microVMs. New only allocates; Run finds what is there and keeps it.
@@ -135,7 +139,7 @@ func (h *Host) sweep(ctx context.Context) error {
 	for _, l := range links {
 		if (strings.HasPrefix(l.Name, "fltap") || strings.HasPrefix(l.Name, "flvtap")) && !wanted[l.Name] {
 			h.c.Log.Info("removing a leftover interface", "name", l.Name)
-			problems = append(problems, link.Remove(l.Name))
+			problems = append(problems, h.removeLink(l.Name))
 		}
 	}
 	leases, err := h.c.Images.Leases(ctx)
@@ -149,6 +153,16 @@ func (h *Host) sweep(ctx context.Context) error {
 		}
 	}
 	return errors.Join(problems...)
+}
+
+// removeLink removes a guest's device, which then guards nobody's address.
+func (h *Host) removeLink(device string) error {
+	if h.c.Guard != nil {
+		if err := h.c.Guard(device, nil); err != nil {
+			return err
+		}
+	}
+	return link.Remove(device)
 }
 
 // View is a microVM as others see it.

@@ -15,7 +15,6 @@ import (
 	"github.com/containerd/errdefs"
 
 	"ingot/internal/agent"
-	"ingot/internal/link"
 	"ingot/internal/metadata"
 	"ingot/internal/vm"
 	"ingot/internal/vmm"
@@ -285,6 +284,11 @@ func (v *instance) find(ctx context.Context) {
 		case err == nil:
 			v.log.Info("found running", "pid", m.PID())
 			v.running(m)
+			for _, n := range v.spec.Interfaces { // also of a daemon that guarded none
+				if err := v.guard(n); err != nil {
+					v.log.Error("guard interface", "err", err)
+				}
+			}
 			if err := v.host.logs.Add(v.dir); err != nil {
 				v.log.Error("bound logs", "err", err)
 			}
@@ -513,7 +517,7 @@ func (v *instance) destroy(ctx context.Context) error {
 	}
 	spec := v.spec
 	for _, n := range spec.Interfaces {
-		if err := link.Remove(device(spec.UID, n)); err != nil {
+		if err := v.host.removeLink(device(spec.UID, n)); err != nil {
 			return err
 		}
 	}

@@ -17,8 +17,11 @@ import (
 // Tap says how a tap device should be.
 type Tap struct {
 	Bridge string // empty: it stands alone
-	Owner  int    // uid that may open it beside root
-	MTU    int    // 0: the bridge's or the kernel's choice
+	// MAC is the card's behind it. The bridge is told it, and learns no other from
+	// what comes by the tap. nil: it learns.
+	MAC   net.HardwareAddr
+	Owner int // uid that may open it beside root
+	MTU   int // 0: the bridge's or the kernel's choice
 }
 
 // EnsureTap makes a persistent tap device that is up and where it belongs.
@@ -46,10 +49,26 @@ func EnsureTap(name string, t Tap) (Info, error) {
 			return Info{}, err
 		}
 	}
+	if t.Bridge != "" && t.MAC != nil {
+		if err := pin(l, t.MAC); err != nil {
+			return Info{}, fmt.Errorf("tell %s of %s behind %s: %w", t.Bridge, t.MAC, name, err)
+		}
+	}
 	if err := up(l); err != nil {
 		return Info{}, err
 	}
 	return Get(name)
+}
+
+// pin has a bridge's port know one MAC address, and learn none. A filter could not
+// do that alone: the kernel learns from LLDP before any filter for bridges sees it.
+func pin(l netlink.Link, mac net.HardwareAddr) error {
+	if err := netlink.LinkSetLearning(l, false); err != nil {
+		return err
+	}
+	return netlink.NeighSet(&netlink.Neigh{
+		LinkIndex: l.Attrs().Index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_MASTER, State: netlink.NUD_NOARP, HardwareAddr: mac,
+	})
 }
 
 // OpenTap opens a tap device for a hypervisor: with the virtio-net header, as

@@ -1,6 +1,7 @@
 package nat
 
 import (
+	"bytes"
 	"fmt"
 	"net"
 	"net/netip"
@@ -14,11 +15,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// batch replaces one table in one transaction.
+// batch replaces one table in one transaction, or says what of it is in force.
 type batch struct {
-	conn  *nftables.Conn
-	table *nftables.Table
-	err   error
+	conn   *nftables.Conn
+	table  *nftables.Table
+	chains []*nftables.Chain
+	rules  map[string][]string // the comments, by chain
+	sets   map[string][][]byte // the keys, by set
+	err    error
 }
 
 func begin(family nftables.TableFamily, name string) (*batch, error) {
@@ -29,7 +33,7 @@ func begin(family nftables.TableFamily, name string) (*batch, error) {
 	t := &nftables.Table{Family: family, Name: name}
 	c.AddTable(t) // so that there is one to delete
 	c.DelTable(t)
-	return &batch{conn: c, table: c.AddTable(t)}, nil
+	return &batch{conn: c, table: c.AddTable(t), rules: map[string][]string{}, sets: map[string][][]byte{}}, nil
 }
 
 func (b *batch) commit() error {
@@ -42,41 +46,50 @@ func (b *batch) commit() error {
 	return nil
 }
 
-func (b *batch) chain(name string, kind nftables.ChainType, hook *nftables.ChainHook, priority *nftables.ChainPriority, policy *nftables.ChainPolicy) *nftables.Chain {
-	if policy == nil {
-		accept := nftables.ChainPolicyAccept
-		policy = &accept
-	}
-	return b.conn.AddChain(&nftables.Chain{
-		Table: b.table, Name: name, Type: kind, Hooknum: hook, Priority: priority, Policy: policy,
-	})
+func (b *batch) chain(name string, kind nftables.ChainType, hook *nftables.ChainHook, priority *nftables.ChainPriority, policy nftables.ChainPolicy) *nftables.Chain {
+	return b.add(&nftables.Chain{Name: name, Type: kind, Hooknum: hook, Priority: priority, Policy: &policy})
 }
 
-func (b *batch) plainChain(name string) *nftables.Chain {
-	return b.conn.AddChain(&nftables.Chain{Table: b.table, Name: name})
+func (b *batch) plainChain(name string) *nftables.Chain { return b.add(&nftables.Chain{Name: name}) }
+
+func (b *batch) add(c *nftables.Chain) *nftables.Chain {
+	c.Table = b.table
+	b.chains = append(b.chains, c)
+	return b.conn.AddChain(c)
 }
 
 // addresses makes a named set of IPv4 addresses.
 func (b *batch) addresses(name string, addrs []netip.Addr) *nftables.Set {
-	set := &nftables.Set{Table: b.table, Name: name, KeyType: nftables.TypeIPAddr}
-	var elements []nftables.SetElement
-	for _, a := range slices.Compact(slices.SortedFunc(slices.Values(addrs), netip.Addr.Compare)) {
-		elements = append(elements, nftables.SetElement{Key: a.AsSlice()})
+	var keys [][]byte
+	for _, a := range addrs {
+		keys = append(keys, a.AsSlice())
 	}
+	return b.set(&nftables.Set{Name: name, KeyType: nftables.TypeIPAddr}, keys)
+}
+
+func (b *batch) set(set *nftables.Set, keys [][]byte) *nftables.Set {
+	slices.SortFunc(keys, bytes.Compare)
+	keys = slices.CompactFunc(keys, bytes.Equal)
+	var elements []nftables.SetElement
+	for _, key := range keys {
+		elements = append(elements, nftables.SetElement{Key: key})
+	}
+	set.Table = b.table
+	b.sets[set.Name] = keys
 	if err := b.conn.AddSet(set, elements); err != nil && b.err == nil {
 		b.err = err
 	}
 	return set
 }
 
-// rule adds a rule of the given parts; a text becomes its comment, by which Check
-// finds it again.
+// rule adds a rule of the given parts. Its text becomes its comment, by which
+// check finds it again: no two of a chain have the same.
 func (b *batch) rule(c *nftables.Chain, text string, parts ...[]expr.Any) {
-	r := &nftables.Rule{Table: b.table, Chain: c, Exprs: slices.Concat(parts...)}
-	if text != "" {
-		r.UserData = userdata.AppendString(nil, userdata.TypeComment, text)
-	}
-	b.conn.AddRule(r)
+	b.rules[c.Name] = append(b.rules[c.Name], text)
+	b.conn.AddRule(&nftables.Rule{
+		Table: b.table, Chain: c, Exprs: slices.Concat(parts...),
+		UserData: userdata.AppendString(nil, userdata.TypeComment, text),
+	})
 }
 
 func verdict(kind expr.VerdictKind) []expr.Any {
@@ -93,12 +106,17 @@ func oifNot(name string) []expr.Any { return device(expr.MetaKeyOIFNAME, expr.Cm
 
 func device(key expr.MetaKey, op expr.CmpOp, name string) []expr.Any {
 	data, wild := strings.CutSuffix(name, "*")
-	bytes := []byte(data)
+	padded := []byte(data)
 	if !wild {
-		bytes = make([]byte, unix.IFNAMSIZ)
-		copy(bytes, name)
+		padded = ifname(name)
 	}
-	return []expr.Any{&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: op, Register: 1, Data: bytes}}
+	return []expr.Any{&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: op, Register: 1, Data: padded}}
+}
+
+func ifname(name string) []byte {
+	padded := make([]byte, unix.IFNAMSIZ)
+	copy(padded, name)
+	return padded
 }
 
 func established() []expr.Any {
@@ -128,7 +146,8 @@ func etherType(t uint16) []expr.Any {
 	}
 }
 
-func bridgeIPv4() []expr.Any { return etherType(unix.ETH_P_IP) }
+// etherTo matches frames to a card.
+func etherTo(mac net.HardwareAddr) []expr.Any { return payload(expr.PayloadBaseLLHeader, 0, mac) }
 
 // etherSourceNot matches frames that another card than mac has sent.
 func etherSourceNot(mac net.HardwareAddr) []expr.Any {
@@ -136,6 +155,13 @@ func etherSourceNot(mac net.HardwareAddr) []expr.Any {
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseLLHeader, Offset: 6, Len: 6},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: mac},
 	}
+}
+
+// tagged matches frames of a VLAN. The kernel takes the outer tag off before the
+// bridge sees the frame, and its protocol is that of what the tag held; but it is
+// shown where the frame had it.
+func tagged(protocol uint16) []expr.Any {
+	return payload(expr.PayloadBaseLLHeader, 12, binaryutil.BigEndian.PutUint16(protocol))
 }
 
 const (
@@ -155,14 +181,15 @@ func inPrefix(offset uint32, p netip.Prefix) []expr.Any {
 	}
 }
 
-func sourceNotIn(s *nftables.Set) []expr.Any { return notIn(sourceOffset, s) }
+func sourceIn(s *nftables.Set) []expr.Any { return in(sourceOffset, s, false) }
 
-func destinationNotIn(s *nftables.Set) []expr.Any { return notIn(destinationOffset, s) }
+func destinationNotIn(s *nftables.Set) []expr.Any { return in(destinationOffset, s, true) }
 
-func notIn(offset uint32, s *nftables.Set) []expr.Any {
+// in matches an address in a network header.
+func in(offset uint32, s *nftables.Set, not bool) []expr.Any {
 	return []expr.Any{
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: 4},
-		&expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID, Invert: true},
+		&expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID, Invert: not},
 	}
 }
 
@@ -173,17 +200,24 @@ func l4proto(p byte) []expr.Any {
 	}
 }
 
-// port4 matches the destination port of a protocol.
-func port4(proto byte, port uint16) []expr.Any {
+// port matches the destination port of a protocol.
+func port(proto byte, port uint16) []expr.Any {
 	return append(l4proto(proto), payload(expr.PayloadBaseTransportHeader, 2, binaryutil.BigEndian.PutUint16(port))...)
 }
 
-func sport(port uint16) []expr.Any {
-	return payload(expr.PayloadBaseTransportHeader, 0, binaryutil.BigEndian.PutUint16(port))
+// udpFrom matches UDP's source port.
+func udpFrom(port uint16) []expr.Any {
+	return append(l4proto(unix.IPPROTO_UDP), payload(expr.PayloadBaseTransportHeader, 0, binaryutil.BigEndian.PutUint16(port))...)
 }
 
-func sport6(port uint16) []expr.Any {
-	return append(l4proto(unix.IPPROTO_UDP), sport(port)...)
+// whole matches IPv4 packets that are no fragments. Of a fragment, what is looked
+// for may be read from the frame's padding.
+func whole() []expr.Any {
+	return []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 6, Len: 2},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 2, Mask: []byte{0x3f, 0xff}, Xor: []byte{0, 0}},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{0, 0}},
+	}
 }
 
 // acknowledges matches TCP segments that are not a connection's first: a first

@@ -1,18 +1,16 @@
 // Package nat sets what a machine forwards, rewrites and refuses. It is the only
-// package that speaks nftables. Each role has one table of ours, replaced in one
-// transaction; rules of others are never touched. It watches nothing: Check says
-// what is missing when it is asked.
+// package that speaks nftables. Each role has tables of ours, each replaced in one
+// transaction; rules of others are never touched. Guard keeps a host's in force;
+// the other roles' are watched by nobody: CheckHub says what is missing when it is
+// asked.
 package nat
 
 import (
-	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
-	"github.com/google/nftables/userdata"
 	"golang.org/x/sys/unix"
 
 	"ingot/internal/link"
@@ -32,12 +30,6 @@ type Hub struct {
 	Management []uint16 // TCP ports
 }
 
-// Rule is one rule that ought to be in force.
-type Rule struct {
-	Text    string // in the form of `firewall-cmd --direct`: ipv4 nat POSTROUTING 0 -o bond0 -j MASQUERADE
-	Present bool
-}
-
 // forwardText and masqueradeText are the two rules that the environment's
 // description shows.
 func (h Hub) forwardText() string {
@@ -50,134 +42,65 @@ func (h Hub) masqueradeText() string {
 
 // SetHub replaces the hub's table.
 func SetHub(h Hub) error {
+	b, err := h.table()
+	if err != nil {
+		return err
+	}
+	return b.commit()
+}
+
+// CheckHub says of the rules that the environment's description shows which are in
+// force.
+func CheckHub(h Hub) ([]Rule, error) {
+	b, err := h.table()
+	if err != nil {
+		return nil, err
+	}
+	rules, err := b.check()
+	if err != nil {
+		return nil, err
+	}
+	described := map[string]string{"forward: " + h.forwardText(): h.forwardText(), "postrouting: " + h.masqueradeText(): h.masqueradeText()}
+	var told []Rule
+	for _, r := range rules {
+		if text := described[r.Text]; text != "" {
+			told = append(told, Rule{text, r.Present})
+		}
+	}
+	return told, nil
+}
+
+func (h Hub) table() (*batch, error) {
 	b, err := begin(nftables.TableFamilyIPv4, Table)
 	if err != nil {
-		return err
+		return nil, err
 	}
+	accept, drop := verdict(expr.VerdictAccept), verdict(expr.VerdictDrop)
 	platform := b.addresses("platform", h.Platform)
-	drop := nftables.ChainPolicyDrop
-	forward := b.chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, &drop)
-	b.rule(forward, h.forwardText(), iif(h.Inside), oif(h.Outside), verdict(expr.VerdictAccept))
-	b.rule(forward, "", established(), verdict(expr.VerdictAccept))
-	b.rule(forward, "", iif(h.Outside), oif(h.Inside), source(h.Trusted), verdict(expr.VerdictAccept))
-	postrouting := b.chain("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, nil)
+	forward := b.chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, nftables.ChainPolicyDrop)
+	b.rule(forward, h.forwardText(), iif(h.Inside), oif(h.Outside), accept)
+	b.rule(forward, "answers", established(), accept)
+	b.rule(forward, "trusted into the segment", iif(h.Outside), oif(h.Inside), source(h.Trusted), accept)
+	postrouting := b.chain("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, nftables.ChainPolicyAccept)
 	b.rule(postrouting, h.masqueradeText(), oif(h.Outside), []expr.Any{&expr.Masq{}})
-	input := b.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nil)
-	for _, port := range h.Management {
-		b.rule(input, "", iif(h.Inside), sourceNotIn(platform), port4(unix.IPPROTO_TCP, port), verdict(expr.VerdictDrop))
+	input := b.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nftables.ChainPolicyAccept)
+	for _, number := range h.Management {
+		b.rule(input, fmt.Sprintf("machines to %d", number), iif(h.Inside), sourceIn(platform), port(unix.IPPROTO_TCP, number), accept)
+		b.rule(input, fmt.Sprintf("nobody else to %d", number), iif(h.Inside), port(unix.IPPROTO_TCP, number), drop)
 	}
-	return b.commit()
+	return b, nil
 }
 
-// CheckHub says of the rules that the hub ought to have which are in force.
-func CheckHub(h Hub) ([]Rule, error) {
-	c, err := nftables.New()
-	if err != nil {
-		return nil, fmt.Errorf("read nftables: %w", err)
-	}
-	table := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: Table}
-	var rules []Rule
-	for _, want := range []struct{ chain, text string }{
-		{"forward", h.forwardText()},
-		{"postrouting", h.masqueradeText()},
-	} {
-		have, err := c.GetRules(table, &nftables.Chain{Name: want.chain, Table: table})
-		if err != nil && !errors.Is(err, unix.ENOENT) {
-			return nil, fmt.Errorf("read rules of %s: %w", want.chain, err)
-		}
-		rule := Rule{Text: want.text}
-		for _, r := range have {
-			if text, ok := userdata.GetString(r.UserData, userdata.TypeComment); ok && text == want.text {
-				rule.Present = true
-			}
-		}
-		rules = append(rules, rule)
-	}
-	return rules, nil
-}
-
-// Host is what a microVM host refuses its guests.
-type Host struct {
-	Segment string           // the segment's interface
-	MAC     net.HardwareAddr // its address: other frames from Port are macvtap guests'
-	Bridge  string           // the guests' bridge; empty: none
-	Port    string           // Segment's other end, a port of Bridge
-	// Platform are the addresses of the environment's machines, which guests
-	// reach only for names, addresses and images, and these only at Hub.
-	Platform   []netip.Addr
-	Hub        netip.Addr
-	Trusted    netip.Prefix // who else reaches Management
-	Management []uint16     // TCP ports
-}
-
-// SetHost replaces the host's tables.
-func SetHost(h Host) error {
-	if err := setHostInput(h); err != nil {
-		return err
-	}
-	if h.Bridge == "" {
-		return nil
-	}
-	return setHostBridge(h)
-}
-
-func setHostInput(h Host) error {
-	b, err := begin(nftables.TableFamilyINet, Table)
-	if err != nil {
-		return err
-	}
-	platform := b.addresses("platform", h.Platform)
-	// What comes from a tap that is no bridge's port comes from a guest's metadata
-	// interface. Without this, the guest could reach any address of this machine
-	// through it.
-	metadata := b.chain("prerouting", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw, nil)
-	service := netip.MustParsePrefix("169.254.169.254/32")
-	b.rule(metadata, "", iif("fltap*"), ipv4(), destination(service), port4(unix.IPPROTO_TCP, 80), verdict(expr.VerdictAccept))
-	b.rule(metadata, "", iif("fltap*"), verdict(expr.VerdictDrop))
-	input := b.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nil)
-	if h.Bridge != "" {
-		// The bridge carries guests' frames; none is for this machine by way of it.
-		b.rule(input, "", iif(h.Bridge), verdict(expr.VerdictDrop))
-	}
-	for _, port := range h.Management {
-		b.rule(input, "", iif(h.Segment), ipv4(), source(h.Trusted), port4(unix.IPPROTO_TCP, port), verdict(expr.VerdictAccept))
-		b.rule(input, "", iif(h.Segment), ipv4(), sourceNotIn(platform), port4(unix.IPPROTO_TCP, port), verdict(expr.VerdictDrop))
-	}
-	return b.commit()
-}
-
-func setHostBridge(h Host) error {
-	b, err := begin(nftables.TableFamilyBridge, Table)
-	if err != nil {
-		return err
-	}
-	platform := b.addresses("platform", h.Platform)
-	guest := b.plainChain("guest")
-	drop := verdict(expr.VerdictDrop)
-	b.rule(guest, "", etherType(unix.ETH_P_8021Q), drop)
-	b.rule(guest, "", etherType(unix.ETH_P_8021AD), drop)
-	b.rule(guest, "", etherType(unix.ETH_P_IPV6), l4proto(unix.IPPROTO_ICMPV6), payload(expr.PayloadBaseTransportHeader, 0, []byte{134}), drop)
-	b.rule(guest, "", etherType(unix.ETH_P_IPV6), sport6(547), drop)
-	b.rule(guest, "", bridgeIPv4(), l4proto(unix.IPPROTO_UDP), sport(67), drop)
-	b.rule(guest, "", bridgeIPv4(), destination(netip.MustParsePrefix("169.254.0.0/16")), drop)
-	accept := verdict(expr.VerdictAccept)
-	b.rule(guest, "", bridgeIPv4(), destinationNotIn(platform), accept)
-	if h.Hub.IsValid() {
-		hub := destination(netip.PrefixFrom(h.Hub, 32))
-		b.rule(guest, "", bridgeIPv4(), hub, port4(unix.IPPROTO_UDP, 67), accept)
-		b.rule(guest, "", bridgeIPv4(), hub, port4(unix.IPPROTO_UDP, 53), accept)
-		b.rule(guest, "", bridgeIPv4(), hub, port4(unix.IPPROTO_TCP, 53), accept)
-		b.rule(guest, "", bridgeIPv4(), hub, port4(unix.IPPROTO_TCP, 5000), accept)
-	}
-	b.rule(guest, "", bridgeIPv4(), l4proto(unix.IPPROTO_ICMP), accept)
-	// An answer to what the platform asked: `ssh`, a published port, a probe.
-	b.rule(guest, "", bridgeIPv4(), l4proto(unix.IPPROTO_TCP), acknowledges(), accept)
-	b.rule(guest, "", bridgeIPv4(), drop)
-	jump := []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: guest.Name}}
-	forward := b.chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, nil)
-	b.rule(forward, "", iif("fltap*"), jump)
-	b.rule(forward, "", iif(h.Port), etherSourceNot(h.MAC), jump)
-	return b.commit()
+// segmentServices are what the hub serves to guests.
+var segmentServices = []struct {
+	name     string
+	protocol byte
+	port     uint16
+}{
+	{"udp", unix.IPPROTO_UDP, 67},
+	{"udp", unix.IPPROTO_UDP, 53},
+	{"tcp", unix.IPPROTO_TCP, 53},
+	{"tcp", unix.IPPROTO_TCP, 5000},
 }
 
 // Lab is what the machine of a lab forwards for it.
@@ -191,23 +114,32 @@ type Lab struct {
 // lab's packets leave under the machine's address, nothing that the lab did not
 // ask for gets in, and the lab's guests reach no service of the machine's own.
 func SetLab(l Lab) error {
-	b, err := begin(nftables.TableFamilyIPv4, l.Table)
+	b, err := l.table()
 	if err != nil {
 		return err
 	}
-	forward := b.chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, nil)
-	b.rule(forward, "", oif(l.Uplink), established(), verdict(expr.VerdictAccept))
-	b.rule(forward, "", oif(l.Uplink), verdict(expr.VerdictDrop))
-	// Nor do guests get at what this machine serves, but for names.
-	input := b.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nil)
-	b.rule(input, "", iif(l.Uplink), established(), verdict(expr.VerdictAccept))
-	b.rule(input, "", iif(l.Uplink), l4proto(unix.IPPROTO_ICMP), verdict(expr.VerdictAccept))
-	b.rule(input, "", iif(l.Uplink), port4(unix.IPPROTO_UDP, 53), verdict(expr.VerdictAccept))
-	b.rule(input, "", iif(l.Uplink), port4(unix.IPPROTO_TCP, 53), verdict(expr.VerdictAccept))
-	b.rule(input, "", iif(l.Uplink), verdict(expr.VerdictDrop))
-	postrouting := b.chain("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, nil)
-	b.rule(postrouting, "", source(l.Subnet), oifNot(l.Uplink), []expr.Any{&expr.Masq{}})
 	return b.commit()
+}
+
+func (l Lab) table() (*batch, error) {
+	b, err := begin(nftables.TableFamilyIPv4, l.Table)
+	if err != nil {
+		return nil, err
+	}
+	accept, drop := verdict(expr.VerdictAccept), verdict(expr.VerdictDrop)
+	forward := b.chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, nftables.ChainPolicyAccept)
+	b.rule(forward, "answers", oif(l.Uplink), established(), accept)
+	b.rule(forward, "nobody else in", oif(l.Uplink), drop)
+	// Nor do guests get at what this machine serves, but for names.
+	input := b.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nftables.ChainPolicyAccept)
+	b.rule(input, "answers", iif(l.Uplink), established(), accept)
+	b.rule(input, "ping", iif(l.Uplink), l4proto(unix.IPPROTO_ICMP), accept)
+	b.rule(input, "names", iif(l.Uplink), port(unix.IPPROTO_UDP, 53), accept)
+	b.rule(input, "long names", iif(l.Uplink), port(unix.IPPROTO_TCP, 53), accept)
+	b.rule(input, "nothing else here", iif(l.Uplink), drop)
+	postrouting := b.chain("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, nftables.ChainPolicyAccept)
+	b.rule(postrouting, "under this machine's address", source(l.Subnet), oifNot(l.Uplink), []expr.Any{&expr.Masq{}})
+	return b, nil
 }
 
 // Present says whether there is a table of that name.
@@ -229,12 +161,15 @@ func Present(table string) (bool, error) {
 }
 
 // Remove deletes every table of that name. None is no error.
-func Remove(table string) error {
+func Remove(table string) error { return remove(nftables.TableFamilyUnspecified, table) }
+
+// remove deletes what there is of that name in one family, or in all.
+func remove(family nftables.TableFamily, table string) error {
 	c, err := nftables.New()
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)
 	}
-	tables, err := c.ListTables()
+	tables, err := c.ListTablesOfFamily(family)
 	if err != nil {
 		return fmt.Errorf("list nftables: %w", err)
 	}

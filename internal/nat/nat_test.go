@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"ingot/internal/link"
 	"ingot/internal/nat"
@@ -22,16 +23,28 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
-// TestMain runs the tests in a network namespace of their own.
+// TestMain runs the tests in a network namespace of their own, with what /sys and
+// /run know of it.
 func TestMain(m *testing.M) {
 	if os.Getenv("IN_NETNS") != "" {
+		if os.Getuid() == 0 {
+			for _, err := range []error{
+				unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""),
+				unix.Mount("sysfs", "/sys", "sysfs", 0, ""), unix.Mount("tmpfs", "/run", "tmpfs", 0, ""),
+			} {
+				if err != nil {
+					fmt.Fprintln(os.Stderr, err)
+					os.Exit(1)
+				}
+			}
+		}
 		os.Exit(m.Run())
 	}
 	c := exec.Command("/proc/self/exe", os.Args[1:]...)
 	c.Env = append(os.Environ(), "IN_NETNS=1")
 	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
 	if os.Getuid() == 0 {
-		c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+		c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
 	}
 	if err := c.Run(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -120,14 +133,21 @@ func TestCheckNamesTheMissingRule(t *testing.T) {
 	check(false, false)
 }
 
-func TestHost(t *testing.T) {
-	needs(t)
-	h := nat.Host{
+func exampleHost() nat.Host {
+	return nat.Host{
 		Segment: "bond0.1000", MAC: link.MAC("test"), Bridge: "ingot0", Port: "seg0",
 		Platform: platform, Hub: netip.MustParseAddr("192.168.10.2"), Trusted: netip.MustParsePrefix("100.64.0.0/30"), Management: []uint16{9090},
 	}
+}
+
+func TestHost(t *testing.T) {
+	needs(t)
 	for range 2 {
-		if err := nat.SetHost(h); err != nil {
+		g, err := nat.OpenGuard(exampleHost())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := g.Set("fltap0000001", link.MAC("guest")); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -180,24 +200,30 @@ func TestPassageThroughAnothersDrop(t *testing.T) {
 	}
 }
 
-// TestKeepHost: what keeps guests out is back at once, whoever takes it away.
-func TestKeepHost(t *testing.T) {
+// TestGuardKeeps: what keeps guests out is back at once, whoever takes it away.
+func TestGuardKeeps(t *testing.T) {
 	needs(t)
-	h := nat.Host{
-		Segment: "bond0.1000", MAC: link.MAC("test"), Bridge: "ingot0", Port: "seg0",
-		Platform: platform, Hub: netip.MustParseAddr("192.168.10.2"), Trusted: netip.MustParsePrefix("100.64.0.0/30"), Management: []uint16{9090},
+	g, err := nat.OpenGuard(exampleHost())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Set("fltap0000001", link.MAC("guest")); err != nil {
+		t.Fatal(err)
 	}
 	ctx, stop := context.WithCancel(t.Context())
-	ready, restored, done := make(chan bool), make(chan bool), make(chan error)
-	go func() { done <- nat.KeepHost(ctx, h, func() { close(ready) }, func() { restored <- true }) }()
-	<-ready
-	for _, command := range [][]string{
-		{"flush", "ruleset"},
-		{"delete", "table", "bridge", "ingot"},
-		{"flush", "chain", "inet", "ingot", "input"},
-		{"insert", "rule", "inet", "ingot", "input", "accept"},
+	restored, done := make(chan bool), make(chan error)
+	go func() { done <- g.Keep(ctx, func() { restored <- true }) }()
+	for _, command := range []string{
+		"flush ruleset",
+		"delete table bridge ingot",
+		"flush chain inet ingot input",
+		"insert rule inet ingot input accept",
+		"delete element inet ingot platform { 192.168.10.2 }",
+		"flush set bridge ingot guests",
+		"chain inet ingot prerouting { policy drop; }",
+		"add table inet ingot { flags dormant; }",
 	} {
-		if out, err := exec.Command("nft", command...).CombinedOutput(); err != nil {
+		if out, err := exec.Command("nft", command).CombinedOutput(); err != nil {
 			t.Fatalf("nft %v: %v\n%s", command, err, out)
 		}
 		select {
@@ -208,9 +234,17 @@ func TestKeepHost(t *testing.T) {
 		golden(t, "host.nft", "inet", nat.Table)
 		golden(t, "host-bridge.nft", "bridge", nat.Table)
 	}
-	// Another's table is another's business.
+	// Another's table is another's business, and so is a guest that comes.
 	if out, err := exec.Command("nft", "add table inet other").CombinedOutput(); err != nil {
 		t.Fatalf("nft: %v\n%s", err, out)
+	}
+	if err := g.Set("fltap0000002", link.MAC("other")); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-restored:
+		t.Error("the tables were set again, and nobody had changed them")
+	case <-time.After(100 * time.Millisecond):
 	}
 	stop()
 	if err := <-done; err != nil {

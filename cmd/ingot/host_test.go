@@ -1,0 +1,27 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// What the host's rules, which are IPv4's, can't be made of.
+func TestHostConfigWantsIPv4(t *testing.T) {
+	for text, want := range map[string]string{
+		"hub: 192.168.10.2\ntrusted: 100.64.0.0/30\nmachines: [192.168.10.3]": "",
+		"hub: fd00::2":         "hub: fd00::2 is no IPv4 address",
+		"trusted: fd00::/64":   "trusted: fd00:: is no IPv4 address",
+		"machines: [fd00::10]": "machines: fd00::10 is no IPv4 address",
+	} {
+		path := filepath.Join(t.TempDir(), "config.yaml")
+		if err := os.WriteFile(path, []byte("bridge-name: br0\n"+text+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := readHostConfig(path, true)
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%q: %v, want %q", text, err, want)
+		}
+	}
+}

@@ -1,0 +1,122 @@
+package nat
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/userdata"
+	"golang.org/x/sys/unix"
+)
+
+// Rule is something that ought to be in force.
+type Rule struct {
+	Text    string // in the form of `firewall-cmd --direct`: ipv4 nat POSTROUTING 0 -o bond0 -j MASQUERADE
+	Present bool
+}
+
+// missing leaves those that are not in force.
+func missing(rules []Rule) []string {
+	var texts []string
+	for _, r := range rules {
+		if !r.Present {
+			texts = append(texts, r.Text)
+		}
+	}
+	return texts
+}
+
+// check says of all that the batch would make whether it is in force: each rule by
+// its comment, each chain's policy and that it holds nothing else, each set.
+func (b *batch) check() ([]Rule, error) {
+	c, err := nftables.New()
+	if err != nil {
+		return nil, fmt.Errorf("read nftables: %w", err)
+	}
+	rules, err := b.compare(c)
+	if err != nil {
+		return nil, fmt.Errorf("read nftables table %s: %w", b.table.Name, err)
+	}
+	return rules, nil
+}
+
+func (b *batch) compare(c *nftables.Conn) ([]Rule, error) {
+	tables, err := c.ListTablesOfFamily(b.table.Family)
+	if err != nil {
+		return nil, err
+	}
+	// A table that sleeps has a flag, ours have none.
+	awake := slices.ContainsFunc(tables, func(t *nftables.Table) bool { return t.Name == b.table.Name && t.Flags == 0 })
+	chains, err := c.ListChainsOfTableFamily(b.table.Family)
+	if err != nil {
+		return nil, err
+	}
+	var rules []Rule
+	for _, want := range b.chains {
+		comments, err := comments(c, want)
+		if err != nil {
+			return nil, err
+		}
+		texts, all := b.rules[want.Name], true
+		for _, text := range texts {
+			there := awake && slices.Contains(comments, text)
+			all = all && there
+			rules = append(rules, Rule{want.Name + ": " + text, there})
+		}
+		whole := awake && slices.ContainsFunc(chains, func(have *nftables.Chain) bool { return sameChain(have, want) })
+		// What is missing is named above; this is about what there is beside it.
+		rules = append(rules, Rule{"chain " + want.Name + " as it was made, with no other rules", whole && (!all || slices.Equal(comments, texts))})
+	}
+	for name, want := range b.sets {
+		have, err := keys(c, b.table, name)
+		if err != nil {
+			return nil, err
+		}
+		rules = append(rules, Rule{"set " + name, slices.EqualFunc(have, want, bytes.Equal)})
+	}
+	return rules, nil
+}
+
+func sameChain(have, want *nftables.Chain) bool {
+	if have.Table.Name != want.Table.Name || have.Name != want.Name || (have.Hooknum == nil) != (want.Hooknum == nil) {
+		return false
+	}
+	return want.Hooknum == nil || *have.Hooknum == *want.Hooknum && have.Policy != nil && *have.Policy == *want.Policy
+}
+
+// comments are those of a chain's rules; a rule without one has an empty one.
+func comments(c *nftables.Conn, chain *nftables.Chain) ([]string, error) {
+	rules, err := c.GetRules(chain.Table, chain)
+	if err != nil && !gone(err) {
+		return nil, err
+	}
+	var texts []string
+	for _, r := range rules {
+		text, _ := userdata.GetString(r.UserData, userdata.TypeComment)
+		texts = append(texts, text)
+	}
+	return texts, nil
+}
+
+// keys are a set's, in order; none if there is no such set.
+func keys(c *nftables.Conn, table *nftables.Table, name string) ([][]byte, error) {
+	elements, err := c.GetSetElements(&nftables.Set{Table: table, Name: name})
+	if err != nil && !gone(err) {
+		return nil, err
+	}
+	var all [][]byte
+	for _, e := range elements {
+		all = append(all, e.Key)
+	}
+	slices.SortFunc(all, bytes.Compare)
+	return all, nil
+}
+
+// gone says whether the kernel does not know a table, chain or set. The library
+// does not wrap each error, so the text has to do.
+func gone(err error) bool {
+	return err != nil && (errors.Is(err, unix.ENOENT) || strings.HasSuffix(err.Error(), unix.ENOENT.Error()))
+}
