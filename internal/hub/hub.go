@@ -83,6 +83,13 @@ func ReadConfig(path, version string) (Config, error) {
 		err = fmt.Errorf("address: %s is not in subnet %s", c.Address, c.Subnet)
 	case !c.Subnet.Contains(c.First) || !c.Subnet.Contains(c.Last) || c.Last.Less(c.First):
 		err = fmt.Errorf("range-first, range-last: %s - %s is no range in %s", c.First, c.Last, c.Subnet)
+	case c.Trusted.IsValid() && !c.Trusted.Addr().Is4():
+		err = fmt.Errorf("trusted: %s is no IPv4 prefix", c.Trusted)
+	}
+	for _, m := range c.Machines {
+		if !m.Address.Is4() && err == nil {
+			err = fmt.Errorf("machines: %s of %s is no IPv4 address", m.Address, m.Name)
+		}
 	}
 	if err != nil {
 		return c, fmt.Errorf("read %s: %w: %w", path, err, errdefs.ErrInvalidArgument)

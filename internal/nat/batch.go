@@ -100,6 +100,8 @@ func verdict(kind expr.VerdictKind) []expr.Any {
 // names that begin so.
 func iif(name string) []expr.Any { return device(expr.MetaKeyIIFNAME, expr.CmpOpEq, name) }
 
+func iifNot(name string) []expr.Any { return device(expr.MetaKeyIIFNAME, expr.CmpOpNeq, name) }
+
 func oif(name string) []expr.Any { return device(expr.MetaKeyOIFNAME, expr.CmpOpEq, name) }
 
 func oifNot(name string) []expr.Any { return device(expr.MetaKeyOIFNAME, expr.CmpOpNeq, name) }
@@ -182,6 +184,8 @@ func inPrefix(offset uint32, p netip.Prefix) []expr.Any {
 }
 
 func sourceIn(s *nftables.Set) []expr.Any { return in(sourceOffset, s, false) }
+
+func destinationIn(s *nftables.Set) []expr.Any { return in(destinationOffset, s, false) }
 
 func destinationNotIn(s *nftables.Set) []expr.Any { return in(destinationOffset, s, true) }
 

@@ -23,7 +23,7 @@ const Table = "ingot"
 type Hub struct {
 	Inside  string       // the segment's interface
 	Outside string       // the uplink
-	Trusted netip.Prefix // who may open connections into the segment from outside
+	Trusted netip.Prefix // who may open connections into the segment from outside; zero: nobody
 	// Platform are the addresses of the environment's machines. Only they and
 	// Trusted reach Management.
 	Platform   []netip.Addr
@@ -50,7 +50,7 @@ func SetHub(h Hub) error {
 }
 
 // CheckHub says of the rules that the environment's description shows which are in
-// force.
+// force, and names all others that the hub ought to have and has not.
 func CheckHub(h Hub) ([]Rule, error) {
 	b, err := h.table()
 	if err != nil {
@@ -65,6 +65,8 @@ func CheckHub(h Hub) ([]Rule, error) {
 	for _, r := range rules {
 		if text := described[r.Text]; text != "" {
 			told = append(told, Rule{text, r.Present})
+		} else if !r.Present {
+			told = append(told, r)
 		}
 	}
 	return told, nil
@@ -80,13 +82,24 @@ func (h Hub) table() (*batch, error) {
 	forward := b.chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, nftables.ChainPolicyDrop)
 	b.rule(forward, h.forwardText(), iif(h.Inside), oif(h.Outside), accept)
 	b.rule(forward, "answers", established(), accept)
-	b.rule(forward, "trusted into the segment", iif(h.Outside), oif(h.Inside), source(h.Trusted), accept)
+	if h.Trusted.IsValid() {
+		b.rule(forward, "trusted into the segment", iif(h.Outside), oif(h.Inside), source(h.Trusted), accept)
+	}
 	postrouting := b.chain("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, nftables.ChainPolicyAccept)
 	b.rule(postrouting, h.masqueradeText(), oif(h.Outside), []expr.Any{&expr.Masq{}})
 	input := b.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nftables.ChainPolicyAccept)
+	b.rule(input, "this machine", iif("lo"), accept)
+	b.rule(input, "machines", iif(h.Inside), sourceIn(platform), accept)
+	if h.Trusted.IsValid() {
+		b.rule(input, "trusted", iif(h.Outside), source(h.Trusted), accept)
+	}
 	for _, number := range h.Management {
-		b.rule(input, fmt.Sprintf("machines to %d", number), iif(h.Inside), sourceIn(platform), port(unix.IPPROTO_TCP, number), accept)
-		b.rule(input, fmt.Sprintf("nobody else to %d", number), iif(h.Inside), port(unix.IPPROTO_TCP, number), drop)
+		b.rule(input, fmt.Sprintf("nobody else to %d", number), port(unix.IPPROTO_TCP, number), drop)
+	}
+	// What the hub serves on the segment is not served to its uplink's neighbours,
+	// who may have a route to the segment's addresses.
+	for _, s := range segmentServices {
+		b.rule(input, fmt.Sprintf("%s to %d from the segment only", s.name, s.port), iifNot(h.Inside), destinationIn(platform), port(s.protocol, s.port), drop)
 	}
 	return b, nil
 }

@@ -9,6 +9,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -104,33 +106,76 @@ func TestHub(t *testing.T) {
 	}
 }
 
-func TestCheckNamesTheMissingRule(t *testing.T) {
+func TestCheckHubNamesWhatIsMissing(t *testing.T) {
 	needs(t)
-	if err := nat.SetHub(hub); err != nil {
-		t.Fatal(err)
-	}
-	check := func(want ...bool) {
-		t.Helper()
-		rules, err := nat.CheckHub(hub)
+	const (
+		forward    = "ipv4 filter FORWARD 0 -i bond0.1000 -o bond0 -j ACCEPT"
+		masquerade = "ipv4 nat POSTROUTING 0 -o bond0 -j MASQUERADE"
+	)
+	in := []nat.Rule{{Text: forward, Present: true}, {Text: masquerade, Present: true}}
+	for _, c := range []struct {
+		nft  string
+		want []nat.Rule
+	}{
+		{"add table ip other", in},
+		{"flush chain ip ingot postrouting", []nat.Rule{{Text: forward, Present: true}, {Text: masquerade}}},
+		{"chain ip ingot forward { policy accept; }", append(in, nat.Rule{Text: "chain forward as it was made, with no other rules"})},
+		{"insert rule ip ingot input accept", append(in, nat.Rule{Text: "chain input as it was made, with no other rules"})},
+		{"add element ip ingot platform { 192.168.10.99 }", append(in, nat.Rule{Text: "set platform"})},
+	} {
+		if err := nat.SetHub(hub); err != nil {
+			t.Fatal(err)
+		}
+		exec.Command("nft", c.nft).Run()
+		got, err := nat.CheckHub(hub)
 		if err != nil {
 			t.Fatal(err)
 		}
-		texts := []string{"ipv4 filter FORWARD 0 -i bond0.1000 -o bond0 -j ACCEPT", "ipv4 nat POSTROUTING 0 -o bond0 -j MASQUERADE"}
-		for i, r := range rules {
-			if r.Text != texts[i] || r.Present != want[i] {
-				t.Errorf("rule %d: %+v, want %v", i, r, want[i])
+		less := func(a, b nat.Rule) int { return strings.Compare(a.Text, b.Text) }
+		want := slices.SortedFunc(slices.Values(c.want), less)
+		if diff := cmp.Diff(want, slices.SortedFunc(slices.Values(got), less)); diff != "" {
+			t.Errorf("after nft %s (-want +got):\n%s", c.nft, diff)
+		}
+	}
+	// Each rule that is away is named, and no other.
+	count := 0
+	for _, chain := range []string{"forward", "input"} {
+		if err := nat.SetHub(hub); err != nil {
+			t.Fatal(err)
+		}
+		exec.Command("nft", "flush chain ip ingot "+chain).Run()
+		got, err := nat.CheckHub(hub)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range got {
+			if !r.Present {
+				count++
 			}
 		}
 	}
-	check(true, true)
-	if out, err := exec.Command("nft", "flush", "chain", "ip", nat.Table, "postrouting").CombinedOutput(); err != nil {
-		t.Fatalf("nft: %v %s", err, out)
+	if count != 3+8 {
+		t.Errorf("%d rules are said to be missing", count)
 	}
-	check(true, false)
 	if err := nat.Remove(nat.Table); err != nil {
 		t.Fatal(err)
 	}
-	check(false, false)
+	if got, err := nat.CheckHub(hub); err != nil || slices.ContainsFunc(got, func(r nat.Rule) bool { return r.Present }) {
+		t.Errorf("without a table: %v, %v", got, err)
+	}
+}
+
+func TestHubWithoutTrusted(t *testing.T) {
+	needs(t)
+	h := hub
+	h.Trusted = netip.Prefix{}
+	if err := nat.SetHub(h); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("nft", "list", "table", "ip", nat.Table).CombinedOutput()
+	if err != nil || bytes.Contains(out, []byte("trusted")) {
+		t.Errorf("%v\n%s", err, out)
+	}
 }
 
 func exampleHost() nat.Host {

@@ -119,6 +119,59 @@ func wire(t *testing.T, device string) (ns string) {
 	return ns
 }
 
+// TestHubServes: who reaches what the hub serves on the segment.
+func TestHubServes(t *testing.T) {
+	needs(t)
+	ip(t, "link set lo up")
+	inside, outside := wire(t, hub.Inside), wire(t, hub.Outside)
+	ip(t, "addr add 192.168.10.2/25 dev "+hub.Inside)
+	ip(t, "-n "+inside+" addr add 192.168.10.3/25 dev eth0")
+	ip(t, "-n "+inside+" addr add 192.168.10.30/25 dev eth0")
+	ip(t, "addr add 100.64.0.2/30 dev "+hub.Outside)
+	ip(t, "addr add 100.64.5.2/24 dev "+hub.Outside)
+	ip(t, "-n "+outside+" addr add 100.64.0.1/30 dev eth0")
+	ip(t, "-n "+outside+" addr add 100.64.5.9/24 dev eth0")
+	ip(t, "-n "+outside+" route add 192.168.10.0/25 via 100.64.0.2")
+	const grpc, images, names, own = "192.168.10.2:9091", "192.168.10.2:5000", "192.168.10.2:53", "100.64.5.2:5000"
+	for _, address := range []string{grpc, images, names, own} {
+		answer(t, "tcp", address)
+	}
+	answer(t, "udp", names)
+	const machine, guest, trusted, neighbour = "192.168.10.3", "192.168.10.30", "100.64.0.1", "100.64.5.9"
+	attempts := []attempt{
+		{"", "", "tcp", grpc, true},
+		{inside, machine, "tcp", grpc, true},
+		{outside, trusted, "tcp", grpc, true},
+		{inside, guest, "tcp", grpc, false},
+		{outside, neighbour, "tcp", grpc, false},
+		{inside, guest, "tcp", images, true},
+		{outside, trusted, "tcp", images, true},
+		{outside, neighbour, "tcp", images, false},
+		{inside, guest, "udp", names, true},
+		{inside, guest, "tcp", names, true},
+		{outside, trusted, "udp", names, true},
+		{outside, neighbour, "udp", names, false},
+		{outside, neighbour, "tcp", names, false},
+		{outside, neighbour, "tcp", own, true}, // not the segment's business
+	}
+	if err := nat.SetHub(hub); err != nil {
+		t.Fatal(err)
+	}
+	defer nat.Remove(nat.Table)
+	try(t, attempts)
+	h := hub
+	h.Trusted = nat.Hub{}.Trusted
+	if err := nat.SetHub(h); err != nil {
+		t.Fatal(err)
+	}
+	try(t, []attempt{{outside, trusted, "tcp", grpc, false}, {inside, machine, "tcp", grpc, true}})
+	nat.Remove(nat.Table)
+	for i := range attempts {
+		attempts[i].want = true // by the rules only
+	}
+	try(t, attempts)
+}
+
 // TestHostServes: who reaches the host's API, which listens on all addresses.
 func TestHostServes(t *testing.T) {
 	needs(t)

@@ -1,0 +1,30 @@
+package hub_test
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"ingot/internal/hub"
+)
+
+// What the hub's rules, which are IPv4's, can't be made of.
+func TestConfigWantsIPv4(t *testing.T) {
+	const good = "address: 192.168.10.2\nsubnet: 192.168.10.0/25\nrange-first: 192.168.10.26\nrange-last: 192.168.10.126\n"
+	for text, want := range map[string]string{
+		"":                         "",
+		"trusted: 100.64.0.0/30\n": "",
+		"trusted: fd00::/64\n":     "trusted: fd00::/64 is no IPv4 prefix",
+		"machines: [{name: host-0, address: \"fd00::3\"}]\n": "machines: fd00::3 of host-0 is no IPv4 address",
+	} {
+		path := filepath.Join(t.TempDir(), "hub.yaml")
+		if err := os.WriteFile(path, []byte(good+text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := hub.ReadConfig(path, "test")
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%q: %v, want %q", text, err, want)
+		}
+	}
+}
