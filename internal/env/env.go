@@ -314,6 +314,11 @@ func (e Env) here(ctx context.Context) []inspect.Check {
 		rules.Status, rules.Detail = inspect.Warn, err.Error()
 	} else if !there {
 		rules.Status, rules.Detail = inspect.Fail, "nftables table "+l.Device()+" is gone: nothing leaves the lab; `ingot up` sets it again"
+	} else if missing, err := l.MissingRules(); err != nil {
+		rules.Status, rules.Detail = inspect.Warn, err.Error()
+	} else if len(missing) > 0 {
+		rules.Status = inspect.Fail
+		rules.Detail = "nftables table " + l.Device() + " lacks: " + strings.Join(missing, ", ") + "; `ingot up` sets it again"
 	}
 	all := []inspect.Check{supervisor, rules}
 	p, err := e.patient("", true)

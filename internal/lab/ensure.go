@@ -295,13 +295,13 @@ func (l *Lab) wireHub(context.Context) (changed bool, err error) {
 // openUplink lets this machine forward for the lab, on the interfaces that need
 // it and no others, and keeps the machine's own network out.
 func (l *Lab) openUplink(ctx context.Context) (changed bool, err error) {
-	there, err := nat.Present(l.Device())
+	missing, err := nat.CheckLab(l.rules())
 	if err != nil {
 		return false, err
 	}
-	if !there {
+	if len(missing) > 0 {
 		changed = true
-		if err := nat.SetLab(nat.Lab{Table: l.Device(), Uplink: l.Device(), Subnet: l.Uplink}); err != nil {
+		if err := nat.SetLab(l.rules()); err != nil {
 			return changed, err
 		}
 	}
@@ -323,6 +323,14 @@ func (l *Lab) openUplink(ctx context.Context) (changed bool, err error) {
 	}
 	return changed, nil
 }
+
+func (l *Lab) rules() nat.Lab {
+	return nat.Lab{Table: l.Device(), Uplink: l.Device(), Subnet: l.Uplink}
+}
+
+// MissingRules names what this machine's nftables table for the lab ought to have
+// and has not.
+func (l *Lab) MissingRules() ([]string, error) { return nat.CheckLab(l.rules()) }
 
 // Uplinks are the interfaces that this machine's default routes use.
 func Uplinks() ([]string, error) {

@@ -1,8 +1,8 @@
 // Package nat sets what a machine forwards, rewrites and refuses. It is the only
 // package that speaks nftables. Each role has tables of ours, each replaced in one
 // transaction; rules of others are never touched. Guard keeps a host's in force;
-// the other roles' are watched by nobody: CheckHub says what is missing when it is
-// asked.
+// the other roles' are watched by nobody: CheckHub and CheckLab say what is missing
+// when they are asked.
 package nat
 
 import (
@@ -132,6 +132,16 @@ func SetLab(l Lab) error {
 		return err
 	}
 	return b.commit()
+}
+
+// CheckLab names what the lab's table ought to have and has not.
+func CheckLab(l Lab) ([]string, error) {
+	b, err := l.table()
+	if err != nil {
+		return nil, err
+	}
+	rules, err := b.check()
+	return missing(rules), err
 }
 
 func (l Lab) table() (*batch, error) {

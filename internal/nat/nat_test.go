@@ -209,6 +209,14 @@ func TestLab(t *testing.T) {
 		}
 	}
 	golden(t, "lab.nft", "ip", "ingot-test")
+	if missing, err := nat.CheckLab(l); err != nil || len(missing) > 0 {
+		t.Errorf("missing %v, %v", missing, err)
+	}
+	nft(t, "flush chain ip ingot-test forward")
+	missing, err := nat.CheckLab(l)
+	if diff := cmp.Diff([]string{"forward: answers", "forward: nobody else in"}, missing); diff != "" || err != nil {
+		t.Error(diff, err)
+	}
 }
 
 // Docker and ufw leave a chain like this one.
