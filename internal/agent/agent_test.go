@@ -4,11 +4,14 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -538,6 +541,103 @@ func TestNetPipe(t *testing.T) {
 	defer c.Close()
 	if code, out, _, err := run(t, c, Command{Args: []string{"cat"}}, io.LimitReader(zeros{}, 1<<20)); code != 0 || err != nil || len(out) != 1<<20 {
 		t.Errorf("code %d, %d bytes, %v", code, len(out), err)
+	}
+}
+
+// rogue is a guest that answers a greeting, and then does as it likes with the
+// session. It reads nothing after that unless it says so.
+func rogue(t *testing.T, then func(end net.Conn, session uint32)) *Client {
+	t.Helper()
+	host, end := socketpair(t)
+	c := NewClient(host)
+	var all sync.WaitGroup
+	all.Go(func() {
+		in := &scanner{r: end}
+		f, err := in.next()
+		if err != nil {
+			return
+		}
+		end.Write(appendFrame(nil, frame{session: f.session, kind: kindWelcome, payload: encode(greeting{Epoch: "rogue"})}))
+		then(end, f.session)
+	})
+	t.Cleanup(func() { c.Close(); end.Close(); all.Wait() })
+	return c
+}
+
+// A guest that sends without end and reads nothing loses the conversation, not
+// the host's memory.
+func TestFlood(t *testing.T) {
+	address := Event{Kind: Address, Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.1")}}
+	for name, frames := range map[string]func(session uint32) frame{
+		"announce": func(uint32) frame { return frame{kind: kindAnnounce, payload: encode(greeting{Epoch: "x"})} },
+		"event": func(session uint32) frame {
+			return frame{session: session, kind: kindEvent, payload: encode(report{Seq: 1, Event: address})}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := rogue(t, func(end net.Conn, session uint32) {
+				flood := bytes.Repeat(appendFrame(nil, frames(session)), 100)
+				for {
+					if _, err := end.Write(flood); err != nil {
+						return
+					}
+				}
+			})
+			select {
+			case <-c.Done():
+			case <-time.After(30 * time.Second):
+				c.out.mu.Lock()
+				defer c.out.mu.Unlock()
+				t.Fatalf("the conversation goes on, with %d frames queued", len(c.out.queue))
+			}
+			if _, err := c.Info(t.Context()); !errors.Is(err, errUnread) || !errors.Is(err, ErrClosed) {
+				t.Errorf("error %v", err)
+			}
+		})
+	}
+}
+
+// Of a flood of events a slow reader finds the newest of each kind.
+func TestEventsAreTheNewest(t *testing.T) {
+	many := make([]netip.Addr, 1000)
+	for i := range many {
+		many[i] = netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)})
+	}
+	acked := make(chan uint64, 1)
+	c := rogue(t, func(end net.Conn, session uint32) {
+		send := func(seq uint64, e Event) {
+			end.Write(appendFrame(nil, frame{session: session, kind: kindEvent, payload: encode(report{Seq: seq, Event: e})}))
+		}
+		send(1, Event{Kind: Ready})
+		for i := range 100 {
+			send(uint64(i+2), Event{Kind: Address, Addresses: many[i : i+1]})
+		}
+		send(102, Event{Kind: "gossip"})
+		send(103, Event{Kind: Address, Addresses: many})
+		send(104, Event{Kind: Exited, Code: 7})
+		for in := (&scanner{r: end}); ; {
+			f, err := in.next()
+			if err != nil {
+				return
+			}
+			var r report
+			if f.kind == kindAck && json.Unmarshal(f.payload, &r) == nil && r.Seq == 104 {
+				acked <- r.Seq
+				return
+			}
+		}
+	})
+	<-acked
+	c.Close()
+	var kinds []EventKind
+	for e := range c.Events() {
+		kinds = append(kinds, e.Kind)
+		if e.Kind == Address && len(e.Addresses) != maxAddresses {
+			t.Errorf("%d addresses", len(e.Addresses))
+		}
+	}
+	if !slices.Equal(kinds, []EventKind{Ready, Address, Exited}) {
+		t.Errorf("events %v", kinds)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"sync"
 )
 
@@ -42,9 +43,11 @@ type answer struct {
 	err    error
 }
 
-// maxEvents is how many events a client keeps for a host that does not read
-// them; older ones give way.
-const maxEvents = 16
+// What a client keeps of a guest's, whatever that sends.
+const (
+	maxQueued    = 512 // frames that the guest does not read
+	maxAddresses = 64  // of an event, or of Info
+)
 
 // filler is as long as what may be missing of a frame. It is only read.
 var filler [headerSize + maxPayload]byte
@@ -53,12 +56,12 @@ var filler [headerSize + maxPayload]byte
 func NewClient(conn io.ReadWriteCloser) *Client {
 	c := &Client{
 		conn:    conn,
-		out:     newOutbox(conn),
-		events:  make(chan Event, maxEvents),
+		events:  make(chan Event, 3), // as many as there are kinds
 		done:    make(chan struct{}),
 		ready:   make(chan struct{}),
 		streams: map[uint32]*stream{},
 	}
+	c.out = newOutbox(conn, maxQueued, func() { conn.Close() }) // which ends read
 	// The guest may stand in the middle of a frame of the host before us, and
 	// would take our hello for its payload: fill that payload up.
 	c.out.raw(filler[:], nil)
@@ -86,8 +89,11 @@ func (c *Client) Info(ctx context.Context) (Info, error) {
 	if r.Info == nil {
 		return Info{}, errors.New("ask the guest: answer without info")
 	}
+	r.Info.Addresses = few(r.Info.Addresses)
 	return *r.Info, nil
 }
+
+func few(a []netip.Addr) []netip.Addr { return a[:min(len(a), maxAddresses)] }
 
 // Shutdown asks the guest to power off, or to restart. It returns when the
 // guest has agreed, not when it is done.
@@ -99,7 +105,8 @@ func (c *Client) Shutdown(ctx context.Context, reboot bool) error {
 }
 
 // Events is what happened in the guest: first what is so now (ready, exited),
-// then each change. It is closed when the conversation ends.
+// then each change; of each kind, a reader that is slow sees the newest. It is
+// closed when the conversation ends.
 func (c *Client) Events() <-chan Event { return c.events }
 
 // Done is closed when the conversation has ended.
@@ -214,6 +221,9 @@ func (c *Client) end(err error) {
 		err = fmt.Errorf("%w: %w", ErrClosed, err)
 	}
 	c.out.close(err)
+	if unread := c.out.failed(); errors.Is(unread, errUnread) {
+		err = fmt.Errorf("%w: %w", ErrClosed, unread)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.err = err
@@ -288,21 +298,36 @@ func (c *Client) announced(f frame) {
 	c.hello()
 }
 
+// event puts an event in the place of the one of its kind that was not read yet,
+// so that there is always room. Nobody else writes to c.events.
 func (c *Client) event(f frame) {
 	var r report
 	if json.Unmarshal(f.payload, &r) != nil {
 		return
 	}
+	switch r.Event.Kind {
+	case Ready, Address, Exited:
+	default:
+		return // of another version's
+	}
+	r.Event.Addresses = few(r.Event.Addresses)
+	for _, e := range c.unread() {
+		if e.Kind != r.Event.Kind {
+			c.events <- e
+		}
+	}
+	c.events <- r.Event
+	c.out.send(frame{session: c.session, kind: kindAck, payload: encode(report{Seq: r.Seq})})
+}
+
+// unread takes the events that were not read yet.
+func (c *Client) unread() (all []Event) {
 	for {
 		select {
-		case c.events <- r.Event:
-			c.out.send(frame{session: c.session, kind: kindAck, payload: encode(report{Seq: r.Seq})})
-			return
+		case e := <-c.events:
+			all = append(all, e)
 		default:
-		}
-		select {
-		case <-c.events:
-		default:
+			return all
 		}
 	}
 }

@@ -2,14 +2,18 @@ package agent
 
 import (
 	"encoding/binary"
+	"errors"
 	"io"
 	"sync"
 )
 
 // outbox writes frames, in order, from one goroutine, so that a reader that
 // answers never waits for its own writes. Data waits until it is written;
-// everything else is small, and bounded by what it answers.
+// everything else is small. A host cannot trust its guest to read the answers
+// to what it sends: past most of them, the outbox gives up.
 type outbox struct {
+	most   int    // how much may be queued; 0: as much as is asked for
+	giveUp func() // called once there is more
 	mu     sync.Mutex
 	wake   sync.Cond
 	queue  []outgoing
@@ -22,8 +26,8 @@ type outgoing struct {
 	done  chan<- error // of data
 }
 
-func newOutbox(w io.Writer) *outbox {
-	o := &outbox{}
+func newOutbox(w io.Writer, most int, giveUp func()) *outbox {
+	o := &outbox{most: most, giveUp: giveUp}
 	o.wake.L = &o.mu
 	o.thread.Go(func() { o.run(w) })
 	return o
@@ -73,8 +77,15 @@ func (o *outbox) raw(b []byte, done chan<- error) {
 		return
 	}
 	o.queue = append(o.queue, outgoing{b, done})
+	if o.most > 0 && len(o.queue) > o.most {
+		o.err = errUnread
+		o.drop(o.err)
+		o.giveUp()
+	}
 	o.wake.Signal()
 }
+
+var errUnread = errors.New("the guest's agent does not read what it asks for")
 
 // purge drops what is not yet written: nobody waits for it any more.
 func (o *outbox) purge() {
