@@ -9,7 +9,7 @@ GO = $(shell scripts/go)
 VERSION = $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 # Packages that share memory between goroutines and build quickly with the race detector.
 RACE = ./internal/agent ./internal/boot ./internal/dhcp ./internal/dns ./internal/lab ./internal/logfile ./internal/metadata \
-	./internal/nat ./internal/pki ./internal/run ./internal/vm ./internal/wire
+	./internal/nat ./internal/pki ./internal/rpc ./internal/run ./internal/vm ./internal/wire
 FUZZTIME = 10s
 
 .DEFAULT_GOAL = help

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -127,7 +128,7 @@ func attach(ctx context.Context, vm microVM, start *ingotv1.ExecStart) error {
 		}
 		defer t.restore()
 	}
-	s := &execStream{stream: stream}
+	s := newExecStream(stream)
 	if err := s.send(&ingotv1.ExecRequest{Payload: &ingotv1.ExecRequest_Start{Start: start}}); err != nil {
 		return err
 	}
@@ -138,9 +139,10 @@ func attach(ctx context.Context, vm microVM, start *ingotv1.ExecStart) error {
 	defer wg.Wait()
 	defer cancel()
 	wg.Go(func() { s.signals(ctx, signals, start.GetTty(), func() { giveUp(errIgnored) }) })
+	wg.Go(func() { s.sendAll(ctx) })
 	if start.GetStdin() {
 		// Nothing interrupts a read of a terminal: it ends with the process.
-		go s.stdin(os.Stdin, start.GetTty(), func() { giveUp(errIgnored) })
+		go s.stdin(ctx, os.Stdin, start.GetTty(), func() { giveUp(errIgnored) })
 	}
 	code, err := s.receive(os.Stdout, os.Stderr)
 	if errors.Is(context.Cause(ctx), errIgnored) {
@@ -163,28 +165,77 @@ func commandName(start *ingotv1.ExecStart) string {
 	return start.GetArgs()[0]
 }
 
-// execStream is the stream of one command. gRPC's streams have one sender.
+// execStream is the stream of one command. gRPC's streams have one sender, which
+// may be held up: signals are counted, and given up after, by somebody else.
 type execStream struct {
-	stream ingotv1.Host_ExecClient
-	heard  atomic.Int64 // messages of the guest's
-	mu     sync.Mutex   // guards Send
+	stream   ingotv1.Host_ExecClient
+	heard    atomic.Int64 // messages of the guest's
+	controls chan *ingotv1.ExecRequest
+	typed    chan []byte
+	taken    atomic.Int64  // bytes of stdin that the guest has
+	more     chan struct{} // taken has grown
+}
+
+func newExecStream(stream ingotv1.Host_ExecClient) *execStream {
+	return &execStream{
+		stream: stream, controls: make(chan *ingotv1.ExecRequest, 16), typed: make(chan []byte, 16), more: make(chan struct{}, 1),
+	}
 }
 
 func (s *execStream) send(r *ingotv1.ExecRequest) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	if err := s.stream.Send(r); err != nil && !errors.Is(err, io.EOF) { // of EOF, Recv has the reason
 		return err
 	}
 	return nil
 }
 
+// control has a signal or a window's size sent, before what is typed.
+func (s *execStream) control(r *ingotv1.ExecRequest) {
+	select {
+	case s.controls <- r:
+	default: // nothing passes; the next one may
+	}
+}
+
+// stdinWindow is how much of stdin may be on its way (ExecResponse.stdin_taken).
+const stdinWindow = 256 << 10
+
+// sendAll sends until ctx ends, no more of what is typed than the guest takes:
+// else a signal would wait behind it.
+func (s *execStream) sendAll(ctx context.Context) {
+	sent, ended := int64(0), false
+	for {
+		typed := s.typed
+		if ended || sent-s.taken.Load() >= stdinWindow {
+			typed = nil
+		}
+		var r *ingotv1.ExecRequest
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.more:
+			continue
+		case r = <-s.controls:
+		case b, ok := <-typed:
+			sent += int64(len(b))
+			r = &ingotv1.ExecRequest{Payload: &ingotv1.ExecRequest_Stdin{Stdin: b}}
+			if ended = !ok; ended {
+				r.Payload = &ingotv1.ExecRequest_StdinEof{StdinEof: true}
+			}
+		}
+		if s.send(r) != nil {
+			return
+		}
+	}
+}
+
 // interrupt is Ctrl-C, which a raw terminal gives as it is.
 const interrupt = 0x03
 
-// stdin sends what is typed, and the end of it. In a terminal a guest answers
+// stdin has sent what is typed, and the end of it. In a terminal a guest answers
 // each Ctrl-C at least with ^C: one that does not is given up.
-func (s *execStream) stdin(r io.Reader, tty bool, giveUp func()) {
+func (s *execStream) stdin(ctx context.Context, r io.Reader, tty bool, giveUp func()) {
+	defer close(s.typed)
 	buf := make([]byte, 32<<10)
 	unanswered, heard := 0, int64(-1)
 	for {
@@ -198,11 +249,14 @@ func (s *execStream) stdin(r io.Reader, tty bool, giveUp func()) {
 				return
 			}
 		}
-		if n > 0 && s.send(&ingotv1.ExecRequest{Payload: &ingotv1.ExecRequest_Stdin{Stdin: append([]byte(nil), buf[:n]...)}}) != nil {
-			return
+		if n > 0 {
+			select {
+			case s.typed <- bytes.Clone(buf[:n]):
+			case <-ctx.Done():
+				return
+			}
 		}
 		if err != nil {
-			_ = s.send(&ingotv1.ExecRequest{Payload: &ingotv1.ExecRequest_StdinEof{StdinEof: true}})
 			return
 		}
 	}
@@ -230,7 +284,7 @@ func (s *execStream) signals(ctx context.Context, from <-chan os.Signal, tty boo
 		case sig := <-from:
 			if sig == syscall.SIGWINCH {
 				if size := windowSize(); tty && size != nil {
-					_ = s.send(&ingotv1.ExecRequest{Payload: &ingotv1.ExecRequest_Resize{Resize: size}})
+					s.control(&ingotv1.ExecRequest{Payload: &ingotv1.ExecRequest_Resize{Resize: size}})
 				}
 				continue
 			}
@@ -241,7 +295,7 @@ func (s *execStream) signals(ctx context.Context, from <-chan os.Signal, tty boo
 			if patience == nil && (sig == syscall.SIGTERM || sig == syscall.SIGHUP) {
 				patience = time.After(lastWait)
 			}
-			_ = s.send(&ingotv1.ExecRequest{Payload: &ingotv1.ExecRequest_Signal{Signal: int32(sig.(syscall.Signal))}})
+			s.control(&ingotv1.ExecRequest{Payload: &ingotv1.ExecRequest_Signal{Signal: int32(sig.(syscall.Signal))}})
 		}
 	}
 }
@@ -256,12 +310,20 @@ func (s *execStream) receive(stdout, stderr io.Writer) (int, error) {
 		if err != nil {
 			return 0, err
 		}
-		s.heard.Add(1)
+		if _, ok := r.GetPayload().(*ingotv1.ExecResponse_StdinTaken); !ok {
+			s.heard.Add(1)
+		}
 		switch p := r.GetPayload().(type) {
 		case *ingotv1.ExecResponse_Stdout:
 			_, err = stdout.Write(p.Stdout)
 		case *ingotv1.ExecResponse_Stderr:
 			_, err = stderr.Write(p.Stderr)
+		case *ingotv1.ExecResponse_StdinTaken:
+			s.taken.Add(int64(p.StdinTaken))
+			select {
+			case s.more <- struct{}{}:
+			default:
+			}
 		case *ingotv1.ExecResponse_ExitCode:
 			return int(p.ExitCode), nil
 		}

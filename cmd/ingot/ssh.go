@@ -178,7 +178,7 @@ func ask(ctx context.Context, vm microVM, start *ingotv1.ExecStart, stdout *byte
 		return 0, fmt.Errorf("ask the agent of %s: %w", vm, err)
 	}
 	var stderr bytes.Buffer
-	code, err := (&execStream{stream: stream}).receive(stdout, &stderr)
+	code, err := newExecStream(stream).receive(stdout, &stderr)
 	if err != nil {
 		return 0, fmt.Errorf("ask the agent of %s: %w", vm, err)
 	}

@@ -413,6 +413,15 @@ func (h *Host) Drivers() map[string]vmm.Facts {
 	return facts
 }
 
+// DefaultDriver is the name of the driver of a spec that names none.
+func (h *Host) DefaultDriver() (string, error) {
+	d, err := h.driver(vm.Spec{})
+	if err != nil {
+		return "", err
+	}
+	return d.Name(), nil
+}
+
 // driver is the one that a spec asks for, or the default.
 func (h *Host) driver(s vm.Spec) (vmm.Driver, error) {
 	name := s.Driver

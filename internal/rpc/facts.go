@@ -51,9 +51,9 @@ func (s *hostService) Facts(ctx context.Context, _ *emptypb.Empty) (*ingotv1.Hos
 		f.Drivers = append(f.Drivers, &ingotv1.DriverFacts{
 			Name: name, Available: d.Available, Version: d.Version, Accelerator: d.Accelerator, Reason: d.Reason,
 		})
-		if d.Available && f.DefaultDriver == "" {
-			f.DefaultDriver = name
-		}
+	}
+	if d, err := s.Host.DefaultDriver(); err == nil {
+		f.DefaultDriver = d
 	}
 	f.Containerd = s.containerd(ctx)
 	f.Pool = poolFacts(s.Pool)

@@ -2,7 +2,6 @@ package rpc
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -12,7 +11,6 @@ import (
 	"google.golang.org/grpc"
 
 	ingotv1 "ingot/api/ingot/v1"
-	"ingot/internal/agent"
 	"ingot/internal/image"
 	"ingot/internal/logfile"
 )
@@ -21,6 +19,7 @@ import (
 type hostService struct {
 	ingotv1.UnimplementedHostServer
 	Config
+	receivers sync.WaitGroup
 }
 
 func (s *hostService) Start(_ context.Context, r *ingotv1.StartRequest) (*ingotv1.StartResponse, error) {
@@ -98,10 +97,15 @@ func (s *hostService) Console(stream ingotv1.Host_ConsoleServer) error {
 	if err != nil {
 		return err
 	}
+	return s.show(stream, view)
+}
+
+// show joins a client to a console until either ends.
+func (s *hostService) show(stream ingotv1.Host_ConsoleServer, view io.ReadWriteCloser) error {
 	defer view.Close()
-	var typing sync.WaitGroup
-	defer typing.Wait()
-	typing.Go(func() {
+	stop := context.AfterFunc(stream.Context(), func() { view.Close() })
+	defer stop()
+	s.hear(func() {
 		defer view.Close()
 		for {
 			r, err := stream.Recv()
@@ -113,107 +117,32 @@ func (s *hostService) Console(stream ingotv1.Host_ConsoleServer) error {
 			}
 		}
 	})
-	_, err = io.Copy(writer(func(p []byte) error {
+	_, err := io.Copy(writer(func(p []byte) error {
 		return stream.Send(&ingotv1.ConsoleResponse{Data: p})
 	}), view)
 	return err
 }
 
-func (s *hostService) Exec(stream ingotv1.Host_ExecServer) error {
-	first, err := stream.Recv()
-	if err != nil {
-		return err
-	}
-	start := first.GetStart()
-	if start == nil || len(start.GetArgs()) == 0 && !start.GetMain() {
-		return fmt.Errorf("exec: first message must be a start message with uid and args set: %w", errdefs.ErrInvalidArgument)
-	}
-	client, err := s.Host.Agent(start.GetUid())
-	if err != nil {
-		return err
-	}
-	return runCommand(stream, client, start)
-}
-
-// runCommand runs one command in a guest. Only one goroutine may send on a stream: the
-// two outputs take turns.
-func runCommand(stream ingotv1.Host_ExecServer, client *agent.Client, start *ingotv1.ExecStart) error {
-	var mu sync.Mutex
-	send := func(r *ingotv1.ExecResponse) error {
-		mu.Lock()
-		defer mu.Unlock()
-		return stream.Send(r)
-	}
-	var stdin io.Reader
-	in, typed := io.Pipe()
-	defer in.Close()
-	if start.GetStdin() || start.GetTty() {
-		stdin = in
-	}
-	ctx, cancel := context.WithCancel(stream.Context())
-	defer cancel()
-	session, err := client.Exec(ctx, agent.Command{
-		Args: start.GetArgs(), Env: start.GetEnv(), Dir: start.GetWorkingDir(), User: start.GetUser(), TTY: start.GetTty(),
-		Main: start.GetMain(), Rows: uint16(start.GetSize().GetRows()), Cols: uint16(start.GetSize().GetColumns()),
-	}, stdin,
-		writer(func(p []byte) error {
-			return send(&ingotv1.ExecResponse{Payload: &ingotv1.ExecResponse_Stdout{Stdout: p}})
-		}),
-		writer(func(p []byte) error {
-			return send(&ingotv1.ExecResponse{Payload: &ingotv1.ExecResponse_Stderr{Stderr: p}})
-		}))
-	if err != nil {
-		return err
-	}
-	// It ends with the stream's context, which ends when this call returns.
-	go receive(stream, session, typed)
-	code, err := session.Wait()
-	var refused *agent.Error
-	if errors.As(err, &refused) { // the agent's no is told as a shell's: in words, and by its code
-		code = refused.Code
-		err = send(&ingotv1.ExecResponse{Payload: &ingotv1.ExecResponse_Stderr{Stderr: []byte(refused.Text + "\n")}})
-	}
-	if err != nil {
-		return err
-	}
-	return send(&ingotv1.ExecResponse{Payload: &ingotv1.ExecResponse_ExitCode{ExitCode: int32(code)}})
-}
-
-// receive passes on what the client sends while the command runs.
-func receive(stream ingotv1.Host_ExecServer, session *agent.Session, typed *io.PipeWriter) {
-	for {
-		r, err := stream.Recv()
-		if err != nil {
-			typed.Close()
-			return
-		}
-		switch p := r.GetPayload().(type) {
-		case *ingotv1.ExecRequest_Stdin:
-			if _, err := typed.Write(p.Stdin); err != nil {
-				return
-			}
-		case *ingotv1.ExecRequest_StdinEof:
-			typed.Close()
-		case *ingotv1.ExecRequest_Resize:
-			session.Resize(uint16(p.Resize.GetRows()), uint16(p.Resize.GetColumns()))
-		case *ingotv1.ExecRequest_Signal:
-			session.Signal(int(p.Signal))
-		}
-	}
-}
+// hear runs what receives from a stream while its handler works. It ends with the
+// stream, which ends after the handler has returned: so the server waits for it.
+func (s *hostService) hear(receive func()) { s.receivers.Go(receive) }
 
 func (s *hostService) Pull(r *ingotv1.PullRequest, stream grpc.ServerStreamingServer[ingotv1.PullResponse]) error {
 	// Several layers report at the same time; one goroutine sends.
+	ctx, cancel := context.WithCancel(stream.Context())
 	reports := make(chan image.Progress, 64)
 	done := make(chan error, 1)
-	go func() {
-		done <- s.Images.Pull(stream.Context(), r.GetImage(), image.Policy(r.GetPolicy()), func(p image.Progress) {
+	var pull sync.WaitGroup
+	defer pull.Wait()
+	defer cancel()
+	pull.Go(func() {
+		done <- s.Images.Pull(ctx, r.GetImage(), image.Policy(r.GetPolicy()), func(p image.Progress) {
 			select {
 			case reports <- p:
 			default: // the next one says more
 			}
 		})
-	}()
+	})
 	for {
 		select {
 		case p := <-reports:

@@ -56,7 +56,7 @@ func (s *Server) String() string { return "grpc api" }
 // Run serves until ctx ends.
 func (s *Server) Run(ctx context.Context) error {
 	s.c.Log.Info("flintlockd grpc api server starting")
-	options := wire.ServerOptions(s.c.Token, s.c.Log)
+	options := append(wire.ServerOptions(s.c.Token, s.c.Log), grpc.WaitForHandlers(true))
 	if s.c.Token == "" {
 		s.c.Log.Warn("basic authentication is DISABLED")
 	}
@@ -67,7 +67,8 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	g := grpc.NewServer(options...)
 	v1alpha1.RegisterMicroVMServer(g, &microVM{host: s.c.Host})
-	ingotv1.RegisterHostServer(g, &hostService{Config: s.c})
+	h := &hostService{Config: s.c}
+	ingotv1.RegisterHostServer(g, h)
 	grpc_health_v1.RegisterHealthServer(g, health.NewServer())
 	reflection.Register(g)
 	l, err := run.Listen(ctx, net.ListenConfig{}, "tcp", s.c.Listen)
@@ -78,6 +79,7 @@ func (s *Server) Run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, g.Stop)
 	defer stop()
 	close(s.ready)
+	defer h.receivers.Wait()
 	if err := g.Serve(l); err != nil && ctx.Err() == nil {
 		return fmt.Errorf("serve gRPC: %w", err)
 	}

@@ -836,6 +836,7 @@ type ExecResponse struct {
 	//	*ExecResponse_Stdout
 	//	*ExecResponse_Stderr
 	//	*ExecResponse_ExitCode
+	//	*ExecResponse_StdinTaken
 	Payload       isExecResponse_Payload `protobuf_oneof:"payload"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -905,6 +906,15 @@ func (x *ExecResponse) GetExitCode() int32 {
 	return 0
 }
 
+func (x *ExecResponse) GetStdinTaken() uint32 {
+	if x != nil {
+		if x, ok := x.Payload.(*ExecResponse_StdinTaken); ok {
+			return x.StdinTaken
+		}
+	}
+	return 0
+}
+
 type isExecResponse_Payload interface {
 	isExecResponse_Payload()
 }
@@ -921,11 +931,20 @@ type ExecResponse_ExitCode struct {
 	ExitCode int32 `protobuf:"varint,3,opt,name=exit_code,json=exitCode,proto3,oneof"` // the last message of a command that ended
 }
 
+type ExecResponse_StdinTaken struct {
+	// So many more bytes of stdin have gone to the guest. A client that keeps no
+	// more than 256 KiB on their way is sure that its signals pass at once; of one
+	// that does not count, no more is read than the host has room for.
+	StdinTaken uint32 `protobuf:"varint,4,opt,name=stdin_taken,json=stdinTaken,proto3,oneof"`
+}
+
 func (*ExecResponse_Stdout) isExecResponse_Payload() {}
 
 func (*ExecResponse_Stderr) isExecResponse_Payload() {}
 
 func (*ExecResponse_ExitCode) isExecResponse_Payload() {}
+
+func (*ExecResponse_StdinTaken) isExecResponse_Payload() {}
 
 type PullRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1979,11 +1998,13 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\n" +
 	"WindowSize\x12\x12\n" +
 	"\x04rows\x18\x01 \x01(\rR\x04rows\x12\x18\n" +
-	"\acolumns\x18\x02 \x01(\rR\acolumns\"l\n" +
+	"\acolumns\x18\x02 \x01(\rR\acolumns\"\x8f\x01\n" +
 	"\fExecResponse\x12\x18\n" +
 	"\x06stdout\x18\x01 \x01(\fH\x00R\x06stdout\x12\x18\n" +
 	"\x06stderr\x18\x02 \x01(\fH\x00R\x06stderr\x12\x1d\n" +
-	"\texit_code\x18\x03 \x01(\x05H\x00R\bexitCodeB\t\n" +
+	"\texit_code\x18\x03 \x01(\x05H\x00R\bexitCode\x12!\n" +
+	"\vstdin_taken\x18\x04 \x01(\rH\x00R\n" +
+	"stdinTakenB\t\n" +
 	"\apayload\";\n" +
 	"\vPullRequest\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x12\x16\n" +
@@ -2205,6 +2226,7 @@ func file_ingot_v1_host_proto_init() {
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
+		(*ExecResponse_StdinTaken)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{

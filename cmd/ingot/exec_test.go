@@ -1,0 +1,145 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	ingotv1 "ingot/api/ingot/v1"
+)
+
+// deafHost takes no message of a command's stream but the first.
+type deafHost struct {
+	ingotv1.UnimplementedHostServer
+}
+
+func (deafHost) Exec(stream ingotv1.Host_ExecServer) error {
+	if _, err := stream.Recv(); err != nil {
+		return err
+	}
+	<-stream.Context().Done()
+	return stream.Context().Err()
+}
+
+// serveExec serves a host's Exec, and calls it.
+func serveExec(t *testing.T, ctx context.Context, host ingotv1.HostServer) *execStream {
+	t.Helper()
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer()
+	ingotv1.RegisterHostServer(server, host)
+	var serving sync.WaitGroup
+	serving.Go(func() { server.Serve(l) })
+	conn, err := grpc.NewClient("unix:"+l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		conn.Close()
+		server.Stop()
+		serving.Wait()
+	})
+	stream, err := ingotv1.NewHostClient(conn).Exec(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return newExecStream(stream)
+}
+
+// Whatever stands still, some signals give a command up.
+func TestExecIsGivenUp(t *testing.T) {
+	var all sync.WaitGroup
+	defer all.Wait()
+	zero, err := os.Open("/dev/zero")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer zero.Close()
+	ctx, giveUp := context.WithCancelCause(t.Context())
+	defer giveUp(nil)
+	s := serveExec(t, ctx, deafHost{})
+	signals := make(chan os.Signal, mostSignals)
+	all.Go(func() { s.sendAll(ctx) })
+	all.Go(func() { s.stdin(ctx, zero, false, nil) })
+	// Until nothing more passes.
+	for was := -1; len(s.typed) < cap(s.typed) || was != len(s.typed); time.Sleep(50 * time.Millisecond) {
+		was = len(s.typed)
+	}
+	for range mostSignals {
+		signals <- syscall.SIGINT
+	}
+	all.Go(func() { s.signals(ctx, signals, false, func() { giveUp(errIgnored) }) })
+	select {
+	case <-ctx.Done():
+	case <-time.After(20 * time.Second):
+		giveUp(nil)
+		t.Fatal("not given up")
+	}
+	if !errors.Is(context.Cause(ctx), errIgnored) {
+		t.Errorf("cause %v", context.Cause(ctx))
+	}
+}
+
+// echoHost takes input only once all that a client may send has come, and echoes it.
+type echoHost struct {
+	ingotv1.UnimplementedHostServer
+	most atomic.Int64 // bytes that were on their way at once
+}
+
+func (h *echoHost) Exec(stream ingotv1.Host_ExecServer) error {
+	var held []byte
+	for {
+		r, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		held = append(held, r.GetStdin()...)
+		h.most.Store(max(h.most.Load(), int64(len(held))))
+		if len(held) < stdinWindow && !r.GetStdinEof() {
+			continue
+		}
+		for b := held; len(b) > 0; b = b[min(len(b), 1000):] {
+			stream.Send(&ingotv1.ExecResponse{Payload: &ingotv1.ExecResponse_Stdout{Stdout: b[:min(len(b), 1000)]}})
+		}
+		stream.Send(&ingotv1.ExecResponse{Payload: &ingotv1.ExecResponse_StdinTaken{StdinTaken: uint32(len(held))}})
+		held = nil
+		if r.GetStdinEof() {
+			return stream.Send(&ingotv1.ExecResponse{Payload: &ingotv1.ExecResponse_ExitCode{ExitCode: 3}})
+		}
+	}
+}
+
+// All input goes to the guest, no more of it at once than the window.
+func TestExecInput(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	var all sync.WaitGroup
+	defer all.Wait()
+	defer cancel()
+	host := &echoHost{}
+	s := serveExec(t, ctx, host)
+	all.Go(func() { s.sendAll(ctx) })
+	data := bytes.Repeat([]byte("0123456789abcde\n"), 128<<10) // 2 MiB
+	all.Go(func() { s.stdin(ctx, bytes.NewReader(data), false, nil) })
+	var out bytes.Buffer
+	code, err := s.receive(&out, io.Discard)
+	if err != nil || code != 3 || !bytes.Equal(out.Bytes(), data) {
+		t.Errorf("code %d, %d of %d bytes came back: %v", code, out.Len(), len(data), err)
+	}
+	if most := host.most.Load(); most > stdinWindow+32<<10 {
+		t.Errorf("%d bytes were on their way", most)
+	}
+}
