@@ -178,6 +178,9 @@ func TestPolicy(t *testing.T) {
 			t.Errorf("%s, policy %q: asked the registry: %t", c.ref, c.p, got)
 		}
 	}
+	if err := s.Pull(t.Context(), "a", "often", nil); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("a policy that is none, for an image that is here: %v", err)
+	}
 }
 
 // An image that is larger than a volume gets larger volumes.

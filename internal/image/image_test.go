@@ -344,6 +344,52 @@ func TestPulledOnce(t *testing.T) {
 	}
 }
 
+// A pull and a microVM that need the same image fetch it together, under one
+// lease: there were two that gave up each other's.
+func TestPullAndPrepareAtOnce(t *testing.T) {
+	l := newLab(t)
+	l.pushStandard(t)
+	s := l.open(t)
+	name, err := s.Resolve("base")
+	if err != nil {
+		t.Fatal(err)
+	}
+	waiters := func() int {
+		s.pulls.mu.Lock()
+		defer s.pulls.mu.Unlock()
+		if c := s.pulls.calls[name+" "+blockfile]; c != nil {
+			return len(c.waiters)
+		}
+		return 0
+	}
+	var all sync.WaitGroup
+	var once sync.Once
+	together := make(chan bool, 1)
+	all.Go(func() {
+		err := s.Pull(t.Context(), "base", Always, func(Progress) {
+			once.Do(func() { // the fetch stands still as long as this does
+				all.Go(func() {
+					if _, err := s.Prepare(t.Context(), "flintlock/ns/vm/01", standard(), nil); err != nil {
+						t.Error(err)
+					}
+				})
+				deadline := time.Now().Add(10 * time.Second)
+				for waiters() < 2 && time.Now().Before(deadline) {
+					time.Sleep(time.Millisecond)
+				}
+				together <- waiters() == 2
+			})
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	})
+	all.Wait()
+	if !<-together {
+		t.Error("the microVM fetched the image by itself")
+	}
+}
+
 // TestKilledInPull: containerd dies in the middle of a pull. The store that was
 // connected then goes on when it is back, and nothing is left over.
 func TestKilledInPull(t *testing.T) {

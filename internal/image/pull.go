@@ -3,6 +3,7 @@ package image
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -63,21 +64,20 @@ func (s *Store) Pull(ctx context.Context, ref string, policy Policy, progress fu
 			policy = Always
 		}
 	}
-	if policy != Always {
+	switch policy {
+	case Always:
+	case Missing, Never:
 		_, err := s.read(ctx, name)
 		switch {
 		case !errdefs.IsNotFound(err):
 			return err
 		case policy == Never:
 			return fmt.Errorf("image %s is not here, and is not to be pulled: %w", name, errdefs.ErrNotFound)
-		case policy != Missing:
-			return fmt.Errorf("pull policy %q is none of always, missing, never: %w", policy, errdefs.ErrInvalidArgument)
 		}
+	default:
+		return fmt.Errorf("pull policy %q is none of always, missing, never: %w", policy, errdefs.ErrInvalidArgument)
 	}
-	err = s.pulls.do(ctx, name, progress, func(ctx context.Context, tell func(Progress)) error {
-		return s.fetch(ctx, name, blockfile, tell)
-	})
-	if err != nil {
+	if err := s.fetchOnce(ctx, name, blockfile, progress); err != nil {
 		return fmt.Errorf("pull image %s: %w", name, meaning(err))
 	}
 	return nil
@@ -102,16 +102,24 @@ func (s *Store) ensure(ctx context.Context, ref, snapshotter string, progress fu
 
 // get makes an image be here, by unpacking it where only that is missing.
 func (s *Store) get(ctx context.Context, name, snapshotter string, progress func(Progress)) error {
-	err := s.pulls.do(ctx, "get "+name+" "+snapshotter, progress, func(ctx context.Context, tell func(Progress)) error {
-		if err := s.unpack(ctx, name, snapshotter); !errdefs.IsNotFound(err) {
-			return err
-		}
-		return s.fetch(ctx, name, snapshotter, tell)
+	err := s.pulls.do(ctx, "unpack "+name+" "+snapshotter, progress, func(ctx context.Context, _ func(Progress)) error {
+		return s.unpack(ctx, name, snapshotter)
 	})
+	if errdefs.IsNotFound(err) {
+		err = s.fetchOnce(ctx, name, snapshotter, progress)
+	}
 	if err != nil {
 		return fmt.Errorf("pull image %s: %w", name, meaning(err))
 	}
 	return nil
+}
+
+// fetchOnce fetches an image for everyone who asks for it meanwhile: who ends
+// first would give up the lease that holds what the others fetch.
+func (s *Store) fetchOnce(ctx context.Context, name, snapshotter string, progress func(Progress)) error {
+	return s.pulls.do(ctx, name+" "+snapshotter, progress, func(ctx context.Context, tell func(Progress)) error {
+		return s.fetch(ctx, name, snapshotter, tell)
+	})
 }
 
 // unpack unpacks an image whose content is here; errdefs.ErrNotFound means that
@@ -121,7 +129,7 @@ func (s *Store) unpack(ctx context.Context, name, snapshotter string) error {
 	if err != nil {
 		return err
 	}
-	ctx, done, err := s.leaseForPull(ctx, name+" "+snapshotter)
+	ctx, done, err := s.leaseForPull(ctx, "unpack "+name+" "+snapshotter)
 	if err != nil {
 		return err
 	}
@@ -131,10 +139,10 @@ func (s *Store) unpack(ctx context.Context, name, snapshotter string) error {
 			return nil
 		})
 	})
-	if err != nil {
+	if err != nil && !errdefs.IsNotFound(err) {
 		return err
 	}
-	return done(ctx)
+	return errors.Join(err, done(ctx))
 }
 
 // withRoom unpacks an image, and where it is larger than a volume, again with
