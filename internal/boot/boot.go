@@ -5,6 +5,7 @@
 package boot
 
 import (
+	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
@@ -109,6 +110,12 @@ func defaults(s vm.Spec) []string {
 	}
 	// net.ifnames=0: eth0 and eth1 are also called so by an image with udev.
 	words := []string{"root=" + rootDevice(s.Root), access, "panic=-1", "quiet", "net.ifnames=0"}
+	if s.UID != "" {
+		// Clones of an image that brings a machine-id would be one machine, to DHCP for
+		// example: systemd makes its identity there from it.
+		sum := sha256.Sum256([]byte("machine-id/" + s.UID))
+		words = append(words, fmt.Sprintf("systemd.machine_id=%x", sum[:16]))
+	}
 	if slices.ContainsFunc(s.Interfaces, func(i vm.Interface) bool { return i.Metadata }) {
 		words = append(words, "ds=nocloud-net;s=http://169.254.169.254/latest/")
 	}

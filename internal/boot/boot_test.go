@@ -7,15 +7,18 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"io"
+	"maps"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"github.com/goccy/go-yaml"
 	"github.com/google/go-cmp/cmp"
 	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
@@ -93,7 +96,7 @@ func TestCmdline(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []string{
-		"root=/dev/vda", "rw", "panic=5", "quiet", "net.ifnames=0",
+		"root=/dev/vda", "rw", "panic=5", "quiet", "net.ifnames=0", "systemd.machine_id=28a6bbdf11cfd77b825eae8510bb9fdc",
 		"ds=nocloud-net;s=http://169.254.169.254/latest/", "ingot.hostname=web",
 		"ingot.mount=/dev/vdb:/lib/modules/6.1:ro", "ingot.mount=/dev/vdc:/data",
 		"a=2", "z=1",
@@ -215,7 +218,7 @@ func TestMetadata(t *testing.T) {
 	s.Metadata = map[string]string{"meta-data": "instance_id: default/web\nlocal_hostname: other", "x": "y"}
 	got := Metadata(s)
 	want := map[string]string{
-		"meta-data":   "instance_id: default/web\nlocal_hostname: other\ninstance-id: 01JB\nlocal-hostname: other\n",
+		"meta-data":   "instance_id: default/web\nlocal_hostname: other\ninstance-id: \"default/web\"\nlocal-hostname: \"other\"\n",
 		"user-data":   "",
 		"vendor-data": "## template: jinja\n#cloud-config\n\nmounts:\n- - vdb\n  - /lib/modules/6.1\n- - vdc\n  - /data\nmount_default_fields:\n- None\n- None\n- auto\n- defaults,nofail\n- \"0\"\n- \"2\"\n",
 		"x":           "y",
@@ -234,6 +237,62 @@ func TestMetadata(t *testing.T) {
 	}
 	if s.Metadata["user-data"] != "" || len(s.Metadata) != 3 {
 		t.Error("the spec's own metadata was changed")
+	}
+}
+
+// Whatever form meta-data has, it is YAML that says who the guest is.
+func TestMetaData(t *testing.T) {
+	for text, more := range map[string]map[string]any{
+		"":                           {},
+		"# none\n":                   {},
+		"a: b":                       {"a": "b"},
+		"---\na: [1, \"2\"]\n...":    {"a": []any{uint64(1), "2"}},
+		`{"a": {"b": "on"}, "n": 1}`: {"a": map[string]any{"b": "on"}, "n": uint64(1)},
+		"{\n  a: 'yes'\n}\n":         {"a": "yes"},
+	} {
+		for _, name := range []string{"web", "on", "123", "0x10", "null", "1_0", "a.b"} {
+			s := vm.Spec{UID: "01JB", Name: name, Metadata: map[string]string{"meta-data": text}}
+			want := map[string]any{"instance_id": "01JB", "instance-id": "01JB", "local-hostname": name}
+			maps.Copy(want, more)
+			got := Metadata(s)["meta-data"]
+			var have map[string]any
+			if err := yaml.Unmarshal([]byte(got), &have); err != nil {
+				t.Fatalf("%q: %v", got, err)
+			}
+			if d := cmp.Diff(want, have); d != "" {
+				t.Errorf("%q: %s", got, d)
+			}
+			if !strings.Contains(got, `"`+name+`"`) { // cloud-init's YAML takes more for numbers than ours
+				t.Errorf("%q: the name is not quoted", got)
+			}
+		}
+	}
+	own := "instance-id: i\ninstance_id: j\nlocal-hostname: h\n"
+	if got := Metadata(vm.Spec{UID: "01JB", Name: "web", Metadata: map[string]string{"meta-data": own}})["meta-data"]; got != own {
+		t.Errorf("complete meta-data became %q", got)
+	}
+}
+
+// Clones of an image with a machine-id of its own are told apart.
+func TestMachineID(t *testing.T) {
+	id := func(uid string, own map[string]string) string {
+		words, _, err := Cmdline(vm.Spec{UID: uid, Name: "web", Kernel: vm.Kernel{Cmdline: own}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, w := range words {
+			if id, ok := strings.CutPrefix(w, "systemd.machine_id="); ok {
+				return id
+			}
+		}
+		return ""
+	}
+	one, other := id("01JB", nil), id("01JC", nil)
+	if one == other || !regexp.MustCompile(`^[0-9a-f]{32}$`).MatchString(one) || id("01JB", nil) != one {
+		t.Errorf("machine ids %s, %s", one, other)
+	}
+	if got := id("01JB", map[string]string{"systemd.machine_id": "own"}); got != "own" {
+		t.Errorf("the spec's own became %s", got)
 	}
 }
 

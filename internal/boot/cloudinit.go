@@ -1,9 +1,11 @@
 package boot
 
 import (
+	"encoding/json"
 	"fmt"
 	"maps"
 	"net/netip"
+	"strconv"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -53,11 +55,11 @@ func family(a netip.Addr) int {
 	return 6
 }
 
-// Metadata is what the metadata service serves: what the spec has, and what
-// cloud-init's NoCloud source does not go without: instance-id and local-hostname in
-// meta-data (with hyphens; flintlock's clients write underscores, which
-// cloud-init does not read), a user-data that may be empty, and the mounts of
-// the spec's volumes in vendor-data.
+// Metadata is what the metadata service serves: what the spec has, what flintlock
+// adds to it (instance_id), and what cloud-init's NoCloud source does not go
+// without: instance-id and local-hostname in meta-data (with hyphens; flintlock's
+// clients write underscores, which cloud-init does not read), a user-data that may
+// be empty, and the mounts of the spec's volumes in vendor-data.
 func Metadata(s vm.Spec) map[string]string {
 	m := maps.Clone(s.Metadata)
 	if m == nil {
@@ -73,26 +75,45 @@ func Metadata(s vm.Spec) map[string]string {
 	return m
 }
 
-// metaData adds the missing lines to text and changes nothing in it.
+// metaData adds what is missing to text: as lines, so that the rest stays as it
+// is, or, where that is not made of lines, by writing all of it as JSON, which is
+// YAML too.
 func metaData(text string, s vm.Spec) string {
 	var have map[string]any
 	if yaml.Unmarshal([]byte(text), &have) != nil {
 		return text // not ours to mend
 	}
+	all := maps.Clone(have)
+	if all == nil {
+		all = map[string]any{}
+	}
+	lines := text
 	if text != "" && !strings.HasSuffix(text, "\n") {
-		text += "\n"
+		lines += "\n"
 	}
-	if _, ok := have["instance-id"]; !ok {
-		text += "instance-id: " + s.UID + "\n"
-	}
-	if _, ok := have["local-hostname"]; !ok {
-		name, ok := have["local_hostname"].(string)
-		if !ok {
-			name = s.Name
+	add := func(key, other, value string) {
+		if _, ok := all[key]; ok {
+			return
 		}
-		text += "local-hostname: " + name + "\n"
+		if v, ok := have[other].(string); ok && v != "" {
+			value = v
+		}
+		all[key] = value
+		// Quoted: a microVM may be called 123, or on.
+		lines += key + ": " + strconv.Quote(value) + "\n"
 	}
-	return text
+	add("instance_id", "instance-id", s.UID)
+	add("instance-id", "instance_id", s.UID)
+	add("local-hostname", "local_hostname", s.Name)
+	var now map[string]any
+	if yaml.Unmarshal([]byte(lines), &now) == nil && len(now) == len(all) {
+		return lines
+	}
+	b, err := json.Marshal(all)
+	if err != nil {
+		return text
+	}
+	return string(b) + "\n"
 }
 
 // vendorData adds the volumes' mounts to a cloud-config. Any other kind of

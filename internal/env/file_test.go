@@ -145,9 +145,10 @@ func TestMistakes(t *testing.T) {
 			"7: microvms[1].image: it can't stand beside spec, which has it in its own words",
 			"8: microvms[1].spec: id, namespace and uid don't belong here: name and namespace stand beside it",
 			"10: microvms[2].spec: kernel.image: is required",
+			"10: microvms[2].spec: kernel.filename: is required",
 			"10: microvms[2].spec: root_volume.source: is required"}},
 		{"an id in a spec", vms + "- name: a\n  spec: {id: c}\n", []string{"4: microvms[0].spec: id, namespace and uid don't belong here: name and namespace stand beside it"}},
-		{"macvtap on the hub", "format: 2\nmachines: [{name: one, roles: [hub, host]}]\nmicrovms:\n- name: a\n  host: one\n  spec: {kernel: {image: kernel}, root_volume: {id: root, source: {container_source: busybox}}, interfaces: [{device_id: eth1, type: MACVTAP}]}\n", []string{
+		{"macvtap on the hub", "format: 2\nmachines: [{name: one, roles: [hub, host]}]\nmicrovms:\n- name: a\n  host: one\n  spec: {kernel: {image: kernel, filename: boot/vmlinux}, root_volume: {id: root, source: {container_source: busybox}}, interfaces: [{device_id: eth1, type: MACVTAP}]}\n", []string{
 			"6: microvms[0].spec: interfaces[0]: one is the hub too, which a macvtap guest of its own can't reach: use TAP"}},
 		{"our label", vms + "- name: a\n  image: busybox\n  labels:\n    ingot/declared: x\n", []string{"6: microvms[0].labels.ingot/declared: this label is `ingot up`'s own"}},
 	} {

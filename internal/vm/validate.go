@@ -6,6 +6,7 @@ import (
 	"net"
 	"regexp"
 	"strings"
+	"unicode"
 
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
@@ -38,7 +39,9 @@ func (s *Spec) Normalize() {
 var (
 	nameRule  = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$`)
 	ifaceRule = regexp.MustCompile(`^[a-z][a-z0-9_]{0,14}$`)
-	uidRule   = regexp.MustCompile(`^[0-9A-HJKMNP-TV-Z]{26}$`) // a ULID
+	// A partition is its number, or its UUID as GPT or MBR has it.
+	partitionRule = regexp.MustCompile(`^([0-9]{1,3}|[0-9A-Fa-f]{8}-([0-9A-Fa-f]{2}|[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{12}))$`)
+	uidRule       = regexp.MustCompile(`^[0-9A-HJKMNP-TV-Z]{26}$`) // a ULID
 )
 
 // FieldError is one mistake in a spec. It is an errdefs.ErrInvalidArgument.
@@ -131,6 +134,7 @@ func (m *mistakes) image(field, ref string) {
 // path checks a path inside an image. What leads out of it is refused here, and
 // can't be opened either.
 func (m *mistakes) path(field, path string) {
+	m.check(path != "", field, "is required")
 	m.check(!strings.ContainsRune(path, 0) && len(path) <= 4096, field, "%q is not a path", path)
 	for _, part := range strings.Split(path, "/") {
 		m.check(part != "..", field, "%q leads out of the image", path)
@@ -144,5 +148,11 @@ func (m *mistakes) volume(field string, v Volume) {
 	if v.Image != "" {
 		m.image(field+".source.container_source", v.Image)
 	}
+	// It becomes a word of the kernel's command line, with the device before a colon.
+	m.check(v.MountPoint == "" || strings.HasPrefix(v.MountPoint, "/") && len(v.MountPoint) <= 255 && !strings.ContainsFunc(v.MountPoint, noPath),
+		field+".mount_point", "%q is not an absolute path without blanks, quotes and colons", v.MountPoint)
+	m.check(v.Partition == "" || partitionRule.MatchString(v.Partition), field+".partition_id", "%q is neither a partition's number nor its UUID", v.Partition)
 	m.check(v.Size >= 0 && v.Size <= 1<<24, field+".size_in_mb", "%d is not a size", v.Size)
 }
+
+func noPath(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) || r == ':' || r == '"' }

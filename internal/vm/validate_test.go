@@ -33,13 +33,19 @@ func TestDefaults(t *testing.T) {
 
 func TestValidateNamesTheField(t *testing.T) {
 	for field, spoil := range map[string]func(*vm.Spec){
-		"id":                               func(s *vm.Spec) { s.Name = "a/b" },
-		"namespace":                        func(s *vm.Spec) { s.Namespace = ".." },
-		"uid":                              func(s *vm.Spec) { s.UID = "../../etc" },
-		"vcpu":                             func(s *vm.Spec) { s.VCPU = 65 },
-		"memory_in_mb":                     func(s *vm.Spec) { s.Memory = -1 },
-		"kernel.image":                     func(s *vm.Spec) { s.Kernel.Image = "" },
-		"kernel.filename":                  func(s *vm.Spec) { s.Kernel.Path = "boot/../../etc/shadow" },
+		"id":                       func(s *vm.Spec) { s.Name = "a/b" },
+		"namespace":                func(s *vm.Spec) { s.Namespace = ".." },
+		"uid":                      func(s *vm.Spec) { s.UID = "../../etc" },
+		"vcpu":                     func(s *vm.Spec) { s.VCPU = 65 },
+		"memory_in_mb":             func(s *vm.Spec) { s.Memory = -1 },
+		"kernel.image":             func(s *vm.Spec) { s.Kernel.Image = "" },
+		"kernel.filename":          func(s *vm.Spec) { s.Kernel.Path = "boot/../../etc/shadow" },
+		"initrd.filename":          func(s *vm.Spec) { s.Initrd = &vm.File{Image: "kernel"} },
+		"root_volume.partition_id": func(s *vm.Spec) { s.Root.Partition = "1 init=/bin/sh" },
+		"root_volume.mount_point":  func(s *vm.Spec) { s.Root.MountPoint = "srv" },
+		"additional_volumes[0].mount_point": func(s *vm.Spec) {
+			s.Volumes = []vm.Volume{{ID: "d", Image: "x", MountPoint: "/a init=/bin/sh"}}
+		},
 		"kernel.cmdline":                   func(s *vm.Spec) { s.Kernel.Cmdline = map[string]string{"a b": ""} },
 		"initrd.image":                     func(s *vm.Spec) { s.Initrd = &vm.File{} },
 		"root_volume.source":               func(s *vm.Spec) { s.Root.Image = "" },
@@ -61,6 +67,20 @@ func TestValidateNamesTheField(t *testing.T) {
 				t.Errorf("got %v", err)
 			}
 		})
+	}
+}
+
+func TestValidateKernelNeedsAFile(t *testing.T) {
+	s := good()
+	s.Kernel.Path = ""
+	if err := s.Validate(); err == nil || !strings.Contains(err.Error(), "kernel.filename: is required") {
+		t.Errorf("got %v", err)
+	}
+	s = good()
+	for _, p := range []string{"1", "e2a1c5f0-01", "0FC63DAF-8483-4772-8E79-3D69D8477DE4"} {
+		if s.Root.Partition, s.Root.MountPoint = p, "/"; s.Validate() != nil {
+			t.Errorf("partition %s: %v", p, s.Validate())
+		}
 	}
 }
 

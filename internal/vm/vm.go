@@ -23,8 +23,7 @@ const (
 	MaxMemory        = MiB(1 << 20)
 )
 
-// Spec is what was asked for. It does not change once the microVM is recorded,
-// except for Labels and Metadata.
+// Spec is what was asked for. It does not change once the microVM is recorded.
 type Spec struct {
 	UID       string            `json:"uid"` // ULID
 	Namespace string            `json:"namespace"`
