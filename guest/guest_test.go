@@ -20,6 +20,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 
 	"ingot/internal/agent"
+	"ingot/internal/boot"
 	"ingot/internal/image/build"
 	"ingot/internal/need"
 )
@@ -436,4 +437,32 @@ func reconnect(t *testing.T, vm *guestVM) {
 		time.Sleep(50 * time.Millisecond)
 	}
 	t.Error("a command outlived its host")
+}
+
+// A guest whose drivers do not come from the initramfs waits for its root too,
+// and says what it lacks where that does not come.
+func TestNoDrivers(t *testing.T) {
+	need.QEMU(t)
+	p, err := makeParts()
+	if err != nil {
+		t.Fatal(err)
+	}
+	init, err := os.ReadFile(p.init)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var initrd bytes.Buffer
+	if err := boot.Initramfs(&initrd, init, nil); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "initrd")
+	if err := os.WriteFile(file, initrd.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	vm := start(t, nil, "-initrd", file)
+	vm.ended(t)
+	console, err := os.ReadFile(vm.dir + "/console")
+	if err != nil || !bytes.Contains(console, []byte("no device /dev/vda")) {
+		t.Errorf("the console does not say why: %v", err)
+	}
 }

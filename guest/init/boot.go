@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"sync"
 	"syscall"
 )
 
@@ -26,22 +27,26 @@ func boot() error {
 	// drivers are being loaded.
 	var net *network
 	root := make(chan error, 1)
+	startRoot := sync.OnceFunc(func() {
+		go func() { root <- mountRoot(ctx, o) }() // waited for below
+	})
 	late, err := loadModules(func(name string) {
 		switch name {
 		case "virtio_net":
 			net = startNetwork(ctx, o)
 		case "virtio_blk":
-			go func() { root <- mountRoot(ctx, o) }() // waited for below
+			startRoot()
 		}
 	})
 	if err != nil {
 		return err
 	}
-	if err := <-root; err != nil {
-		return err
-	}
 	if net == nil {
 		net = startNetwork(ctx, o) // a kernel with the drivers built in
+	}
+	startRoot()
+	if err := <-root; err != nil {
+		return err
 	}
 	if i, ok := findInit(newRoot); ok {
 		late.load() // an image without modules of its own has no other chance

@@ -46,7 +46,7 @@ func mountRoot(ctx context.Context, o options) error {
 	defer cancel()
 	device := ""
 	if err := awaitDevice(ctx, func() bool { device = findDevice(o.root); return device != "" }); err != nil {
-		return fmt.Errorf("mount the root file system: no device %s", o.root)
+		return fmt.Errorf("mount the root file system: no device %s after %v: is there a disk, and virtio_blk in the kernel or the initramfs?", o.root, deviceWait)
 	}
 	if err := mountDevice(device, newRoot, o.rootType, o.rootFlags, o.readOnly); err != nil {
 		return fmt.Errorf("mount the root file system: %w", err)

@@ -202,6 +202,14 @@ func TestLoadOrder(t *testing.T) {
 	if _, err := loadOrder(all, []string{"broken"}); !errdefs.IsNotFound(err) {
 		t.Errorf("a missing module: %v", err)
 	}
+	if _, err := loadOrder(nil, []string{"a"}); !errdefs.IsNotFound(err) {
+		t.Errorf("no modules at all: %v", err)
+	}
+	for name, want := range map[string]bool{"lib/a.ko": false, "lib/a.ko.xz": true, "lib/a.ko.zst": true, "lib/a.koala": false, "lib/x.xz": false} {
+		if isCompressed(name) != want {
+			t.Errorf("%s: compressed: %t", name, !want)
+		}
+	}
 }
 
 // ownRegistry runs the environment's registry.

@@ -113,6 +113,8 @@ func takeApart(ctx context.Context, p debPackage, dir string) error {
 			if m, err = readModule(name, r); err == nil {
 				needs[m.name] = m
 			}
+		case isCompressed(name):
+			err = fmt.Errorf("kernel module %s is compressed, which this build can't read: %w", name, errdefs.ErrNotImplemented)
 		}
 		return err
 	})
@@ -138,6 +140,13 @@ func takeApart(ctx context.Context, p debPackage, dir string) error {
 		return err
 	}
 	return writeModules(ctx, p, dir, order, needs)
+}
+
+// isCompressed says whether a file is a kernel module that is compressed, as newer
+// kernels' packages may have them.
+func isCompressed(name string) bool {
+	module := strings.TrimSuffix(name, path.Ext(name))
+	return strings.HasSuffix(module, ".ko")
 }
 
 // module is a kernel module and what it says that it needs.
@@ -182,6 +191,9 @@ func moduleName(s string) string { return strings.ReplaceAll(s, "-", "_") }
 // loadOrder is the wanted modules with their needs before them. A wanted module
 // that is not there is built in or not known to this kernel; a needed one must be.
 func loadOrder(all map[string]module, wanted []string) ([]string, error) {
+	if len(all) == 0 {
+		return nil, fmt.Errorf("the kernel's package has no modules: %w", errdefs.ErrNotFound)
+	}
 	var order []string
 	seen := map[string]bool{}
 	var visit func(name string) error
