@@ -25,7 +25,7 @@ func vmCommand() *cobra.Command {
 	list.Use, list.Aliases = "list", []string{"ls"}
 	remove := rmCommand()
 	remove.Use, remove.Aliases = "delete NAME…", []string{"rm"}
-	cmd.AddCommand(vmCreateCommand(), list, vmGetCommand(), vmStartCommand(), vmStopCommand(), remove,
+	cmd.AddCommand(vmCreateCommand(), list, vmGetCommand(), vmStartCommand(), vmStopCommand(), vmResizeCommand(), remove,
 		logsCommand(), consoleCommand(), execCommand())
 	return cmd
 }

@@ -27,7 +27,7 @@ import (
 // boot starts the microVM: images, network, metadata, hypervisor. Each step finds
 // what an earlier try has made.
 func (v *instance) boot(ctx context.Context) error {
-	spec := v.spec
+	spec := v.view().Spec
 	driver, err := v.host.driver(spec)
 	if err != nil {
 		return err

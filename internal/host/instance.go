@@ -41,7 +41,7 @@ type instance struct {
 	host *Host
 	log  *slog.Logger
 	wake chan struct{}
-	spec vm.Spec // these three never change
+	spec vm.Spec // as it was created: only its volumes' sizes change, in the record; these three never do
 	dir  string
 	user int
 
@@ -93,7 +93,7 @@ func (v *instance) view() View {
 }
 
 func (v *instance) viewLocked() View {
-	w := View{Spec: v.spec, Status: v.status, Dir: v.dir}
+	w := View{Spec: v.record.Spec, Status: v.status, Dir: v.dir}
 	if v.record.Deleting {
 		w.Status.Phase = vm.Deleting
 	}

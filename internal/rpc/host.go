@@ -13,6 +13,7 @@ import (
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/internal/image"
 	"ingot/internal/logfile"
+	"ingot/internal/vm"
 )
 
 // hostService is ingot.v1's Host.
@@ -40,6 +41,14 @@ func (s *hostService) Stop(ctx context.Context, r *ingotv1.StopRequest) (*ingotv
 		return nil, err
 	}
 	return &ingotv1.StopResponse{Microvm: message(v)}, nil
+}
+
+func (s *hostService) Resize(_ context.Context, r *ingotv1.ResizeRequest) (*ingotv1.ResizeResponse, error) {
+	v, err := s.Host.Resize(r.GetUid(), r.GetVolumeId(), vm.MiB(r.GetSizeInMb()))
+	if err != nil {
+		return nil, err
+	}
+	return &ingotv1.ResizeResponse{Microvm: message(v)}, nil
 }
 
 func (s *hostService) Watch(r *ingotv1.WatchRequest, stream ingotv1.Host_WatchServer) error {

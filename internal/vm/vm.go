@@ -23,7 +23,8 @@ const (
 	MaxMemory        = MiB(1 << 20)
 )
 
-// Spec is what was asked for. It does not change once the microVM is recorded.
+// Spec is what was asked for. Once the microVM is recorded, only the sizes of
+// its volumes change.
 type Spec struct {
 	UID       string            `json:"uid"` // ULID
 	Namespace string            `json:"namespace"`

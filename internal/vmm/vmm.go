@@ -24,7 +24,6 @@ const (
 	Agent    Feature = "agent"
 	Pause    Feature = "pause"
 	Snapshot Feature = "snapshot"
-	Grow     Feature = "grow"
 )
 
 // Driver starts microVMs with one kind of hypervisor.

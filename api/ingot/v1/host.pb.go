@@ -211,6 +211,110 @@ func (x *StopResponse) GetMicrovm() *types.MicroVM {
 	return nil
 }
 
+type ResizeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	VolumeId      string                 `protobuf:"bytes,2,opt,name=volume_id,json=volumeId,proto3" json:"volume_id,omitempty"` // empty: the root volume
+	SizeInMb      int64                  `protobuf:"varint,3,opt,name=size_in_mb,json=sizeInMb,proto3" json:"size_in_mb,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResizeRequest) Reset() {
+	*x = ResizeRequest{}
+	mi := &file_ingot_v1_host_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResizeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResizeRequest) ProtoMessage() {}
+
+func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
+func (*ResizeRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ResizeRequest) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *ResizeRequest) GetVolumeId() string {
+	if x != nil {
+		return x.VolumeId
+	}
+	return ""
+}
+
+func (x *ResizeRequest) GetSizeInMb() int64 {
+	if x != nil {
+		return x.SizeInMb
+	}
+	return 0
+}
+
+type ResizeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Microvm       *types.MicroVM         `protobuf:"bytes,1,opt,name=microvm,proto3" json:"microvm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResizeResponse) Reset() {
+	*x = ResizeResponse{}
+	mi := &file_ingot_v1_host_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResizeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResizeResponse) ProtoMessage() {}
+
+func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
+func (*ResizeResponse) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *ResizeResponse) GetMicrovm() *types.MicroVM {
+	if x != nil {
+		return x.Microvm
+	}
+	return nil
+}
+
 type WatchRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
@@ -220,7 +324,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[4]
+	mi := &file_ingot_v1_host_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -232,7 +336,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[4]
+	mi := &file_ingot_v1_host_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -245,7 +349,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{4}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *WatchRequest) GetUid() string {
@@ -264,7 +368,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[5]
+	mi := &file_ingot_v1_host_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -276,7 +380,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[5]
+	mi := &file_ingot_v1_host_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -289,7 +393,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{5}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *WatchResponse) GetMicrovm() *types.MicroVM {
@@ -311,7 +415,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[6]
+	mi := &file_ingot_v1_host_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -323,7 +427,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[6]
+	mi := &file_ingot_v1_host_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -336,7 +440,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{6}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *LogsRequest) GetUid() string {
@@ -376,7 +480,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[7]
+	mi := &file_ingot_v1_host_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -388,7 +492,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[7]
+	mi := &file_ingot_v1_host_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -401,7 +505,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{7}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *LogsResponse) GetData() []byte {
@@ -424,7 +528,7 @@ type ConsoleRequest struct {
 
 func (x *ConsoleRequest) Reset() {
 	*x = ConsoleRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[8]
+	mi := &file_ingot_v1_host_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -436,7 +540,7 @@ func (x *ConsoleRequest) String() string {
 func (*ConsoleRequest) ProtoMessage() {}
 
 func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[8]
+	mi := &file_ingot_v1_host_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -449,7 +553,7 @@ func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{8}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ConsoleRequest) GetPayload() isConsoleRequest_Payload {
@@ -502,7 +606,7 @@ type ConsoleResponse struct {
 
 func (x *ConsoleResponse) Reset() {
 	*x = ConsoleResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[9]
+	mi := &file_ingot_v1_host_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -514,7 +618,7 @@ func (x *ConsoleResponse) String() string {
 func (*ConsoleResponse) ProtoMessage() {}
 
 func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[9]
+	mi := &file_ingot_v1_host_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -527,7 +631,7 @@ func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{9}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ConsoleResponse) GetData() []byte {
@@ -553,7 +657,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[10]
+	mi := &file_ingot_v1_host_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -565,7 +669,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[10]
+	mi := &file_ingot_v1_host_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -578,7 +682,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{10}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ExecRequest) GetPayload() isExecRequest_Payload {
@@ -686,7 +790,7 @@ type ExecStart struct {
 
 func (x *ExecStart) Reset() {
 	*x = ExecStart{}
-	mi := &file_ingot_v1_host_proto_msgTypes[11]
+	mi := &file_ingot_v1_host_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -698,7 +802,7 @@ func (x *ExecStart) String() string {
 func (*ExecStart) ProtoMessage() {}
 
 func (x *ExecStart) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[11]
+	mi := &file_ingot_v1_host_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -711,7 +815,7 @@ func (x *ExecStart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStart.ProtoReflect.Descriptor instead.
 func (*ExecStart) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{11}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ExecStart) GetUid() string {
@@ -787,7 +891,7 @@ type WindowSize struct {
 
 func (x *WindowSize) Reset() {
 	*x = WindowSize{}
-	mi := &file_ingot_v1_host_proto_msgTypes[12]
+	mi := &file_ingot_v1_host_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -799,7 +903,7 @@ func (x *WindowSize) String() string {
 func (*WindowSize) ProtoMessage() {}
 
 func (x *WindowSize) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[12]
+	mi := &file_ingot_v1_host_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -812,7 +916,7 @@ func (x *WindowSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WindowSize.ProtoReflect.Descriptor instead.
 func (*WindowSize) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{12}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WindowSize) GetRows() uint32 {
@@ -844,7 +948,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[13]
+	mi := &file_ingot_v1_host_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -856,7 +960,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[13]
+	mi := &file_ingot_v1_host_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -869,7 +973,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{13}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ExecResponse) GetPayload() isExecResponse_Payload {
@@ -958,7 +1062,7 @@ type PullRequest struct {
 
 func (x *PullRequest) Reset() {
 	*x = PullRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[14]
+	mi := &file_ingot_v1_host_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -970,7 +1074,7 @@ func (x *PullRequest) String() string {
 func (*PullRequest) ProtoMessage() {}
 
 func (x *PullRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[14]
+	mi := &file_ingot_v1_host_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -983,7 +1087,7 @@ func (x *PullRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullRequest.ProtoReflect.Descriptor instead.
 func (*PullRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{14}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *PullRequest) GetImage() string {
@@ -1011,7 +1115,7 @@ type PullResponse struct {
 
 func (x *PullResponse) Reset() {
 	*x = PullResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[15]
+	mi := &file_ingot_v1_host_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1023,7 +1127,7 @@ func (x *PullResponse) String() string {
 func (*PullResponse) ProtoMessage() {}
 
 func (x *PullResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[15]
+	mi := &file_ingot_v1_host_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1036,7 +1140,7 @@ func (x *PullResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullResponse.ProtoReflect.Descriptor instead.
 func (*PullResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{15}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PullResponse) GetOffset() int64 {
@@ -1068,7 +1172,7 @@ type ListImagesRequest struct {
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[16]
+	mi := &file_ingot_v1_host_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1080,7 +1184,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[16]
+	mi := &file_ingot_v1_host_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1093,7 +1197,7 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{16}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{18}
 }
 
 type ListImagesResponse struct {
@@ -1105,7 +1209,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[17]
+	mi := &file_ingot_v1_host_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1117,7 +1221,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[17]
+	mi := &file_ingot_v1_host_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1130,7 +1234,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{17}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListImagesResponse) GetImages() []*HeldImage {
@@ -1154,7 +1258,7 @@ type HeldImage struct {
 
 func (x *HeldImage) Reset() {
 	*x = HeldImage{}
-	mi := &file_ingot_v1_host_proto_msgTypes[18]
+	mi := &file_ingot_v1_host_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1166,7 +1270,7 @@ func (x *HeldImage) String() string {
 func (*HeldImage) ProtoMessage() {}
 
 func (x *HeldImage) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[18]
+	mi := &file_ingot_v1_host_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1179,7 +1283,7 @@ func (x *HeldImage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldImage.ProtoReflect.Descriptor instead.
 func (*HeldImage) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{18}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *HeldImage) GetName() string {
@@ -1227,7 +1331,7 @@ type RemoveImagesRequest struct {
 
 func (x *RemoveImagesRequest) Reset() {
 	*x = RemoveImagesRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[19]
+	mi := &file_ingot_v1_host_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1239,7 +1343,7 @@ func (x *RemoveImagesRequest) String() string {
 func (*RemoveImagesRequest) ProtoMessage() {}
 
 func (x *RemoveImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[19]
+	mi := &file_ingot_v1_host_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1252,7 +1356,7 @@ func (x *RemoveImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImagesRequest.ProtoReflect.Descriptor instead.
 func (*RemoveImagesRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{19}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RemoveImagesRequest) GetImages() []string {
@@ -1279,7 +1383,7 @@ type RemoveImagesResponse struct {
 
 func (x *RemoveImagesResponse) Reset() {
 	*x = RemoveImagesResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[20]
+	mi := &file_ingot_v1_host_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1291,7 +1395,7 @@ func (x *RemoveImagesResponse) String() string {
 func (*RemoveImagesResponse) ProtoMessage() {}
 
 func (x *RemoveImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[20]
+	mi := &file_ingot_v1_host_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1304,7 +1408,7 @@ func (x *RemoveImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImagesResponse.ProtoReflect.Descriptor instead.
 func (*RemoveImagesResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{20}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RemoveImagesResponse) GetImages() []*HeldImage {
@@ -1351,7 +1455,7 @@ type HostFacts struct {
 
 func (x *HostFacts) Reset() {
 	*x = HostFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[21]
+	mi := &file_ingot_v1_host_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1363,7 +1467,7 @@ func (x *HostFacts) String() string {
 func (*HostFacts) ProtoMessage() {}
 
 func (x *HostFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[21]
+	mi := &file_ingot_v1_host_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1376,7 +1480,7 @@ func (x *HostFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostFacts.ProtoReflect.Descriptor instead.
 func (*HostFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{21}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *HostFacts) GetHostname() string {
@@ -1539,7 +1643,7 @@ type DriverFacts struct {
 
 func (x *DriverFacts) Reset() {
 	*x = DriverFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[22]
+	mi := &file_ingot_v1_host_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1551,7 +1655,7 @@ func (x *DriverFacts) String() string {
 func (*DriverFacts) ProtoMessage() {}
 
 func (x *DriverFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[22]
+	mi := &file_ingot_v1_host_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1564,7 +1668,7 @@ func (x *DriverFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DriverFacts.ProtoReflect.Descriptor instead.
 func (*DriverFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{22}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *DriverFacts) GetName() string {
@@ -1623,7 +1727,7 @@ type ContainerdFacts struct {
 
 func (x *ContainerdFacts) Reset() {
 	*x = ContainerdFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[23]
+	mi := &file_ingot_v1_host_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1635,7 +1739,7 @@ func (x *ContainerdFacts) String() string {
 func (*ContainerdFacts) ProtoMessage() {}
 
 func (x *ContainerdFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[23]
+	mi := &file_ingot_v1_host_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1648,7 +1752,7 @@ func (x *ContainerdFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerdFacts.ProtoReflect.Descriptor instead.
 func (*ContainerdFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{23}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ContainerdFacts) GetSocket() string {
@@ -1758,7 +1862,7 @@ type PoolFacts struct {
 
 func (x *PoolFacts) Reset() {
 	*x = PoolFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[24]
+	mi := &file_ingot_v1_host_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1770,7 +1874,7 @@ func (x *PoolFacts) String() string {
 func (*PoolFacts) ProtoMessage() {}
 
 func (x *PoolFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[24]
+	mi := &file_ingot_v1_host_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1783,7 +1887,7 @@ func (x *PoolFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolFacts.ProtoReflect.Descriptor instead.
 func (*PoolFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{24}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *PoolFacts) GetPath() string {
@@ -1858,7 +1962,7 @@ type InterfaceFacts struct {
 
 func (x *InterfaceFacts) Reset() {
 	*x = InterfaceFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[25]
+	mi := &file_ingot_v1_host_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1870,7 +1974,7 @@ func (x *InterfaceFacts) String() string {
 func (*InterfaceFacts) ProtoMessage() {}
 
 func (x *InterfaceFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[25]
+	mi := &file_ingot_v1_host_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1883,7 +1987,7 @@ func (x *InterfaceFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InterfaceFacts.ProtoReflect.Descriptor instead.
 func (*InterfaceFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{25}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *InterfaceFacts) GetName() string {
@@ -1955,6 +2059,13 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x123\n" +
 	"\atimeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\atimeout\"B\n" +
 	"\fStopResponse\x122\n" +
+	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm\"\\\n" +
+	"\rResizeRequest\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x1b\n" +
+	"\tvolume_id\x18\x02 \x01(\tR\bvolumeId\x12\x1c\n" +
+	"\n" +
+	"size_in_mb\x18\x03 \x01(\x03R\bsizeInMb\"D\n" +
+	"\x0eResizeResponse\x122\n" +
 	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm\" \n" +
 	"\fWatchRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\"C\n" +
@@ -2100,10 +2211,11 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\x02up\x18\x05 \x01(\bR\x02up\x12\x12\n" +
 	"\x04kind\x18\x06 \x01(\tR\x04kind\x12\x16\n" +
 	"\x06master\x18\a \x01(\tR\x06master\x12\x15\n" +
-	"\x06vm_uid\x18\b \x01(\tR\x05vmUid2\xf2\x04\n" +
+	"\x06vm_uid\x18\b \x01(\tR\x05vmUid2\xaf\x05\n" +
 	"\x04Host\x128\n" +
 	"\x05Start\x12\x16.ingot.v1.StartRequest\x1a\x17.ingot.v1.StartResponse\x125\n" +
-	"\x04Stop\x12\x15.ingot.v1.StopRequest\x1a\x16.ingot.v1.StopResponse\x12:\n" +
+	"\x04Stop\x12\x15.ingot.v1.StopRequest\x1a\x16.ingot.v1.StopResponse\x12;\n" +
+	"\x06Resize\x12\x17.ingot.v1.ResizeRequest\x1a\x18.ingot.v1.ResizeResponse\x12:\n" +
 	"\x05Watch\x12\x16.ingot.v1.WatchRequest\x1a\x17.ingot.v1.WatchResponse0\x01\x127\n" +
 	"\x04Logs\x12\x15.ingot.v1.LogsRequest\x1a\x16.ingot.v1.LogsResponse0\x01\x12B\n" +
 	"\aConsole\x12\x18.ingot.v1.ConsoleRequest\x1a\x19.ingot.v1.ConsoleResponse(\x010\x01\x129\n" +
@@ -2126,84 +2238,89 @@ func file_ingot_v1_host_proto_rawDescGZIP() []byte {
 	return file_ingot_v1_host_proto_rawDescData
 }
 
-var file_ingot_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_ingot_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_ingot_v1_host_proto_goTypes = []any{
 	(*StartRequest)(nil),          // 0: ingot.v1.StartRequest
 	(*StartResponse)(nil),         // 1: ingot.v1.StartResponse
 	(*StopRequest)(nil),           // 2: ingot.v1.StopRequest
 	(*StopResponse)(nil),          // 3: ingot.v1.StopResponse
-	(*WatchRequest)(nil),          // 4: ingot.v1.WatchRequest
-	(*WatchResponse)(nil),         // 5: ingot.v1.WatchResponse
-	(*LogsRequest)(nil),           // 6: ingot.v1.LogsRequest
-	(*LogsResponse)(nil),          // 7: ingot.v1.LogsResponse
-	(*ConsoleRequest)(nil),        // 8: ingot.v1.ConsoleRequest
-	(*ConsoleResponse)(nil),       // 9: ingot.v1.ConsoleResponse
-	(*ExecRequest)(nil),           // 10: ingot.v1.ExecRequest
-	(*ExecStart)(nil),             // 11: ingot.v1.ExecStart
-	(*WindowSize)(nil),            // 12: ingot.v1.WindowSize
-	(*ExecResponse)(nil),          // 13: ingot.v1.ExecResponse
-	(*PullRequest)(nil),           // 14: ingot.v1.PullRequest
-	(*PullResponse)(nil),          // 15: ingot.v1.PullResponse
-	(*ListImagesRequest)(nil),     // 16: ingot.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),    // 17: ingot.v1.ListImagesResponse
-	(*HeldImage)(nil),             // 18: ingot.v1.HeldImage
-	(*RemoveImagesRequest)(nil),   // 19: ingot.v1.RemoveImagesRequest
-	(*RemoveImagesResponse)(nil),  // 20: ingot.v1.RemoveImagesResponse
-	(*HostFacts)(nil),             // 21: ingot.v1.HostFacts
-	(*DriverFacts)(nil),           // 22: ingot.v1.DriverFacts
-	(*ContainerdFacts)(nil),       // 23: ingot.v1.ContainerdFacts
-	(*PoolFacts)(nil),             // 24: ingot.v1.PoolFacts
-	(*InterfaceFacts)(nil),        // 25: ingot.v1.InterfaceFacts
-	nil,                           // 26: ingot.v1.ExecStart.EnvEntry
-	(*types.MicroVM)(nil),         // 27: flintlock.types.MicroVM
-	(*durationpb.Duration)(nil),   // 28: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 29: google.protobuf.Timestamp
-	(*emptypb.Empty)(nil),         // 30: google.protobuf.Empty
+	(*ResizeRequest)(nil),         // 4: ingot.v1.ResizeRequest
+	(*ResizeResponse)(nil),        // 5: ingot.v1.ResizeResponse
+	(*WatchRequest)(nil),          // 6: ingot.v1.WatchRequest
+	(*WatchResponse)(nil),         // 7: ingot.v1.WatchResponse
+	(*LogsRequest)(nil),           // 8: ingot.v1.LogsRequest
+	(*LogsResponse)(nil),          // 9: ingot.v1.LogsResponse
+	(*ConsoleRequest)(nil),        // 10: ingot.v1.ConsoleRequest
+	(*ConsoleResponse)(nil),       // 11: ingot.v1.ConsoleResponse
+	(*ExecRequest)(nil),           // 12: ingot.v1.ExecRequest
+	(*ExecStart)(nil),             // 13: ingot.v1.ExecStart
+	(*WindowSize)(nil),            // 14: ingot.v1.WindowSize
+	(*ExecResponse)(nil),          // 15: ingot.v1.ExecResponse
+	(*PullRequest)(nil),           // 16: ingot.v1.PullRequest
+	(*PullResponse)(nil),          // 17: ingot.v1.PullResponse
+	(*ListImagesRequest)(nil),     // 18: ingot.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),    // 19: ingot.v1.ListImagesResponse
+	(*HeldImage)(nil),             // 20: ingot.v1.HeldImage
+	(*RemoveImagesRequest)(nil),   // 21: ingot.v1.RemoveImagesRequest
+	(*RemoveImagesResponse)(nil),  // 22: ingot.v1.RemoveImagesResponse
+	(*HostFacts)(nil),             // 23: ingot.v1.HostFacts
+	(*DriverFacts)(nil),           // 24: ingot.v1.DriverFacts
+	(*ContainerdFacts)(nil),       // 25: ingot.v1.ContainerdFacts
+	(*PoolFacts)(nil),             // 26: ingot.v1.PoolFacts
+	(*InterfaceFacts)(nil),        // 27: ingot.v1.InterfaceFacts
+	nil,                           // 28: ingot.v1.ExecStart.EnvEntry
+	(*types.MicroVM)(nil),         // 29: flintlock.types.MicroVM
+	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 31: google.protobuf.Timestamp
+	(*emptypb.Empty)(nil),         // 32: google.protobuf.Empty
 }
 var file_ingot_v1_host_proto_depIdxs = []int32{
-	27, // 0: ingot.v1.StartResponse.microvm:type_name -> flintlock.types.MicroVM
-	28, // 1: ingot.v1.StopRequest.timeout:type_name -> google.protobuf.Duration
-	27, // 2: ingot.v1.StopResponse.microvm:type_name -> flintlock.types.MicroVM
-	27, // 3: ingot.v1.WatchResponse.microvm:type_name -> flintlock.types.MicroVM
-	11, // 4: ingot.v1.ExecRequest.start:type_name -> ingot.v1.ExecStart
-	12, // 5: ingot.v1.ExecRequest.resize:type_name -> ingot.v1.WindowSize
-	26, // 6: ingot.v1.ExecStart.env:type_name -> ingot.v1.ExecStart.EnvEntry
-	12, // 7: ingot.v1.ExecStart.size:type_name -> ingot.v1.WindowSize
-	18, // 8: ingot.v1.ListImagesResponse.images:type_name -> ingot.v1.HeldImage
-	29, // 9: ingot.v1.HeldImage.used_at:type_name -> google.protobuf.Timestamp
-	28, // 10: ingot.v1.RemoveImagesRequest.unused_for:type_name -> google.protobuf.Duration
-	18, // 11: ingot.v1.RemoveImagesResponse.images:type_name -> ingot.v1.HeldImage
-	28, // 12: ingot.v1.HostFacts.uptime:type_name -> google.protobuf.Duration
-	22, // 13: ingot.v1.HostFacts.drivers:type_name -> ingot.v1.DriverFacts
-	23, // 14: ingot.v1.HostFacts.containerd:type_name -> ingot.v1.ContainerdFacts
-	24, // 15: ingot.v1.HostFacts.pool:type_name -> ingot.v1.PoolFacts
-	25, // 16: ingot.v1.HostFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
-	29, // 17: ingot.v1.HostFacts.boot_time:type_name -> google.protobuf.Timestamp
-	0,  // 18: ingot.v1.Host.Start:input_type -> ingot.v1.StartRequest
-	2,  // 19: ingot.v1.Host.Stop:input_type -> ingot.v1.StopRequest
-	4,  // 20: ingot.v1.Host.Watch:input_type -> ingot.v1.WatchRequest
-	6,  // 21: ingot.v1.Host.Logs:input_type -> ingot.v1.LogsRequest
-	8,  // 22: ingot.v1.Host.Console:input_type -> ingot.v1.ConsoleRequest
-	10, // 23: ingot.v1.Host.Exec:input_type -> ingot.v1.ExecRequest
-	30, // 24: ingot.v1.Host.Facts:input_type -> google.protobuf.Empty
-	14, // 25: ingot.v1.Host.Pull:input_type -> ingot.v1.PullRequest
-	16, // 26: ingot.v1.Host.ListImages:input_type -> ingot.v1.ListImagesRequest
-	19, // 27: ingot.v1.Host.RemoveImages:input_type -> ingot.v1.RemoveImagesRequest
-	1,  // 28: ingot.v1.Host.Start:output_type -> ingot.v1.StartResponse
-	3,  // 29: ingot.v1.Host.Stop:output_type -> ingot.v1.StopResponse
-	5,  // 30: ingot.v1.Host.Watch:output_type -> ingot.v1.WatchResponse
-	7,  // 31: ingot.v1.Host.Logs:output_type -> ingot.v1.LogsResponse
-	9,  // 32: ingot.v1.Host.Console:output_type -> ingot.v1.ConsoleResponse
-	13, // 33: ingot.v1.Host.Exec:output_type -> ingot.v1.ExecResponse
-	21, // 34: ingot.v1.Host.Facts:output_type -> ingot.v1.HostFacts
-	15, // 35: ingot.v1.Host.Pull:output_type -> ingot.v1.PullResponse
-	17, // 36: ingot.v1.Host.ListImages:output_type -> ingot.v1.ListImagesResponse
-	20, // 37: ingot.v1.Host.RemoveImages:output_type -> ingot.v1.RemoveImagesResponse
-	28, // [28:38] is the sub-list for method output_type
-	18, // [18:28] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	29, // 0: ingot.v1.StartResponse.microvm:type_name -> flintlock.types.MicroVM
+	30, // 1: ingot.v1.StopRequest.timeout:type_name -> google.protobuf.Duration
+	29, // 2: ingot.v1.StopResponse.microvm:type_name -> flintlock.types.MicroVM
+	29, // 3: ingot.v1.ResizeResponse.microvm:type_name -> flintlock.types.MicroVM
+	29, // 4: ingot.v1.WatchResponse.microvm:type_name -> flintlock.types.MicroVM
+	13, // 5: ingot.v1.ExecRequest.start:type_name -> ingot.v1.ExecStart
+	14, // 6: ingot.v1.ExecRequest.resize:type_name -> ingot.v1.WindowSize
+	28, // 7: ingot.v1.ExecStart.env:type_name -> ingot.v1.ExecStart.EnvEntry
+	14, // 8: ingot.v1.ExecStart.size:type_name -> ingot.v1.WindowSize
+	20, // 9: ingot.v1.ListImagesResponse.images:type_name -> ingot.v1.HeldImage
+	31, // 10: ingot.v1.HeldImage.used_at:type_name -> google.protobuf.Timestamp
+	30, // 11: ingot.v1.RemoveImagesRequest.unused_for:type_name -> google.protobuf.Duration
+	20, // 12: ingot.v1.RemoveImagesResponse.images:type_name -> ingot.v1.HeldImage
+	30, // 13: ingot.v1.HostFacts.uptime:type_name -> google.protobuf.Duration
+	24, // 14: ingot.v1.HostFacts.drivers:type_name -> ingot.v1.DriverFacts
+	25, // 15: ingot.v1.HostFacts.containerd:type_name -> ingot.v1.ContainerdFacts
+	26, // 16: ingot.v1.HostFacts.pool:type_name -> ingot.v1.PoolFacts
+	27, // 17: ingot.v1.HostFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
+	31, // 18: ingot.v1.HostFacts.boot_time:type_name -> google.protobuf.Timestamp
+	0,  // 19: ingot.v1.Host.Start:input_type -> ingot.v1.StartRequest
+	2,  // 20: ingot.v1.Host.Stop:input_type -> ingot.v1.StopRequest
+	4,  // 21: ingot.v1.Host.Resize:input_type -> ingot.v1.ResizeRequest
+	6,  // 22: ingot.v1.Host.Watch:input_type -> ingot.v1.WatchRequest
+	8,  // 23: ingot.v1.Host.Logs:input_type -> ingot.v1.LogsRequest
+	10, // 24: ingot.v1.Host.Console:input_type -> ingot.v1.ConsoleRequest
+	12, // 25: ingot.v1.Host.Exec:input_type -> ingot.v1.ExecRequest
+	32, // 26: ingot.v1.Host.Facts:input_type -> google.protobuf.Empty
+	16, // 27: ingot.v1.Host.Pull:input_type -> ingot.v1.PullRequest
+	18, // 28: ingot.v1.Host.ListImages:input_type -> ingot.v1.ListImagesRequest
+	21, // 29: ingot.v1.Host.RemoveImages:input_type -> ingot.v1.RemoveImagesRequest
+	1,  // 30: ingot.v1.Host.Start:output_type -> ingot.v1.StartResponse
+	3,  // 31: ingot.v1.Host.Stop:output_type -> ingot.v1.StopResponse
+	5,  // 32: ingot.v1.Host.Resize:output_type -> ingot.v1.ResizeResponse
+	7,  // 33: ingot.v1.Host.Watch:output_type -> ingot.v1.WatchResponse
+	9,  // 34: ingot.v1.Host.Logs:output_type -> ingot.v1.LogsResponse
+	11, // 35: ingot.v1.Host.Console:output_type -> ingot.v1.ConsoleResponse
+	15, // 36: ingot.v1.Host.Exec:output_type -> ingot.v1.ExecResponse
+	23, // 37: ingot.v1.Host.Facts:output_type -> ingot.v1.HostFacts
+	17, // 38: ingot.v1.Host.Pull:output_type -> ingot.v1.PullResponse
+	19, // 39: ingot.v1.Host.ListImages:output_type -> ingot.v1.ListImagesResponse
+	22, // 40: ingot.v1.Host.RemoveImages:output_type -> ingot.v1.RemoveImagesResponse
+	30, // [30:41] is the sub-list for method output_type
+	19, // [19:30] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_ingot_v1_host_proto_init() }
@@ -2211,18 +2328,18 @@ func file_ingot_v1_host_proto_init() {
 	if File_ingot_v1_host_proto != nil {
 		return
 	}
-	file_ingot_v1_host_proto_msgTypes[8].OneofWrappers = []any{
+	file_ingot_v1_host_proto_msgTypes[10].OneofWrappers = []any{
 		(*ConsoleRequest_Uid)(nil),
 		(*ConsoleRequest_Data)(nil),
 	}
-	file_ingot_v1_host_proto_msgTypes[10].OneofWrappers = []any{
+	file_ingot_v1_host_proto_msgTypes[12].OneofWrappers = []any{
 		(*ExecRequest_Start)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_StdinEof)(nil),
 		(*ExecRequest_Resize)(nil),
 		(*ExecRequest_Signal)(nil),
 	}
-	file_ingot_v1_host_proto_msgTypes[13].OneofWrappers = []any{
+	file_ingot_v1_host_proto_msgTypes[15].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
@@ -2234,7 +2351,7 @@ func file_ingot_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ingot_v1_host_proto_rawDesc), len(file_ingot_v1_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   27,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -24,6 +24,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Host_Start_FullMethodName        = "/ingot.v1.Host/Start"
 	Host_Stop_FullMethodName         = "/ingot.v1.Host/Stop"
+	Host_Resize_FullMethodName       = "/ingot.v1.Host/Resize"
 	Host_Watch_FullMethodName        = "/ingot.v1.Host/Watch"
 	Host_Logs_FullMethodName         = "/ingot.v1.Host/Logs"
 	Host_Console_FullMethodName      = "/ingot.v1.Host/Console"
@@ -45,6 +46,9 @@ type HostClient interface {
 	// Stop asks the guest to shut down, insists after the timeout, and keeps the
 	// microVM stopped until Start. It answers when the VMM is gone.
 	Stop(ctx context.Context, in *StopRequest, opts ...grpc.CallOption) (*StopResponse, error)
+	// Resize makes a volume larger, never smaller: of a stopped microVM at once, of
+	// one that runs at its next start.
+	Resize(ctx context.Context, in *ResizeRequest, opts ...grpc.CallOption) (*ResizeResponse, error)
 	// Watch sends the microVM as it is now and again after each change, until the
 	// client ends it or the microVM is gone (NotFound).
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchResponse], error)
@@ -87,6 +91,16 @@ func (c *hostClient) Stop(ctx context.Context, in *StopRequest, opts ...grpc.Cal
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(StopResponse)
 	err := c.cc.Invoke(ctx, Host_Stop_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostClient) Resize(ctx context.Context, in *ResizeRequest, opts ...grpc.CallOption) (*ResizeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ResizeResponse)
+	err := c.cc.Invoke(ctx, Host_Resize_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -217,6 +231,9 @@ type HostServer interface {
 	// Stop asks the guest to shut down, insists after the timeout, and keeps the
 	// microVM stopped until Start. It answers when the VMM is gone.
 	Stop(context.Context, *StopRequest) (*StopResponse, error)
+	// Resize makes a volume larger, never smaller: of a stopped microVM at once, of
+	// one that runs at its next start.
+	Resize(context.Context, *ResizeRequest) (*ResizeResponse, error)
 	// Watch sends the microVM as it is now and again after each change, until the
 	// client ends it or the microVM is gone (NotFound).
 	Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error
@@ -250,6 +267,9 @@ func (UnimplementedHostServer) Start(context.Context, *StartRequest) (*StartResp
 }
 func (UnimplementedHostServer) Stop(context.Context, *StopRequest) (*StopResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Stop not implemented")
+}
+func (UnimplementedHostServer) Resize(context.Context, *ResizeRequest) (*ResizeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Resize not implemented")
 }
 func (UnimplementedHostServer) Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error {
 	return status.Error(codes.Unimplemented, "method Watch not implemented")
@@ -328,6 +348,24 @@ func _Host_Stop_Handler(srv interface{}, ctx context.Context, dec func(interface
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(HostServer).Stop(ctx, req.(*StopRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Host_Resize_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ResizeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).Resize(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_Resize_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).Resize(ctx, req.(*ResizeRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -447,6 +485,10 @@ var Host_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Stop",
 			Handler:    _Host_Stop_Handler,
+		},
+		{
+			MethodName: "Resize",
+			Handler:    _Host_Resize_Handler,
 		},
 		{
 			MethodName: "Facts",
