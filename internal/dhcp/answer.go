@@ -165,7 +165,6 @@ func (s *Server) putAside(r *record, user [6]byte) {
 	r.mac, r.id, r.hostname = user, "", ""
 	r.state, r.starts, r.ends = stateDeclined, s.seconds(), s.seconds()+declineTime
 	s.file(r)
-	s.tell(r)
 }
 
 // lifetime is what the client asks for, within the subnet's limits.

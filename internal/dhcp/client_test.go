@@ -2,7 +2,6 @@ package dhcp
 
 import (
 	"bytes"
-	"context"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -278,25 +277,4 @@ func TestScriptShowsTheTruth(t *testing.T) {
 	})
 	l.say(kindRelease, 1, 0, ip)
 	eventually(t, "the released lease is not shown", func() bool { return !strings.Contains(leaseList(t, c.LeaseFile), "IP "+ip.String()+" ") })
-}
-
-func TestWatch(t *testing.T) {
-	s, _ := table(t, nil)
-	ctx, cancel := context.WithCancel(t.Context())
-	var got []string
-	ended := make(chan error)
-	go func() {
-		ended <- s.Watch(ctx, func(l Lease) error {
-			got = append(got, l.State)
-			if l.State == Active {
-				cancel()
-			}
-			return nil
-		})
-	}()
-	eventually(t, "it watches", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return len(s.watch) == 1 })
-	ack(t, s, 1)
-	if err := <-ended; err != nil || !slices.Equal(got, []string{Offered, Active}) {
-		t.Errorf("got %v, %v", got, err)
-	}
 }

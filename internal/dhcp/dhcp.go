@@ -2,9 +2,9 @@
 // lease log. No acknowledgement leaves before its lease is on disk; leases that
 // are acknowledged together share one write. Other subnets reach it by relays
 // (RFC 3046). Before it needs an address it asks by ARP whether anybody uses it.
-// It finds other DHCP servers on the segment, but serves beside them. It reads
-// isc-dhcp-server's files, to take its place. It decides addresses by the card's
-// MAC and not by the client identifier, unless it is told to, because copies of
+// It finds other DHCP servers on the segment, but serves beside them. It keeps
+// isc-dhcp-server's files, and reads its lease log, to take its place. It decides
+// addresses by the card's MAC and not by the client identifier, because copies of
 // one disk image share the latter. It serves Ethernet cards only, and does not
 // speak BOOTP or DHCPv6.
 package dhcp
@@ -33,14 +33,6 @@ type Config struct {
 	// Authoritative servers refuse what is wrong on their segment (NAK); others
 	// keep silent about clients that they do not know.
 	Authoritative bool
-	// ClientIDs makes the client identifier the client's name, where it sends one
-	// (RFC 2131, section 4.2). Else the MAC is, and the identifier only helps a
-	// client that comes back with a new card to the address that it had.
-	ClientIDs bool
-	// NameOf says which microVM has a card, for reservations by name. If it is nil,
-	// the host name that the client sends is believed. It must not wait, nor call
-	// the server.
-	NameOf func(net.HardwareAddr) string
 
 	DefaultLease, MaxLease, MinLease time.Duration // 0: 10 min, 2 h, 1 min
 
@@ -117,7 +109,6 @@ type Server struct {
 	byID    map[string]*record  // likewise of a client identifier
 	booked  reservations
 	foreign map[addr4]Foreign
-	watch   map[*watcher]bool
 	count   Counters
 	quiet   quiet
 	notes   []func() // for the log, once mu is unlocked
@@ -148,7 +139,7 @@ func New(c Config) (*Server, error) {
 	s := &Server{
 		c: c, own: from(c.Server), ready: make(chan struct{}),
 		byMAC: map[[6]byte]*record{}, byID: map[string]*record{},
-		booked: newReservations(), foreign: map[addr4]Foreign{}, watch: map[*watcher]bool{},
+		booked: newReservations(), foreign: map[addr4]Foreign{},
 	}
 	for _, subnet := range c.Subnets {
 		p, err := newPool(c, subnet)

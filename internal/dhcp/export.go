@@ -27,8 +27,7 @@ func (s *Server) export() error {
 	return nil
 }
 
-// exportConfig is the configuration as dhcpd.conf: one that dhcpd would accept,
-// and that ParseConf reads back.
+// exportConfig is the configuration as dhcpd.conf: one that dhcpd would accept.
 func exportConfig(c Config) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "default-lease-time %d;\nmax-lease-time %d;\n", seconds(c.DefaultLease), seconds(c.MaxLease))

@@ -121,7 +121,6 @@ func (s *Server) give(ip addr4, m *message, st state, ends int64) *record {
 	}
 	r.mac, r.state, r.starts, r.ends, r.busy = m.mac, st, s.seconds(), ends, 0
 	s.index(r)
-	s.tell(r)
 	return r
 }
 
@@ -138,27 +137,23 @@ func (s *Server) release(r *record) {
 	// A second ago: scripts that compare by the second must not see it.
 	r.state, r.ends = stateReleased, s.seconds()-1
 	s.file(r)
-	s.tell(r)
 }
 
 // same says whether a record is of the client that sent m.
 func (s *Server) same(r *record, m *message) bool {
-	if s.c.ClientIDs && (r.id != "" || len(m.id) > 0) {
-		return r.id == string(m.id)
-	}
 	return r.mac == m.mac && r.mac != [6]byte{}
 }
 
 // had is the client's newest record in a subnet.
 func (s *Server) had(p *pool, m *message) *record {
 	r := s.byMAC[m.mac]
-	if len(m.id) > 0 && (s.c.ClientIDs || r == nil) {
-		r = s.byID[string(m.id)]
-		if !s.c.ClientIDs && r != nil && !s.ended(r) {
-			r = nil // a copy of a machine that lives
+	if len(m.id) > 0 && r == nil {
+		// A client that comes back with a new card, or a copy of a machine that lives.
+		if r = s.byID[string(m.id)]; r != nil && !s.ended(r) {
+			return nil
 		}
 	}
-	if r == nil || !p.contains(r.ip) || s.c.ClientIDs && !s.same(r, m) {
+	if r == nil || !p.contains(r.ip) {
 		return nil
 	}
 	return r
@@ -172,13 +167,10 @@ func (s *Server) kept(p *pool, m *message) *Reservation {
 	return s.booked.of(p, m, s.name(m))
 }
 
-// name is the microVM's that the client is.
+// name is what the client calls itself, if that matters.
 func (s *Server) name(m *message) string {
-	switch {
-	case len(s.booked.byName) == 0:
+	if len(s.booked.byName) == 0 {
 		return ""
-	case s.c.NameOf != nil && m.mac != [6]byte{}:
-		return s.c.NameOf(slices.Clone(m.mac[:]))
 	}
 	return hostname(m.hostname)
 }
