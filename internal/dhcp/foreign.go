@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -66,23 +67,25 @@ func question(k kind, mac net.HardwareAddr, own addr4) []byte {
 // listenForeign hears what other servers say to their clients, and to us.
 func (s *Server) listenForeign(ctx context.Context, wire *sockets) error {
 	return packets(ctx, wire.iface, wire.client, func(frame []byte) {
-		server, offered := serverOf(frame)
-		if server == 0 || server == s.own {
-			return
-		}
-		s.mu.Lock()
-		defer s.unlock()
-		old, known := s.foreign[server]
-		if !known {
-			if len(s.foreign) >= maxForeign {
-				return
-			}
-			s.note(s.c.Log.Warn, "another DHCP server is on the segment", "ip", server, "mac", macString([6]byte(frame[6:])))
-		}
-		s.foreign[server] = Foreign{
-			Server: server.netip(), MAC: slices.Clone(net.HardwareAddr(frame[6:12])), Offers: cmp.Or(offered.netip(), old.Offers), Seen: s.c.Now(),
+		if server, offered := serverOf(frame); server != 0 && server != s.own {
+			s.heard(server, offered, slices.Clone(net.HardwareAddr(frame[6:12])))
 		}
 	})
+}
+
+// heard takes note of another server.
+func (s *Server) heard(server, offered addr4, mac net.HardwareAddr) {
+	s.mu.Lock()
+	defer s.unlock()
+	old, known := s.foreign[server]
+	if !known {
+		maps.DeleteFunc(s.foreign, func(_ addr4, f Foreign) bool { return s.c.Now().Sub(f.Seen) >= foreignStale })
+		if len(s.foreign) >= maxForeign {
+			return
+		}
+		s.note(s.c.Log.Warn, "another DHCP server is on the segment", "ip", server, "mac", mac)
+	}
+	s.foreign[server] = Foreign{Server: server.netip(), MAC: mac, Offers: cmp.Or(offered.netip(), old.Offers), Seen: s.c.Now()}
 }
 
 // maxForeign keeps a forger from filling the memory.
