@@ -24,7 +24,7 @@ type change struct {
 }
 
 // handle changes the table, writes the reply, and appends to text what the log
-// must say.
+// must say, which it orders to be written if the server runs.
 func (s *Server) handle(m *message, out *reply, text []byte) (change, []byte) {
 	s.mu.Lock()
 	defer s.unlock()
@@ -33,6 +33,9 @@ func (s *Server) handle(m *message, out *reply, text []byte) (change, []byte) {
 	if c.record != nil {
 		text = formatRecord(text, c.record)
 		c.record.logged = true
+		if s.log != nil {
+			s.log.put(text, out, c)
+		}
 	}
 	return c, text
 }

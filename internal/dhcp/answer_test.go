@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -372,5 +373,75 @@ func TestConfigMistakes(t *testing.T) {
 		if _, err := New(c); err == nil {
 			t.Errorf("%s: no error", name)
 		}
+	}
+}
+
+// Who has a name keeps it for as long as the lease, through a restart too.
+func TestFirstKeepsItsName(t *testing.T) {
+	called := func(name string) dhcpv4.Modifier { return dhcpv4.WithOption(dhcpv4.OptHostName(name)) }
+	s, now := table(t, nil)
+	is := func(name, ip string) {
+		t.Helper()
+		got, ok := s.Lookup(name)
+		if ok != (ip != "") || ok && got != a(ip) {
+			t.Errorf("%s is %v, want %q", name, got, ip)
+		}
+	}
+	first, second := ack(t, s, 1, called("db")), ack(t, s, 2, called("DB"))
+	is("db", first)
+	ack(t, s, 1, called("db")) // its entry in the log is the newer one now
+	if name, ok := s.NameOf(a(first)); !ok || name != "db" {
+		t.Errorf("%s is %q", first, name)
+	}
+	if name, ok := s.NameOf(a(second)); ok {
+		t.Errorf("%s is %q", second, name)
+	}
+	if err := os.WriteFile(s.c.LeaseFile, logOf(t, s), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	s = loaded(t, s.c)
+	is("DB", first)
+	*now = now.Add(6 * time.Minute)
+	ack(t, s, 2, called("db"))
+	is("db", first)
+	*now = now.Add(6 * time.Minute) // the first has not renewed
+	is("db", "")
+	ack(t, s, 2, called("db"))
+	is("db", second)
+	ack(t, s, 2, called("web"))
+	is("db", "")
+	is("web", second)
+	for _, odd := range []string{"a.b", "-x", "x_y", "$(id)", "\x00", strings.Repeat("x", 64)} {
+		ack(t, s, 3, called(odd))
+		is(odd, "")
+	}
+	if l := only(s, mac(3)); l.Hostname != "a.b" {
+		t.Errorf("the lease of a client with odd names has %q", l.Hostname)
+	}
+}
+
+// logOf is the whole log of a server that does not run.
+func logOf(t *testing.T, s *Server) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	if err := s.content(&b); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+// A forger fills the list of other servers only for a while.
+func TestForeignServersAreForgotten(t *testing.T) {
+	s, now := table(t, nil)
+	for n := range addr4(2 * maxForeign) {
+		s.heard(1+n, 0, mac(byte(n)))
+	}
+	if n := len(s.Facts().Foreign); n != maxForeign {
+		t.Errorf("%d servers are remembered", n)
+	}
+	*now = now.Add(foreignStale)
+	s.heard(100, 0, mac(100))
+	if f := s.Facts().Foreign; len(f) != 1 || f[0].Server != addr4(100).netip() {
+		t.Errorf("later: %+v", f)
 	}
 }

@@ -53,9 +53,15 @@ func formatRecord(b []byte, r *record) []byte {
 	if r.hostname != "" {
 		b = append(b, "  client-hostname "...)
 		b = append(appendQuoted(b, r.hostname), ";\n"...)
+		if r.unnamed {
+			b = append(b, noName...)
+		}
 	}
 	return append(b, "}\n"...)
 }
+
+// noName is dhcpd's way to say that no name in the DNS is the lease's.
+const noName = "  set ddns-fwd-name = \"\";\n"
 
 // appendDate writes dhcpd's form: the day of the week (0 is Sunday), then date
 // and time in UTC.
@@ -173,12 +179,6 @@ func ReadLeases(path string) ([]Lease, error) {
 	return all, nil
 }
 
-func parseBook(text string) book {
-	r := newBookReader()
-	r.read(text)
-	return r.finish()
-}
-
 // bookReader reads `lease ADDRESS { … }` and `host NAME { … }`. An entry counts
 // once its closing brace is there.
 type bookReader struct {
@@ -207,7 +207,7 @@ func (b *bookReader) read(text string) {
 	for {
 		word := t.next()
 		if word == "" && !t.quoted {
-			b.clean = b.clean && strings.HasSuffix(text, "\n")
+			b.clean = b.clean && (text == "" || strings.HasSuffix(text, "\n"))
 			return
 		}
 		if word != "lease" && word != "host" {
@@ -250,7 +250,7 @@ func (b *bookReader) lease(name string, e logEntry) {
 	}
 	r := &record{
 		ip: from(ip), mac: e.mac, id: strings.Clone(e.id), hostname: strings.Clone(e.hostname), // not the whole text
-		starts: e.starts, ends: e.ends, state: e.state, place: nowhere, logged: true,
+		starts: e.starts, ends: e.ends, state: e.state, place: nowhere, logged: true, unnamed: e.unnamed && e.hostname != "",
 	}
 	if b.leases[r.ip] != nil {
 		b.clean = false
@@ -266,6 +266,7 @@ type logEntry struct {
 	address      string
 	state        state
 	deleted      bool
+	unnamed      bool
 }
 
 func (e logEntry) reservation(ip netip.Addr) Reservation {
@@ -334,6 +335,8 @@ func (e *logEntry) set(words []string) {
 		default:
 			e.state = stateReleased
 		}
+	case words[0] == "set" && words[1] == "ddns-fwd-name":
+		e.unnamed = len(words) == 4 && words[3] == ""
 	case words[0] == "uid":
 		e.id = words[1]
 	case words[0] == "client-hostname":

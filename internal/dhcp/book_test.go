@@ -12,6 +12,12 @@ import (
 	"ingot/internal/need"
 )
 
+func parseBook(text string) book {
+	r := newBookReader()
+	r.read(text)
+	return r.finish()
+}
+
 func TestLogRoundTrip(t *testing.T) {
 	r := record{
 		ip: from(a("192.168.10.26")), mac: [6]byte(mac(1)), id: "\x01\x00\"\\; lease", hostname: `re"lease;bot`,
@@ -140,7 +146,7 @@ func TestScriptReadsOurLog(t *testing.T) {
 	text := []byte(header)
 	for i, r := range []record{
 		{hostname: "mvm0", id: "ethernet 00:00:00;"},
-		{hostname: "release-bot", id: "lease"},
+		{hostname: "release-bot", id: "lease", unnamed: true},
 		{state: stateReleased, hostname: "gone"},
 		{state: stateDeclined},
 		{},
@@ -174,6 +180,7 @@ func FuzzBook(f *testing.F) {
 	f.Add("lease 1.2.3.4 { hardware ethernet 02:00:00:00:00:01; uid \"\\")
 	f.Add("host x{fixed-address 1.2.3.4;hardware ethernet 02:00:00:00:00:01;}")
 	f.Add(dhcpdsOwn)
+	f.Add(string(formatRecord(nil, &record{ip: 1, mac: [6]byte(mac(1)), hostname: "x", unnamed: true})))
 	f.Add("lease 0.0.0.0 { hardware ethernet 02:00:00:00:00:01; }")
 	f.Fuzz(func(t *testing.T, text string) {
 		b := parseBook(text)
@@ -181,7 +188,7 @@ func FuzzBook(f *testing.F) {
 			r := *r
 			again := parseBook(header + string(formatRecord(nil, &r)))
 			if r.state == stateDeclined {
-				r.mac, r.id, r.hostname = [6]byte{}, "", ""
+				r.mac, r.id, r.hostname, r.unnamed = [6]byte{}, "", "", false
 			}
 			if len(again.leases) != 1 || *again.leases[r.ip] != r || !again.clean {
 				t.Errorf("%+v became %+v", r, again)
@@ -194,4 +201,39 @@ func FuzzBook(f *testing.F) {
 			}
 		}
 	})
+}
+
+// A log that is whole is written on; one that is torn is written anew.
+func TestCleanLogIsKnown(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "dhcpd.leases")
+	lease := string(formatRecord(nil, &record{ip: 1, mac: [6]byte(mac(1))}))
+	for text, want := range map[string]bool{
+		"": false, header: true, header + lease: true, header + lease[:20]: false, header + lease + lease: false, lease: false,
+		header + string(formatReservation(nil, Reservation{IP: a("192.168.10.9"), MAC: mac(9)})): true,
+	} {
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if b, err := readBook(path); err != nil || b.clean != want {
+			t.Errorf("%q: clean is %v, %v", text, b.clean, err)
+		}
+	}
+}
+
+// A client that has several records is the one of the newest, whatever comes
+// first: here its old one is outside of a range that was changed.
+func TestNewestRecordOfACardWins(t *testing.T) {
+	now := time.Now().Unix()
+	old := record{ip: from(a("192.168.10.20")), mac: [6]byte(mac(1)), state: stateReleased, starts: now - 100, ends: now - 50}
+	current := record{ip: from(a("192.168.10.60")), mac: [6]byte(mac(1)), starts: now - 200, ends: now + 600}
+	c := config(t)
+	text := formatRecord(formatRecord([]byte(header), &current), &old)
+	if err := os.WriteFile(c.LeaseFile, text, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for range 50 {
+		if got := ack(t, loaded(t, c), 1); got != "192.168.10.60" {
+			t.Fatalf("after a restart, the client got %s", got)
+		}
+	}
 }

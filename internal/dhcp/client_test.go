@@ -2,6 +2,8 @@ package dhcp
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -234,10 +236,7 @@ func TestReservationAndReleaseOnDisk(t *testing.T) {
 		t.Errorf("on disk: %+v, %v", onDisk, err)
 	}
 	stop()
-	again, err := New(c)
-	if err != nil {
-		t.Fatal(err)
-	}
+	again := loaded(t, c)
 	if got := ack(t, again, 1); got != "192.168.10.50" {
 		t.Errorf("got %s", got)
 	}
@@ -277,4 +276,31 @@ func TestScriptShowsTheTruth(t *testing.T) {
 	})
 	l.say(kindRelease, 1, 0, ip)
 	eventually(t, "the released lease is not shown", func() bool { return !strings.Contains(leaseList(t, c.LeaseFile), "IP "+ip.String()+" ") })
+}
+
+// Two servers never have one log, nor one interface.
+func TestSecondServerWaitsForTheFirst(t *testing.T) {
+	segment(t)
+	c := config(t)
+	first, stop := start(t, c)
+	other := config(t)
+	for name, c := range map[string]Config{"log": c, "interface": other} {
+		s, err := New(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		short, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+		if err := s.Run(short); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("with the same %s, a second server ended with %v", name, err)
+		}
+		cancel()
+	}
+	if _, err := first.Reserve(Reservation{MAC: mac(1), IP: a("192.168.10.50")}); err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(100*time.Millisecond, stop)
+	second, _ := start(t, c)
+	if l := only(second, mac(1)); l == nil || l.IP != a("192.168.10.50") {
+		t.Errorf("the second server has %+v", second.Leases())
+	}
 }

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -94,7 +95,7 @@ type Lease struct {
 	State    string
 }
 
-// Server is one DHCP server. New reads the log; Run serves.
+// Server is one DHCP server. New only allocates; Run reads the log and serves.
 type Server struct {
 	c     Config
 	own   addr4
@@ -107,6 +108,7 @@ type Server struct {
 	leases  map[addr4]*record
 	byMAC   map[[6]byte]*record // the newest lease of a card
 	byID    map[string]*record  // likewise of a client identifier
+	named   map[string]*record  // the lease of a host name, in lower case
 	booked  reservations
 	foreign map[addr4]Foreign
 	count   Counters
@@ -124,7 +126,7 @@ type Counters struct {
 	Malformed                                       uint64
 }
 
-// New reads the lease log and prepares a server.
+// New prepares a server.
 func New(c Config) (*Server, error) {
 	c.DefaultLease = cmp.Or(c.DefaultLease, 10*time.Minute)
 	c.MaxLease = cmp.Or(c.MaxLease, 2*time.Hour)
@@ -138,7 +140,7 @@ func New(c Config) (*Server, error) {
 	}
 	s := &Server{
 		c: c, own: from(c.Server), ready: make(chan struct{}),
-		byMAC: map[[6]byte]*record{}, byID: map[string]*record{},
+		leases: map[addr4]*record{}, byMAC: map[[6]byte]*record{}, byID: map[string]*record{}, named: map[string]*record{},
 		booked: newReservations(), foreign: map[addr4]Foreign{},
 	}
 	for _, subnet := range c.Subnets {
@@ -156,32 +158,55 @@ func New(c Config) (*Server, error) {
 	if s.pool(s.own) == nil {
 		return nil, fmt.Errorf("dhcp: no subnet holds the server's address, %s: %w", c.Server, errdefs.ErrInvalidArgument)
 	}
-	return s, s.load()
+	for _, r := range c.Reservations {
+		p := s.pool(from(r.IP))
+		if p == nil || !p.keepable(from(r.IP)) {
+			return nil, fmt.Errorf("dhcp: reservation of %s: it is in no subnet, or not to be given: %w", r.IP, errdefs.ErrInvalidArgument)
+		}
+		r.fixed = true
+		if err := s.bookTwice(r); err != nil {
+			return nil, err
+		}
+		s.booked.add(r)
+	}
+	return s, nil
 }
 
-// load fills the table from the configuration and the log.
+// bookTwice is an error if another client has the address.
+func (s *Server) bookTwice(r Reservation) error {
+	if old := s.booked.byIP[from(r.IP)]; old != nil && !old.equal(r) {
+		return fmt.Errorf("dhcp: reservation of %s: it is reserved twice, for %s and %s: %w", r.IP, old.client(), r.client(), errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// load fills the table from the log.
 func (s *Server) load() error {
 	book, err := readBook(s.c.LeaseFile)
 	if err != nil {
 		return err
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.clean, s.leases = book.clean, book.leases
-	for _, r := range s.leases {
+	// A client may have several records. The newest is its, an active one before
+	// all others.
+	all := slices.SortedFunc(maps.Values(s.leases), func(a, b *record) int {
+		return cmp.Or(cmp.Compare(s.current(b), s.current(a)), cmp.Compare(a.starts, b.starts), cmp.Compare(a.ip, b.ip))
+	})
+	for _, r := range all {
 		s.index(r)
+		if !r.unnamed {
+			s.claim(r)
+		}
 	}
 	for _, r := range book.reserved {
-		s.booked.add(r)
-	}
-	for _, r := range s.c.Reservations {
-		p := s.pool(from(r.IP))
-		if p == nil || !p.keepable(from(r.IP)) {
-			return fmt.Errorf("dhcp: reservation of %s: it is in no subnet, or not to be given: %w", r.IP, errdefs.ErrInvalidArgument)
+		if err := s.bookTwice(r); err != nil {
+			return err
 		}
-		if old := s.booked.byIP[from(r.IP)]; old != nil && !old.equal(r) {
-			return fmt.Errorf("dhcp: reservation of %s: it is reserved twice: %w", r.IP, errdefs.ErrInvalidArgument)
+		if s.booked.byIP[from(r.IP)] == nil {
+			s.booked.add(r)
 		}
-		r.fixed = true
-		s.booked.add(r)
 	}
 	return nil
 }
@@ -225,43 +250,56 @@ func (s *Server) shown(r *record) Lease {
 // It is on disk when Reserve returns.
 func (s *Server) Reserve(r Reservation) (Lease, error) {
 	s.mu.Lock()
-	err := s.reserve(&r)
+	text, err := s.reserve(&r)
+	wait := s.order(text, false)
 	s.mu.Unlock()
-	if err != nil {
-		return Lease{}, fmt.Errorf("reserve %s for %s: %w", cmp.Or(r.IP.String(), "an address"), r.client(), err)
+	if err == nil {
+		err = wait()
 	}
-	l := Lease{IP: r.IP, MAC: r.MAC, ClientID: r.ClientID, Hostname: r.Name, State: Reserved}
-	return l, s.record(formatReservation(nil, r))
+	if err != nil {
+		to := "an address"
+		if r.IP.IsValid() {
+			to = r.IP.String()
+		}
+		return Lease{}, fmt.Errorf("reserve %s for %s: %w", to, r.client(), err)
+	}
+	return Lease{IP: r.IP, MAC: r.MAC, ClientID: r.ClientID, Hostname: r.Name, State: Reserved}, nil
 }
 
-func (s *Server) reserve(r *Reservation) error {
+// reserve changes the table, and says what the log must.
+func (s *Server) reserve(r *Reservation) (text []byte, err error) {
+	if s.log == nil {
+		return nil, errNotRunning
+	}
 	m, err := r.asMessage()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	p := s.pool(from(r.IP))
 	if !r.IP.IsValid() {
 		p = s.pool(s.own)
 		ip, ok := s.choose(p, m)
 		if !ok {
-			return fmt.Errorf("the range is used up: %w", errdefs.ErrResourceExhausted)
+			return nil, fmt.Errorf("the range is used up: %w", errdefs.ErrResourceExhausted)
 		}
 		r.IP = ip.netip()
 	}
 	ip := from(r.IP)
 	if p == nil || !p.keepable(ip) || !s.free(p, ip, m, true) {
-		return fmt.Errorf("it is not free, or not to be given: %w", errdefs.ErrAlreadyExists)
+		return nil, fmt.Errorf("it is not free, or not to be given: %w", errdefs.ErrAlreadyExists)
 	}
 	if old := s.booked.of(p, m, r.Name); old != nil && old.fixed {
 		if old.IP != r.IP {
-			return fmt.Errorf("the configuration reserves %s: %w", old.IP, errdefs.ErrAlreadyExists)
+			return nil, fmt.Errorf("the configuration reserves %s: %w", old.IP, errdefs.ErrAlreadyExists)
 		}
-		return nil
+		return nil, nil
 	} else if old != nil {
 		s.booked.remove(old)
+		text = formatUnreserved(text, *old)
+		p.rewind() // the search may have passed it
 	}
 	s.booked.add(*r)
-	return nil
+	return formatReservation(text, *r), nil
 }
 
 // Unreserve ends the reservation of an address, which Reserve made.
@@ -272,12 +310,17 @@ func (s *Server) Unreserve(ip netip.Addr) error {
 		s.mu.Unlock()
 		return fmt.Errorf("unreserve %s: it is not reserved, or by the configuration: %w", ip, errdefs.ErrNotFound)
 	}
+	if s.log == nil {
+		s.mu.Unlock()
+		return errNotRunning
+	}
 	s.booked.remove(r)
 	if p := s.pool(from(ip)); p != nil {
 		p.rewind() // the search may have passed it
 	}
+	wait := s.order(formatUnreserved(nil, *r), false)
 	s.mu.Unlock()
-	return s.record(formatUnreserved(nil, *r))
+	return wait()
 }
 
 // Release takes an address back. Scripts that read the log do not see the lease
@@ -289,21 +332,25 @@ func (s *Server) Release(ip netip.Addr) error {
 		s.mu.Unlock()
 		return fmt.Errorf("release %s: no active lease: %w", ip, errdefs.ErrNotFound)
 	}
+	if s.log == nil {
+		s.mu.Unlock()
+		return errNotRunning
+	}
 	s.release(r)
-	text := formatRecord(nil, r)
+	wait := s.order(formatRecord(nil, r), true)
 	s.mu.Unlock()
-	return s.record(text)
+	return wait()
 }
 
-// record waits until text is on disk and what it replaces is gone.
-func (s *Server) record(text []byte) error {
-	s.mu.Lock()
-	log := s.log
-	s.mu.Unlock()
-	if log == nil {
-		return fmt.Errorf("write lease log: the server does not run: %w", errdefs.ErrUnavailable)
+var errNotRunning = fmt.Errorf("write lease log: the server does not run: %w", errdefs.ErrUnavailable)
+
+// order has the log say text, and returns what waits for that. If it can't be
+// written, the server ends, and the next one goes by the log.
+func (s *Server) order(text []byte, alone bool) (wait func() error) {
+	if len(text) == 0 {
+		return func() error { return nil }
 	}
-	return log.replace(text)
+	return s.log.order(text, alone)
 }
 
 // Facts are the server's state.

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -107,17 +108,12 @@ func start(t testing.TB, c Config) (*Server, func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- s.Run(ctx) }()
-	stopped := false
-	stop := func() {
-		if stopped {
-			return
-		}
-		stopped = true
+	stop := sync.OnceFunc(func() {
 		cancel()
 		if err := <-ended; err != nil {
 			t.Error(err)
 		}
-	}
+	})
 	t.Cleanup(stop)
 	select {
 	case <-s.Ready():
@@ -211,11 +207,20 @@ func table(t testing.TB, change func(*Config)) (*Server, *time.Time) {
 	if change != nil {
 		change(&c)
 	}
+	return loaded(t, c), &now
+}
+
+// loaded is a server that has read its log, and does not run.
+func loaded(t testing.TB, c Config) *Server {
+	t.Helper()
 	s, err := New(c)
+	if err == nil {
+		err = s.load()
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
-	return s, &now
+	return s
 }
 
 func mustPrefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }

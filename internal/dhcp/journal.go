@@ -49,7 +49,8 @@ type journal struct {
 type batch struct {
 	text    []byte
 	replies []*reply
-	waiting []func(error) // for a compaction that has it
+	written []func(error) // to be told once it is on disk
+	waiting []func(error) // likewise, and once a compaction has ended that has it
 	garbage int64
 	urgent  bool
 }
@@ -116,24 +117,29 @@ func openJournal(path string, clean bool, content func(io.Writer) error) (*journ
 	return j, nil
 }
 
-// append adds text to the next write. out leaves after it.
-func (j *journal) append(text []byte, out *reply, c change) {
+// put adds text to the next write. out leaves after it. It does not wait, so that
+// its caller may hold the table: the log has changes in the table's order.
+func (j *journal) put(text []byte, out *reply, c change) {
+	j.mu.Lock()
+	b := j.next
+	b.text = append(b.text, text...)
+	b.urgent = b.urgent || c.urgent
+	if c.renewed {
+		b.garbage += int64(len(text))
+	}
+	if out != nil {
+		b.replies = append(b.replies, out)
+	}
+	j.mu.Unlock()
+	poke(j.wake)
+}
+
+// pace waits while the next write is full.
+func (j *journal) pace() {
 	for {
 		j.mu.Lock()
-		b := j.next
-		full := len(b.replies) >= maxBatch || len(b.text) > maxText
-		if !full {
-			b.text = append(b.text, text...)
-			b.urgent = b.urgent || c.urgent
-			if c.renewed {
-				b.garbage += int64(len(text))
-			}
-			if out != nil {
-				b.replies = append(b.replies, out)
-			}
-		}
+		full := len(j.next.replies) >= maxBatch || len(j.next.text) > maxText
 		j.mu.Unlock()
-		poke(j.wake)
 		if !full {
 			return
 		}
@@ -145,20 +151,28 @@ func (j *journal) append(text []byte, out *reply, c change) {
 	}
 }
 
-// replace adds text, and waits until it is on disk and all older entries are gone.
-func (j *journal) replace(text []byte) error {
+// order adds text to the next write like put, and returns what waits until it is
+// on disk; if alone, until all older entries are gone, too.
+func (j *journal) order(text []byte, alone bool) (wait func() error) {
 	done := make(chan error, 1)
+	say := func(err error) { done <- err }
 	j.mu.Lock()
-	j.next.text = append(j.next.text, text...)
-	j.next.urgent = true
-	j.next.waiting = append(j.next.waiting, func(err error) { done <- err })
+	b := j.next
+	b.text = append(b.text, text...)
+	if alone {
+		b.urgent, b.waiting = true, append(b.waiting, say)
+	} else {
+		b.written = append(b.written, say)
+	}
 	j.mu.Unlock()
 	poke(j.wake)
-	select {
-	case err := <-done:
-		return err
-	case <-j.stopped:
-		return fmt.Errorf("write lease log: the server has ended: %w", errdefs.ErrUnavailable)
+	return func() error {
+		select {
+		case err := <-done:
+			return err
+		case <-j.stopped:
+			return fmt.Errorf("write lease log: the server has ended: %w", errdefs.ErrUnavailable)
+		}
 	}
 }
 
@@ -217,7 +231,7 @@ func (j *journal) run(ctx context.Context) (err error) {
 
 // flush writes the batch that waits, and returns it for reuse.
 func (j *journal) flush(spare *batch) (*batch, error) {
-	spare.text, spare.replies, spare.waiting = spare.text[:0], spare.replies[:0], nil
+	spare.text, spare.replies, spare.written, spare.waiting = spare.text[:0], spare.replies[:0], nil, nil
 	spare.garbage, spare.urgent = 0, false
 	j.mu.Lock()
 	b := j.next
@@ -226,11 +240,14 @@ func (j *journal) flush(spare *batch) (*batch, error) {
 	poke(j.room)
 	if len(b.text) > 0 {
 		if err := j.write(b.text); err != nil {
-			for _, done := range b.waiting {
+			for _, done := range append(b.written, b.waiting...) {
 				done(err)
 			}
 			return b, err
 		}
+	}
+	for _, done := range b.written {
+		done(nil)
 	}
 	j.garbage += b.garbage
 	j.stale, j.urgent = j.stale || b.garbage > 0, j.urgent || b.urgent

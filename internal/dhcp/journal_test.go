@@ -64,9 +64,10 @@ func TestJournalKeepsAllThroughCompactions(t *testing.T) {
 				mu.Lock()
 				lines = append(lines, line)
 				mu.Unlock()
-				j.append([]byte(line), nil, change{renewed: true, urgent: i%10 == 0})
+				j.put([]byte(line), nil, change{renewed: true, urgent: i%10 == 0})
+				j.pace()
 				if i%50 == 0 {
-					if err := j.replace([]byte("# replace\n")); err != nil {
+					if err := j.order([]byte("# replace\n"), true)(); err != nil {
 						t.Error(err)
 					}
 				}
@@ -87,8 +88,8 @@ func TestJournalKeepsAllThroughCompactions(t *testing.T) {
 
 func TestReplaceLeavesNothingOld(t *testing.T) {
 	j, _ := journalOf(t, func(w io.Writer) error { _, err := io.WriteString(w, "# all that is true\n"); return err })
-	j.append([]byte("# old\n"), nil, change{})
-	if err := j.replace([]byte("# newer\n")); err != nil {
+	j.put([]byte("# old\n"), nil, change{})
+	if err := j.order([]byte("# newer\n"), true)(); err != nil {
 		t.Fatal(err)
 	}
 	if got := read(t, j.path); got != "# all that is true\n" {
@@ -98,7 +99,7 @@ func TestReplaceLeavesNothingOld(t *testing.T) {
 
 func TestRenewalsAreCompactedSoon(t *testing.T) {
 	j, _ := journalOf(t, func(w io.Writer) error { _, err := io.WriteString(w, "# true\n"); return err })
-	j.append([]byte("# older end\n"), nil, change{renewed: true})
+	j.put([]byte("# older end\n"), nil, change{renewed: true})
 	eventually(t, "the older entry is gone", func() bool { return read(t, j.path) == "# true\n" })
 }
 
@@ -115,10 +116,10 @@ func TestFailedCompactionKeepsTheLog(t *testing.T) {
 	mu.Lock()
 	fails = broken
 	mu.Unlock()
-	if err := j.replace([]byte("# one\n")); !errors.Is(err, broken) {
+	if err := j.order([]byte("# one\n"), true)(); !errors.Is(err, broken) {
 		t.Errorf("got %v", err)
 	}
-	j.append([]byte("# two\n"), nil, change{})
+	j.put([]byte("# two\n"), nil, change{})
 	eventually(t, "what comes later is written", func() bool { return read(t, j.path) == "# one\n# two\n" })
 	if err := stop(); err != nil {
 		t.Error(err)
@@ -141,10 +142,57 @@ func TestReplyLeavesAfterTheWrite(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error)
 	go func() { ended <- j.run(ctx) }()
-	j.append([]byte("# first\n"), &reply{}, change{})
+	j.put([]byte("# first\n"), &reply{}, change{})
 	<-done
 	cancel()
 	if err := <-ended; err != nil || seen != "# first\n" {
 		t.Errorf("when the answer left, the log was %q, %v", seen, err)
+	}
+}
+
+// What changes the table at the same time is in the log in the table's order.
+func TestLogHasTheTablesOrder(t *testing.T) {
+	s, _ := table(t, nil)
+	s.log, _ = journalOf(t, func(w io.Writer) error { _, err := io.WriteString(w, header); return err })
+	ip := a("192.168.10.50")
+	for round := range 200 {
+		var group sync.WaitGroup
+		for n := range byte(64) {
+			group.Go(func() {
+				if n%2 == 0 {
+					s.Reserve(Reservation{MAC: mac(n), IP: ip})
+				} else {
+					s.Unreserve(ip)
+				}
+			})
+		}
+		group.Wait()
+		onDisk := ""
+		if b, err := readBook(s.log.path); err != nil {
+			t.Fatal(err)
+		} else if len(b.reserved) == 1 {
+			onDisk = b.reserved[0].client()
+		}
+		inTable := ""
+		if r := s.booked.byIP[from(ip)]; r != nil {
+			inTable = r.client()
+		}
+		if onDisk != inTable {
+			t.Fatalf("round %d: the table has it for %q, the log for %q", round, inTable, onDisk)
+		}
+	}
+}
+
+// A reservation that moves is not in the log twice.
+func TestReservationMoves(t *testing.T) {
+	s, _ := table(t, nil)
+	s.log, _ = journalOf(t, func(w io.Writer) error { _, err := io.WriteString(w, header); return err })
+	for _, ip := range []string{"192.168.10.50", "192.168.10.51"} {
+		if _, err := s.Reserve(Reservation{MAC: mac(1), IP: a(ip)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if b, err := readBook(s.log.path); err != nil || len(b.reserved) != 1 || b.reserved[0].IP != a("192.168.10.51") {
+		t.Errorf("on disk: %+v, %v", b.reserved, err)
 	}
 }

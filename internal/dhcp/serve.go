@@ -7,13 +7,18 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/net/ipv4"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"ingot/internal/run"
 )
 
 // Run serves until ctx ends.
@@ -29,6 +34,14 @@ func (s *Server) run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("serve DHCP on %s: %w", s.c.Interface, err)
 	}
+	lock, err := s.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := s.load(); err != nil {
+		return err
+	}
 	j, err := openJournal(s.c.LeaseFile, s.clean, s.content)
 	if err != nil {
 		return err
@@ -36,7 +49,7 @@ func (s *Server) run(ctx context.Context) error {
 	if err := s.export(); err != nil {
 		return err
 	}
-	wire, err := openSockets(iface, s.own)
+	wire, err := openSockets(ctx, iface, s.own)
 	if err != nil {
 		return fmt.Errorf("serve DHCP on %s: %w", s.c.Interface, err)
 	}
@@ -71,6 +84,28 @@ func (s *Server) run(ctx context.Context) error {
 		return s.receive(ctx, wire, j)
 	})
 	return group.Wait()
+}
+
+// lock takes the lease log for this process, before it is read: of two servers
+// the second would write it anew while the first acknowledges into what was it.
+func (s *Server) lock(ctx context.Context) (*os.File, error) {
+	path := s.c.LeaseFile + ".lock"
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("lock lease log: %w", err)
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, fmt.Errorf("lock lease log: %w", err)
+	}
+	err = run.Patiently(ctx, unix.EWOULDBLOCK, func() error { return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) })
+	if err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = fmt.Errorf("another server has it: %w", errdefs.ErrFailedPrecondition)
+		}
+		return nil, fmt.Errorf("lock lease log %s: %w", s.c.LeaseFile, err)
+	}
+	return f, nil
 }
 
 // sleep waits; false says that ctx ended first.
@@ -122,11 +157,10 @@ func (s *Server) receive(ctx context.Context, wire *sockets, j *journal) error {
 				continue
 			}
 			r := replyPool.Get().(*reply)
-			var c change
-			c, text = s.handle(&m, r, text[:0])
+			_, text = s.handle(&m, r, text[:0])
 			switch {
-			case len(text) > 0:
-				j.append(text, r, c)
+			case len(text) > 0: // r is the journal's
+				j.pace()
 			case len(r.b) > 0:
 				now = append(now, r)
 			default:

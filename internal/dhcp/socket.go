@@ -12,6 +12,8 @@ import (
 
 	"golang.org/x/net/ipv4"
 	"golang.org/x/sys/unix"
+
+	"ingot/internal/run"
 )
 
 const (
@@ -29,14 +31,14 @@ type sockets struct {
 	client *os.File // what goes to clients' port, whole frames
 }
 
-func openSockets(iface *net.Interface, own addr4) (_ *sockets, err error) {
+func openSockets(ctx context.Context, iface *net.Interface, own addr4) (_ *sockets, err error) {
 	w := &sockets{iface: iface, own: own, raw: -1}
 	defer func() {
 		if err != nil {
 			w.Close()
 		}
 	}()
-	if w.server, err = listen(iface.Name); err != nil {
+	if w.server, err = listen(ctx, iface.Name); err != nil {
 		return nil, err
 	}
 	if w.raw, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0); err != nil {
@@ -65,13 +67,13 @@ func (w *sockets) Close() error {
 	return errors.Join(errs...)
 }
 
-// listen opens the server's port on one interface only.
-func listen(iface string) (*net.UDPConn, error) {
+// listen opens the server's port on one interface only, where no other server
+// may have it.
+func listen(ctx context.Context, iface string) (c *net.UDPConn, err error) {
 	var control error
 	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		err := c.Control(func(fd uintptr) {
 			control = errors.Join(
-				unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1),
 				unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_BROADCAST, 1),
 				receiveBuffer(int(fd)),
 				unix.BindToDevice(int(fd), iface),
@@ -79,11 +81,14 @@ func listen(iface string) (*net.UDPConn, error) {
 		})
 		return errors.Join(err, control)
 	}}
-	c, err := lc.ListenPacket(context.Background(), "udp4", fmt.Sprintf("0.0.0.0:%d", serverPort))
-	if err != nil {
-		return nil, err
-	}
-	return c.(*net.UDPConn), nil
+	err = run.Patiently(ctx, unix.EADDRINUSE, func() error {
+		p, err := lc.ListenPacket(ctx, "udp4", fmt.Sprintf("0.0.0.0:%d", serverPort))
+		if err == nil {
+			c = p.(*net.UDPConn)
+		}
+		return err
+	})
+	return c, err
 }
 
 // receiveBuffer keeps what comes while the server is busy. Root may have more of

@@ -3,7 +3,9 @@ package dhcp
 import (
 	"container/heap"
 	"net"
+	"net/netip"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -42,6 +44,7 @@ type record struct {
 	mac          [6]byte
 	state        state
 	logged       bool // the log has an entry of the address
+	unnamed      bool // when it was given, another lease had its host name
 }
 
 func (r *record) lease() Lease {
@@ -90,8 +93,53 @@ func (s *Server) file(r *record) {
 	}
 }
 
+// claim makes an active lease the one that its host name means. Who has a name
+// keeps it for as long as the lease: a client can't take another's by saying so.
+func (s *Server) claim(r *record) {
+	r.unnamed = false
+	name := strings.ToLower(r.hostname)
+	if r.state != stateActive || !isLabel(name) {
+		return
+	}
+	if old := s.named[name]; old != nil && old.mac != r.mac && s.current(old) == stateActive {
+		r.unnamed = true
+		return
+	}
+	s.named[name] = r
+}
+
+// unname forgets that a lease had its host name.
+func (s *Server) unname(r *record) {
+	if name := strings.ToLower(r.hostname); s.named[name] == r {
+		delete(s.named, name)
+	}
+}
+
+// Lookup is the address of the active lease that has a host name.
+func (s *Server) Lookup(name string) (ip netip.Addr, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := s.named[strings.ToLower(name)]
+	if r == nil || s.current(r) != stateActive {
+		return ip, false
+	}
+	return r.ip.netip(), true
+}
+
+// NameOf is the host name that the active lease of an address has.
+func (s *Server) NameOf(ip netip.Addr) (name string, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := s.leases[from(ip)]
+	if r == nil || s.current(r) != stateActive || s.named[strings.ToLower(r.hostname)] != r {
+		return "", false
+	}
+	return r.hostname, true
+}
+
 // unindex forgets whose a record was.
 func (s *Server) unindex(r *record) {
+	s.unname(r)
 	if s.byMAC[r.mac] == r {
 		delete(s.byMAC, r.mac)
 	}
@@ -117,10 +165,12 @@ func (s *Server) give(ip addr4, m *message, st state, ends int64) *record {
 		r.id = string(m.id)
 	}
 	if name := hostname(m.hostname); name != "" && name != r.hostname {
+		s.unname(r)
 		r.hostname = name
 	}
 	r.mac, r.state, r.starts, r.ends, r.busy = m.mac, st, s.seconds(), ends, 0
 	s.index(r)
+	s.claim(r)
 	return r
 }
 
@@ -263,21 +313,27 @@ func (s *Server) oldest(p *pool, m *message) *record {
 	return nil
 }
 
-// hostname is option 12, as far as it can stand in a host name.
+// hostname is option 12, if it can stand for a host (RFC 1123, section 2.1).
+// Whatever else a client calls itself is not for logs and scripts.
 func hostname(b []byte) string {
-	if len(b) > 63 {
-		b = b[:63]
-	}
-	for i, c := range b {
-		if c <= ' ' || c > '~' || c == '"' {
-			clean := append([]byte(nil), b[:i]...)
-			for _, c := range b[i:] {
-				if c > ' ' && c <= '~' && c != '"' {
-					clean = append(clean, c)
-				}
-			}
-			return string(clean)
+	name := strings.TrimRight(string(b), "\x00")
+	for label := range strings.SplitSeq(name, ".") {
+		if !isLabel(label) {
+			return ""
 		}
 	}
-	return string(b)
+	return name
+}
+
+// isLabel says whether a name is one label of a host's: letters, digits, and
+// hyphens inside.
+func isLabel(s string) bool {
+	for i := range len(s) {
+		c := s[i]
+		inside := i > 0 && i < len(s)-1
+		if !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '-' && inside) {
+			return false
+		}
+	}
+	return len(s) > 0 && len(s) <= 63
 }
