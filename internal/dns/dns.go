@@ -21,16 +21,23 @@ import (
 
 	"github.com/miekg/dns"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"ingot/internal/run"
 )
 
 // Config says what a server answers.
 type Config struct {
 	Listen    []netip.AddrPort
-	Allow     []netip.Prefix               // who may ask
-	Upstreams []string                     // host:port; asked in turn
-	Domain    string                       // of Records: lab.internal
-	Records   func() map[string]netip.Addr // short names
+	Allow     []netip.Prefix // who may ask
+	Upstreams []string       // host:port; asked in turn
+	Domain    string         // of the environment's names: lab.internal
 	Log       *slog.Logger
+
+	// Lookup is the address of a short name, in lower case, and NameOf the short
+	// name of an address.
+	Lookup func(name string) (netip.Addr, bool)
+	NameOf func(netip.Addr) (string, bool)
 }
 
 const (
@@ -38,6 +45,12 @@ const (
 	maxCached       = 4096
 	maxTTL          = time.Hour
 	localTTL        = 10 // seconds
+	quietTime       = time.Minute
+
+	// Beside it are the hub's other services: guests must not use up its
+	// descriptors. Each forwarded question and each TCP connection has one.
+	maxForwarded, maxForwardedEach = 256, 16
+	maxStreams, maxStreamsEach     = 128, 8
 )
 
 // Server is a DNS server. New only allocates.
@@ -47,15 +60,21 @@ type Server struct {
 	serving atomic.Bool
 	good    atomic.Int32 // the upstream that answered last
 
-	mu    sync.Mutex // guards cache
-	cache map[question]cached
+	forwarded *run.Quota
+
+	mu     sync.Mutex // guards all below
+	cache  map[question]cached
+	failed int       // questions that no line in the log tells of
+	quiet  time.Time // until then there is none
 }
 
 type question struct {
 	name  string
 	kind  uint16
 	class uint16
+	edns  bool
 	do    bool // DNSSEC records wanted
+	cd    bool // and not checked
 }
 
 type cached struct {
@@ -66,7 +85,7 @@ type cached struct {
 
 // New prepares a server.
 func New(c Config) *Server {
-	return &Server{c: c, ready: make(chan struct{}), cache: map[question]cached{}}
+	return &Server{c: c, ready: make(chan struct{}), cache: map[question]cached{}, forwarded: run.NewQuota(maxForwarded, maxForwardedEach)}
 }
 
 // Ready is closed once the server listens.
@@ -90,17 +109,23 @@ func (s *Server) Facts() Facts {
 func (s *Server) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	var started sync.WaitGroup
+	streams := run.NewQuota(maxStreams, maxStreamsEach)
 	for _, at := range s.c.Listen {
-		packet, err := net.ListenPacket("udp", at.String())
+		var packet net.PacketConn
+		err := run.Patiently(ctx, unix.EADDRINUSE, func() (err error) {
+			packet, err = net.ListenPacket("udp", at.String())
+			return err
+		})
 		if err != nil {
 			return fmt.Errorf("serve DNS: %w", err)
 		}
 		defer packet.Close()
-		stream, err := net.Listen("tcp", at.String())
+		stream, err := run.Listen(ctx, net.ListenConfig{}, "tcp", at.String())
 		if err != nil {
 			return fmt.Errorf("serve DNS: %w", err)
 		}
 		defer stream.Close()
+		stream = run.Limit(stream, streams)
 		for _, server := range []*dns.Server{{PacketConn: packet}, {Listener: stream}} {
 			server.Handler = dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) { s.serve(ctx, w, q) })
 			started.Add(1)
@@ -143,21 +168,56 @@ func (s *Server) answer(ctx context.Context, from net.Addr, q *dns.Msg) *dns.Msg
 	if m := s.local(q); m != nil {
 		return m
 	}
-	key := question{name: strings.ToLower(q.Question[0].Name), kind: q.Question[0].Qtype, class: q.Question[0].Qclass}
+	key := question{name: strings.ToLower(q.Question[0].Name), kind: q.Question[0].Qtype, class: q.Question[0].Qclass, cd: q.CheckingDisabled}
 	if o := q.IsEdns0(); o != nil {
-		key.do = o.Do()
+		key.edns, key.do = true, o.Do()
 	}
 	if m := s.lookup(key, q); m != nil {
 		return m
 	}
-	m, err := s.forward(ctx, q)
+	give, ok := s.forwarded.Take(from)
+	if !ok {
+		s.warn("too many DNS questions at one time", "from", from.String())
+		return failure(q, dns.RcodeServerFailure)
+	}
+	defer give()
+	m, err := s.forward(ctx, upward(q))
 	if err != nil {
-		s.c.Log.Warn("forward DNS question", "name", key.name, "err", err)
+		s.warn("forward DNS question", "name", key.name, "err", err)
 		return failure(q, dns.RcodeServerFailure)
 	}
 	s.keep(key, m)
 	m.Id = q.Id
 	return m
+}
+
+// upward is a question as the upstreams get it. The answer will be others', too:
+// whoever asks must not know its id, nor add what it is to depend on.
+func upward(q *dns.Msg) *dns.Msg {
+	u := q.Copy()
+	u.Id = dns.Id()
+	u.Answer, u.Ns, u.Extra = nil, nil, nil
+	if o := q.IsEdns0(); o != nil {
+		u.SetEdns0(dns.DefaultMsgSize, o.Do())
+	}
+	return u
+}
+
+// warn tells of a question that has failed, but not of each.
+func (s *Server) warn(message string, args ...any) {
+	s.mu.Lock()
+	now := time.Now()
+	if now.Before(s.quiet) {
+		s.failed++
+		s.mu.Unlock()
+		return
+	}
+	if s.failed > 0 {
+		args = append(args, "repeated", s.failed)
+	}
+	s.failed, s.quiet = 0, now.Add(quietTime)
+	s.mu.Unlock()
+	s.c.Log.Warn(message, args...)
 }
 
 func failure(q *dns.Msg, code int) *dns.Msg {
@@ -171,17 +231,14 @@ func (s *Server) allowed(from net.Addr) bool {
 
 // local answers names of the environment: NAME.DOMAIN, NAME alone, and back.
 func (s *Server) local(q *dns.Msg) *dns.Msg {
-	if s.c.Records == nil {
+	if s.c.Lookup == nil {
 		return nil
 	}
 	asked := q.Question[0]
 	name := strings.ToLower(strings.TrimSuffix(asked.Name, "."))
-	records := s.c.Records()
-	if asked.Qtype == dns.TypePTR {
-		for short, ip := range records {
-			if reverse, err := dns.ReverseAddr(ip.String()); err == nil && reverse == strings.ToLower(asked.Name) {
-				return s.found(q, &dns.PTR{Hdr: heading(asked, dns.TypePTR), Ptr: dns.Fqdn(short + "." + s.c.Domain)})
-			}
+	if ip, ok := reversed(name); ok && asked.Qtype == dns.TypePTR {
+		if short, ok := s.c.NameOf(ip); ok {
+			return s.found(q, &dns.PTR{Hdr: heading(asked, dns.TypePTR), Ptr: dns.Fqdn(short + "." + s.c.Domain)})
 		}
 		return nil
 	}
@@ -189,7 +246,7 @@ func (s *Server) local(q *dns.Msg) *dns.Msg {
 	if !ours && strings.Contains(name, ".") {
 		return nil
 	}
-	ip, ok := records[short]
+	ip, ok := s.c.Lookup(short)
 	switch {
 	case !ok && !ours:
 		return nil
@@ -199,6 +256,18 @@ func (s *Server) local(q *dns.Msg) *dns.Msg {
 		return s.found(q, &dns.A{Hdr: heading(asked, dns.TypeA), A: ip.AsSlice()})
 	}
 	return s.found(q)
+}
+
+// reversed is the address that a name like 2.10.168.192.in-addr.arpa asks for.
+func reversed(name string) (netip.Addr, bool) {
+	name, ok := strings.CutSuffix(name, ".in-addr.arpa")
+	if !ok {
+		return netip.Addr{}, false
+	}
+	parts := strings.Split(name, ".")
+	slices.Reverse(parts)
+	ip, err := netip.ParseAddr(strings.Join(parts, "."))
+	return ip, err == nil && ip.Is4()
 }
 
 func (s *Server) found(q *dns.Msg, records ...dns.RR) *dns.Msg {

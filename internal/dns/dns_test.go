@@ -1,8 +1,9 @@
 package dns_test
 
 import (
+	"bytes"
 	"context"
-	"io"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -55,7 +56,9 @@ func serve(t *testing.T, c dns.Config) string {
 	t.Helper()
 	at := freePort(t)
 	c.Listen = []netip.AddrPort{at}
-	c.Log = slog.New(slog.NewTextHandler(io.Discard, nil))
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
 	if c.Allow == nil {
 		c.Allow = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")}
 	}
@@ -100,9 +103,8 @@ func TestForwardsAndCaches(t *testing.T) {
 func TestLocalNames(t *testing.T) {
 	at := serve(t, dns.Config{
 		Domain: "lab.internal",
-		Records: func() map[string]netip.Addr {
-			return map[string]netip.Addr{"host-0": netip.MustParseAddr("192.168.10.3")}
-		},
+		Lookup: func(name string) (netip.Addr, bool) { return netip.MustParseAddr("192.168.10.3"), name == "host-0" },
+		NameOf: func(ip netip.Addr) (string, bool) { return "host-0", ip == netip.MustParseAddr("192.168.10.3") },
 	})
 	for _, name := range []string{"host-0.lab.internal.", "host-0.", "HOST-0.lab.internal."} {
 		if m := ask(t, at, "udp", name, mdns.TypeA); len(m.Answer) != 1 || m.Answer[0].(*mdns.A).A.String() != "192.168.10.3" {
@@ -117,6 +119,72 @@ func TestLocalNames(t *testing.T) {
 	}
 	if m := ask(t, at, "udp", "host-0.lab.internal.", mdns.TypeAAAA); m.Rcode != mdns.RcodeSuccess || len(m.Answer) != 0 {
 		t.Errorf("no such record: %v", m)
+	}
+}
+
+// A client that asks without end has no more descriptors than its share, says
+// little in the log, and knows nothing of what the upstream is asked.
+func TestOneClientCantUseAllUp(t *testing.T) {
+	const id, many = 7, 100
+	var asked, known atomic.Int32
+	hold := make(chan bool)
+	c, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	up := &mdns.Server{PacketConn: c, Handler: mdns.HandlerFunc(func(w mdns.ResponseWriter, q *mdns.Msg) {
+		asked.Add(1)
+		if q.Id == id {
+			known.Add(1)
+		}
+		<-hold
+		w.WriteMsg(new(mdns.Msg).SetRcode(q, mdns.RcodeServerFailure))
+	})}
+	go up.ActivateAndServe()
+	t.Cleanup(func() { up.Shutdown() })
+	var log bytes.Buffer
+	at := serve(t, dns.Config{
+		Upstreams: []string{c.LocalAddr().String()}, Domain: "lab.internal", Log: slog.New(slog.NewTextHandler(&log, nil)),
+		Lookup: func(string) (netip.Addr, bool) { return netip.MustParseAddr("192.168.10.3"), true },
+	})
+	client, err := net.Dial("udp", at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	client.SetDeadline(time.Now().Add(10 * time.Second))
+	for n := range many {
+		q := new(mdns.Msg).SetQuestion(fmt.Sprintf("x%d.example.org.", n), mdns.TypeA)
+		q.Id = id
+		b, err := q.Pack()
+		if err != nil {
+			t.Fatal(err)
+		}
+		client.Write(b)
+	}
+	refused := 0
+	for b := make([]byte, 512); refused < many-16; refused++ { // what is asked above the share is answered at once
+		if _, err := client.Read(b); err != nil {
+			t.Fatalf("after %d answers: %v", refused, err)
+		}
+	}
+	if m := ask(t, at, "udp", "host-0.lab.internal.", mdns.TypeA); len(m.Answer) != 1 {
+		t.Errorf("meanwhile: %v", m)
+	}
+	close(hold)
+	for range 16 {
+		if _, err := client.Read(make([]byte, 512)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := asked.Load(); n != 16 {
+		t.Errorf("the upstream was asked %d times", n)
+	}
+	if n := known.Load(); n > 1 {
+		t.Errorf("the client knew the id of %d questions", n)
+	}
+	if n := strings.Count(log.String(), "\n"); n != 1 {
+		t.Errorf("%d lines in the log:\n%s", n, log.String())
 	}
 }
 

@@ -133,7 +133,7 @@ func New(c Config, log *slog.Logger) (*Hub, error) {
 	port := func(p uint16) netip.AddrPort { return netip.AddrPortFrom(c.Address, p) }
 	h.dns = dns.New(dns.Config{
 		Listen: []netip.AddrPort{port(53)}, Allow: []netip.Prefix{c.Subnet, netip.PrefixFrom(c.Address, 32)},
-		Upstreams: c.Upstreams, Domain: c.Domain, Records: h.names, Log: log,
+		Upstreams: c.Upstreams, Domain: c.Domain, Lookup: h.lookup, NameOf: h.nameOf, Log: log,
 	})
 	files := pki.In(c.PKI)
 	h.registry, err = registry.New(registry.Config{
@@ -178,16 +178,27 @@ func (h *Hub) platform() []netip.Addr {
 	return addrs
 }
 
-// names are the machines' and the guests' names, as DNS answers them.
-func (h *Hub) names() map[string]netip.Addr {
-	names := map[string]netip.Addr{}
-	for _, l := range h.dhcp.Leases() {
-		if l.State == dhcp.Active && l.Hostname != "" {
-			names[strings.ToLower(l.Hostname)] = l.IP
+// lookup is the address of a machine or a guest, as DNS answers it. A guest can't
+// take a machine's name.
+func (h *Hub) lookup(name string) (netip.Addr, bool) {
+	for _, m := range h.c.Machines {
+		if strings.EqualFold(m.Name, name) {
+			return m.Address, true
 		}
 	}
-	for _, m := range h.c.Machines { // a guest can't take a machine's name
-		names[m.Name] = m.Address
+	return h.dhcp.Lookup(name)
+}
+
+// nameOf is what lookup has an address for.
+func (h *Hub) nameOf(ip netip.Addr) (string, bool) {
+	for _, m := range h.c.Machines {
+		if m.Address == ip {
+			return strings.ToLower(m.Name), true
+		}
 	}
-	return names
+	name, ok := h.dhcp.NameOf(ip)
+	if at, _ := h.lookup(name); at != ip {
+		return "", false // it is a machine's
+	}
+	return name, ok
 }
