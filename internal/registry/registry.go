@@ -4,6 +4,7 @@
 package registry
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -17,6 +18,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
@@ -27,6 +29,8 @@ import (
 	"github.com/distribution/distribution/v3/registry/storage"
 	"github.com/distribution/distribution/v3/registry/storage/driver/filesystem" // by its name, the handlers find it too
 	"github.com/sirupsen/logrus"
+
+	"ingot/internal/run"
 )
 
 // Config is all that a registry needs.
@@ -38,12 +42,24 @@ type Config struct {
 	User     string // who may write; empty: nobody
 	Password string
 	Log      *slog.Logger
+
+	// Stall is how long a client may take for the next piece of what it reads or
+	// writes, so that no slow one keeps what others need. 0: a minute.
+	Stall time.Duration
 }
+
+// Each connection has a descriptor, and each request has one of a blob. A host
+// that brings up many microVMs has some of both for each.
+const (
+	maxConns, maxConnsEach       = 512, 128
+	maxRequests, maxRequestsEach = 1024, 256
+)
 
 // Server is a registry.
 type Server struct {
-	c     Config
-	ready chan struct{}
+	c        Config
+	ready    chan struct{}
+	requests *run.Quota
 }
 
 // New makes a registry over a directory, which need not exist yet.
@@ -54,7 +70,8 @@ func New(c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Server{c: c, ready: make(chan struct{})}, nil
+	c.Stall = cmp.Or(c.Stall, time.Minute)
+	return &Server{c: c, ready: make(chan struct{}), requests: run.NewQuota(maxRequests, maxRequestsEach)}, nil
 }
 
 // Ready is closed when the registry listens.
@@ -70,10 +87,11 @@ func (s *Server) Run(ctx context.Context) error {
 	if err := s.collect(ctx); err != nil {
 		s.c.Log.Warn("collect what deleted images have left", "err", err)
 	}
-	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", s.c.Listen)
+	listener, err := run.Listen(ctx, net.ListenConfig{}, "tcp", s.c.Listen)
 	if err != nil {
 		return fmt.Errorf("serve registry: %w", err)
 	}
+	listener = run.Limit(listener, run.NewQuota(maxConns, maxConnsEach))
 	app := handlers.NewApp(ctx, s.distribution())
 	defer app.Shutdown()
 	server := &http.Server{
@@ -81,6 +99,7 @@ func (s *Server) Run(ctx context.Context) error {
 		TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: s.certificate},
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
+		HTTP2:             &http.HTTP2Config{WriteByteTimeout: s.c.Stall},
 		ErrorLog:          slog.NewLogLogger(s.c.Log.Handler(), slog.LevelDebug),
 	}
 	served := make(chan error, 1)
@@ -129,6 +148,14 @@ func (s *Server) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 // guard lets everyone read, and only the one user write.
 func (s *Server) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		a := &answer{ResponseWriter: w, control: http.NewResponseController(w), stall: s.c.Stall}
+		w = a
+		a.writing()
+		defer a.writing() // of what is left in buffers
+		if r.Body != http.NoBody {
+			a.reading()
+			r.Body = &body{r.Body, a}
+		}
 		switch r.Method {
 		case http.MethodGet, http.MethodHead:
 		default:
@@ -140,7 +167,13 @@ func (s *Server) guard(next http.Handler) http.Handler {
 				return
 			}
 		}
-		a := &answer{ResponseWriter: w}
+		from, _ := netip.ParseAddrPort(r.RemoteAddr)
+		give, ok := s.requests.Take(net.TCPAddrFromAddrPort(from))
+		if !ok {
+			http.Error(a, "too many requests at one time", http.StatusServiceUnavailable)
+			return
+		}
+		defer give()
 		next.ServeHTTP(a, r)
 		level := slog.LevelDebug
 		if a.status >= http.StatusInternalServerError {
@@ -150,19 +183,47 @@ func (s *Server) guard(next http.Handler) http.Handler {
 	})
 }
 
-// answer remembers the status of a response.
+// answer remembers the status of a response, and wants progress of the client.
 type answer struct {
 	http.ResponseWriter
-	status int
+	status  int
+	control *http.ResponseController
+	stall   time.Duration
 }
+
+func (a *answer) reading() { a.control.SetReadDeadline(time.Now().Add(a.stall)) }
+
+func (a *answer) writing() { a.control.SetWriteDeadline(time.Now().Add(a.stall)) }
 
 func (a *answer) WriteHeader(status int) {
 	a.status = status
+	a.writing()
 	a.ResponseWriter.WriteHeader(status)
+}
+
+func (a *answer) Write(b []byte) (int, error) {
+	a.writing()
+	return a.ResponseWriter.Write(b)
 }
 
 // Unwrap lets http.ResponseController find what the response can do.
 func (a *answer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
+
+// body is a request's. At its end the server looks whether the client goes away,
+// which has no deadline: the handler may be busy with what came.
+type body struct {
+	io.ReadCloser
+	a *answer
+}
+
+func (b *body) Read(p []byte) (int, error) {
+	b.a.reading()
+	n, err := b.ReadCloser.Read(p)
+	if err != nil {
+		b.a.control.SetReadDeadline(time.Time{})
+	}
+	return n, err
+}
 
 func (s *Server) mayWrite(r *http.Request) bool {
 	user, password, ok := r.BasicAuth()

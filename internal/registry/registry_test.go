@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"io"
 	"math/big"
 	"net"
 	"net/http"
@@ -23,6 +24,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/google/go-containerregistry/pkg/v1/validate"
 )
 
@@ -32,9 +34,14 @@ var owner = &authn.Basic{Username: "ingot", Password: "secret"}
 // trusts its certificate.
 func start(t *testing.T, dir string) (*Server, string, http.RoundTripper) {
 	t.Helper()
+	return startStalling(t, dir, 0)
+}
+
+func startStalling(t *testing.T, dir string, stall time.Duration) (*Server, string, *http.Transport) {
+	t.Helper()
 	cert, key, pool := certificate(t)
 	listen := freePort(t)
-	s, err := New(Config{Dir: dir, Listen: listen, CertFile: cert, KeyFile: key, User: owner.Username, Password: owner.Password})
+	s, err := New(Config{Dir: dir, Listen: listen, CertFile: cert, KeyFile: key, User: owner.Username, Password: owner.Password, Stall: stall})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -225,6 +232,94 @@ func TestMissingCertificate(t *testing.T) {
 	if err := s.Run(t.Context()); err == nil || !strings.Contains(err.Error(), "/nonexistent/cert") {
 		t.Errorf("got %v", err)
 	}
+}
+
+// TestSlowClients: who makes some progress gets all, who makes none loses the
+// connection, with HTTP/1.1 and HTTP/2.
+func TestSlowClients(t *testing.T) {
+	const stall = 500 * time.Millisecond
+	s, address, transport := startStalling(t, t.TempDir(), stall)
+	to, err := name.ParseReference(address + "/big")
+	if err != nil {
+		t.Fatal(err)
+	}
+	layer, err := random.Layer(32<<20, types.DockerLayer) // more than the kernel's buffers hold
+	if err != nil {
+		t.Fatal(err)
+	}
+	slow := &slowly{transport, stall}
+	if err := remote.WriteLayer(to.Context(), layer, remote.WithAuth(owner), remote.WithTransport(slow)); err != nil {
+		t.Fatalf("a slow push: %v", err)
+	}
+	digest, err := layer.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	size, err := layer.Size()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, two := range []bool{false, true} {
+		client := &http.Client{Transport: &http.Transport{TLSClientConfig: transport.TLSClientConfig.Clone(), ForceAttemptHTTP2: two}}
+		defer client.CloseIdleConnections()
+		pull := func(pause time.Duration, times int) (read int64, err error) {
+			a, err := client.Get("https://" + address + "/v2/big/blobs/" + digest.String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer a.Body.Close()
+			if two != (a.ProtoMajor == 2) {
+				t.Fatalf("the answer came by %s", a.Proto)
+			}
+			for range times {
+				n, err := io.CopyN(io.Discard, a.Body, size/int64(times+1))
+				if read += n; err != nil {
+					return read, err
+				}
+				time.Sleep(pause)
+			}
+			n, err := io.Copy(io.Discard, a.Body)
+			return read + n, err
+		}
+		if n, err := pull(stall/4, 6); n != size || err != nil {
+			t.Errorf("HTTP/2 %v: a slow client got %d bytes of %d, %v", two, n, size, err)
+		}
+		if n, err := pull(2*stall, 1); err == nil {
+			t.Errorf("HTTP/2 %v: a client that did not read for long got %d bytes of %d", two, n, size)
+		}
+	}
+	if _, ok := s.requests.Take(&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)}); !ok {
+		t.Error("no request is let in")
+	}
+}
+
+// slowly sends what bodies hold in pieces, with pauses.
+type slowly struct {
+	*http.Transport
+	stall time.Duration
+}
+
+func (s *slowly) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.Method == http.MethodPatch {
+		r = r.Clone(r.Context())
+		r.Body = &slowBody{ReadCloser: r.Body, pause: s.stall / 4}
+	}
+	return s.Transport.RoundTrip(r)
+}
+
+type slowBody struct {
+	io.ReadCloser
+	pause time.Duration
+	read  int
+}
+
+func (b *slowBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if b.read/(4<<20) != (b.read+n)/(4<<20) {
+		time.Sleep(b.pause)
+	}
+	b.read += n
+	return n, err
 }
 
 func certificate(t *testing.T) (cert, key string, pool *x509.CertPool) {
