@@ -4,10 +4,12 @@
 package pki
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -150,23 +152,29 @@ func (ca *CA) Ensure(dir, name string, names []string, addrs []netip.Addr) (chan
 	if err != nil {
 		return false, err
 	}
-	return true, errors.Join(
-		writeFile(filepath.Join(dir, "ca.pem"), ca.PEM, 0o644),
-		writeFile(filepath.Join(dir, "key.pem"), keyPEM, 0o600),
-		writeFile(filepath.Join(dir, "cert.pem"), certPEM, 0o644),
-	)
+	// The certificate last: with what is there before, a new key is no pair, and
+	// is made again.
+	f := In(dir)
+	if err := writeFile(f.CA, ca.PEM, 0o644); err != nil {
+		return true, err
+	}
+	if err := writeFile(f.Key, keyPEM, 0o600); err != nil {
+		return true, err
+	}
+	return true, writeFile(f.Cert, certPEM, 0o644)
 }
 
 func (ca *CA) good(dir string, names []string, addrs []netip.Addr) bool {
-	b, err := os.ReadFile(filepath.Join(dir, "cert.pem"))
+	f := In(dir)
+	if trusted, err := os.ReadFile(f.CA); err != nil || !bytes.Equal(trusted, ca.PEM) {
+		return false
+	}
+	pair, err := tls.LoadX509KeyPair(f.Cert, f.Key) // which compares them
 	if err != nil {
 		return false
 	}
-	if _, err := os.Stat(filepath.Join(dir, "key.pem")); err != nil {
-		return false
-	}
-	cert, err := parseCert(b)
-	if err != nil || cert.CheckSignatureFrom(ca.cert) != nil || time.Until(cert.NotAfter) < renewTime {
+	cert := pair.Leaf
+	if cert.CheckSignatureFrom(ca.cert) != nil || time.Until(cert.NotAfter) < renewTime {
 		return false
 	}
 	for _, n := range names {

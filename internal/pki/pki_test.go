@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -104,6 +105,38 @@ func TestEnsureMakesAnewOnlyWhatIsNotGood(t *testing.T) {
 		if i, err := os.Stat(f); err != nil || i.Mode().Perm() != 0o600 {
 			t.Errorf("%s: mode %v, %v", f, i.Mode(), err)
 		}
+	}
+}
+
+// Ensure may be killed, or find the disk full, after any of its files.
+func TestEnsureMendsHalfWrittenCertificates(t *testing.T) {
+	ca := authority(t, t.TempDir())
+	other := t.TempDir()
+	ensure(t, authority(t, t.TempDir()), other, local)
+	for _, name := range []string{"ca.pem", "key.pem", "cert.pem"} {
+		dir := t.TempDir()
+		ensure(t, ca, dir, local)
+		b, err := os.ReadFile(filepath.Join(other, name))
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, name), b, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !ensure(t, ca, dir, local) || ensure(t, ca, dir, local) {
+			t.Errorf("a foreign %s: it is not made again, or twice", name)
+		}
+	}
+	// A file that can't be written: none after it is.
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, "key.pem", "full"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ca.Ensure(dir, "test", nil, local); err == nil {
+		t.Error("no error")
+	}
+	if _, err := os.Stat(filepath.Join(dir, "cert.pem")); !os.IsNotExist(err) {
+		t.Errorf("the certificate of a key that was not written: %v", err)
 	}
 }
 
