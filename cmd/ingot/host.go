@@ -11,7 +11,6 @@ import (
 	"net/netip"
 	"os"
 	"runtime/debug"
-	"strings"
 	"time"
 
 	"github.com/goccy/go-yaml"
@@ -117,11 +116,11 @@ func readHostConfig(file string, must bool) (hostConfig, error) {
 		}
 	}
 	if c.TokenFile != "" {
-		token, err := os.ReadFile(c.TokenFile)
+		token, err := pki.ReadToken(c.TokenFile)
 		if err != nil {
-			return c, fmt.Errorf("read token: %w", err)
+			return c, err
 		}
-		c.BasicAuthToken = strings.TrimSpace(string(token))
+		c.BasicAuthToken = string(token)
 	}
 	return c, nil
 }

@@ -25,3 +25,17 @@ func TestHostConfigWantsIPv4(t *testing.T) {
 		}
 	}
 }
+
+// A token file that is named and empty must not mean that no token is asked for.
+func TestHostWantsTheTokenThatIsNamed(t *testing.T) {
+	dir := t.TempDir()
+	token, config := filepath.Join(dir, "token"), filepath.Join(dir, "config.yaml")
+	for path, text := range map[string]string{token: "\n", config: "bridge-name: br0\ntoken-file: " + token + "\n"} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := readHostConfig(config, true); err == nil || !strings.Contains(err.Error(), "is empty") {
+		t.Errorf("got %v", err)
+	}
+}

@@ -110,11 +110,11 @@ type Hub struct {
 
 // New makes a hub of its configuration.
 func New(c Config, log *slog.Logger) (*Hub, error) {
-	token, err := os.ReadFile(c.TokenFile)
+	token, err := pki.ReadToken(c.TokenFile)
 	if err != nil {
-		return nil, fmt.Errorf("read token: %w", err)
+		return nil, err
 	}
-	h := &Hub{c: c, log: log, token: pki.Secret(strings.TrimSpace(string(token))), began: time.Now()}
+	h := &Hub{c: c, log: log, token: token, began: time.Now()}
 	var machines []netip.Prefix
 	for _, m := range c.Machines {
 		machines = append(machines, netip.PrefixFrom(m.Address, m.Address.BitLen()))

@@ -21,6 +21,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 )
 
@@ -46,6 +47,20 @@ func (Secret) GoString() string { return "***" }
 
 // NewToken makes a token of 130 random bits.
 func NewToken() Secret { return Secret(rand.Text()) }
+
+// ReadToken reads a file that holds a token. One that is empty is an error, and
+// not a server that asks for none.
+func ReadToken(path string) (Secret, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return "", fmt.Errorf("read token: %w", err)
+	}
+	token := strings.TrimSpace(string(b))
+	if token == "" {
+		return "", fmt.Errorf("read token: %s is empty", path)
+	}
+	return Secret(token), nil
+}
 
 // CA signs certificates.
 type CA struct {

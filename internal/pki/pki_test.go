@@ -2,6 +2,7 @@ package pki_test
 
 import (
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -137,6 +138,21 @@ func TestEnsureMendsHalfWrittenCertificates(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(dir, "cert.pem")); !os.IsNotExist(err) {
 		t.Errorf("the certificate of a key that was not written: %v", err)
+	}
+}
+
+func TestReadToken(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "token")
+	for text, want := range map[string]pki.Secret{"": "", " \n": "", "secret\n": "secret"} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := pki.ReadToken(path); got != want || (err == nil) != (want != "") {
+			t.Errorf("%q: got %q, %v", text, string(got), err)
+		}
+	}
+	if _, err := pki.ReadToken(path + "-not-there"); !os.IsNotExist(errors.Unwrap(err)) {
+		t.Errorf("no file: %v", err)
 	}
 }
 
