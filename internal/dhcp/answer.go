@@ -99,6 +99,7 @@ func (s *Server) discover(p *pool, m *message, out *reply) {
 	ip, ok := s.choose(p, m)
 	if !ok {
 		s.count.Exhausted++
+		s.last.exhausted = s.c.Now()
 		s.note(s.c.Log.Error, "no free address is left", "subnet", p.prefix, "mac", m.card(), "size", p.size())
 		return
 	}

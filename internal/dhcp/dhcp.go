@@ -10,6 +10,7 @@
 package dhcp
 
 import (
+	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
@@ -93,6 +94,7 @@ type Lease struct {
 	Starts   time.Time
 	Ends     time.Time
 	State    string
+	Reserved bool // the address is kept for the client, in any state
 }
 
 // Server is one DHCP server. New only allocates; Run reads the log and serves.
@@ -112,6 +114,7 @@ type Server struct {
 	booked  reservations
 	foreign map[addr4]Foreign
 	count   Counters
+	last    struct{ conflict, exhausted time.Time }
 	quiet   quiet
 	notes   []func() // for the log, once mu is unlocked
 	failure error
@@ -226,7 +229,7 @@ func (s *Server) Leases() []Lease {
 	}
 	for ip, b := range s.booked.byIP {
 		if r := s.leases[ip]; r == nil || s.current(r) != stateActive {
-			reserved := Lease{IP: b.IP, MAC: b.MAC, ClientID: b.ClientID, Hostname: b.Name, State: Reserved}
+			reserved := Lease{IP: b.IP, MAC: b.MAC, ClientID: b.ClientID, Hostname: b.Name, State: Reserved, Reserved: true}
 			if r == nil {
 				all = append(all, reserved)
 				continue
@@ -243,6 +246,8 @@ func (s *Server) Leases() []Lease {
 func (s *Server) shown(r *record) Lease {
 	l := r.lease()
 	l.State = s.current(r).String()
+	b := s.booked.byIP[r.ip]
+	l.Reserved = b != nil && bytes.Equal(b.MAC, l.MAC)
 	return l
 }
 
@@ -263,7 +268,7 @@ func (s *Server) Reserve(r Reservation) (Lease, error) {
 		}
 		return Lease{}, fmt.Errorf("reserve %s for %s: %w", to, r.client(), err)
 	}
-	return Lease{IP: r.IP, MAC: r.MAC, ClientID: r.ClientID, Hostname: r.Name, State: Reserved}, nil
+	return Lease{IP: r.IP, MAC: r.MAC, ClientID: r.ClientID, Hostname: r.Name, State: Reserved, Reserved: true}, nil
 }
 
 // reserve changes the table, and says what the log must.
@@ -302,25 +307,48 @@ func (s *Server) reserve(r *Reservation) (text []byte, err error) {
 	return formatReservation(text, *r), nil
 }
 
-// Unreserve ends the reservation of an address, which Reserve made.
-func (s *Server) Unreserve(ip netip.Addr) error {
+// Unreserve ends the reservation of an address, which Reserve made; those of a
+// MAC, if there is no address.
+func (s *Server) Unreserve(ip netip.Addr, mac net.HardwareAddr) error {
 	s.mu.Lock()
-	r := s.booked.byIP[from(ip)]
-	if r == nil || r.fixed {
-		s.mu.Unlock()
-		return fmt.Errorf("unreserve %s: it is not reserved, or by the configuration: %w", ip, errdefs.ErrNotFound)
-	}
-	if s.log == nil {
-		s.mu.Unlock()
-		return errNotRunning
-	}
-	s.booked.remove(r)
-	if p := s.pool(from(ip)); p != nil {
-		p.rewind() // the search may have passed it
-	}
-	wait := s.order(formatUnreserved(nil, *r), false)
+	text, err := s.unreserve(ip, mac)
+	wait := s.order(text, false)
 	s.mu.Unlock()
-	return wait()
+	if err == nil {
+		err = wait()
+	}
+	if err != nil {
+		who := mac.String()
+		if ip.IsValid() {
+			who = ip.String()
+		}
+		return fmt.Errorf("unreserve %s: %w", who, err)
+	}
+	return nil
+}
+
+// unreserve changes the table, and says what the log must.
+func (s *Server) unreserve(ip netip.Addr, mac net.HardwareAddr) (text []byte, err error) {
+	if s.log == nil {
+		return nil, errNotRunning
+	}
+	var found []*Reservation
+	for _, r := range s.booked.byIP {
+		if !r.fixed && (!ip.IsValid() || r.IP == ip) && (len(mac) == 0 || bytes.Equal(r.MAC, mac)) {
+			found = append(found, r)
+		}
+	}
+	if len(found) == 0 || !ip.IsValid() && len(mac) == 0 {
+		return nil, fmt.Errorf("nothing is reserved, or by the configuration: %w", errdefs.ErrNotFound)
+	}
+	for _, r := range found {
+		s.booked.remove(r)
+		text = formatUnreserved(text, *r)
+		if p := s.pool(from(r.IP)); p != nil {
+			p.rewind() // the search may have passed it
+		}
+	}
+	return text, nil
 }
 
 // Release takes an address back. Scripts that read the log do not see the lease
@@ -361,14 +389,19 @@ type Facts struct {
 	Free    int
 	Foreign []Foreign // other DHCP servers on the segment
 	Counters
-	Config string // the text of ConfigFile
+	LastConflict, LastExhausted time.Time // zero: never
+	DefaultLease, MaxLease      time.Duration
+	Config                      string // the text of ConfigFile
 }
 
 // Facts says how the server is.
 func (s *Server) Facts() Facts {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	f := Facts{Serving: s.serving, Error: s.failure, Counters: s.count, Foreign: s.foreigners(), Config: exportConfig(s.c)}
+	f := Facts{
+		Serving: s.serving, Error: s.failure, Counters: s.count, Foreign: s.foreigners(), LastConflict: s.last.conflict,
+		LastExhausted: s.last.exhausted, DefaultLease: s.c.DefaultLease, MaxLease: s.c.MaxLease, Config: exportConfig(s.c),
+	}
 	for _, p := range s.pools {
 		f.Free += p.size()
 	}

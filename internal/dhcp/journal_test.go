@@ -5,12 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/containerd/errdefs"
 )
 
 // journalOf runs a journal over a content that the test changes.
@@ -162,7 +165,7 @@ func TestLogHasTheTablesOrder(t *testing.T) {
 				if n%2 == 0 {
 					s.Reserve(Reservation{MAC: mac(n), IP: ip})
 				} else {
-					s.Unreserve(ip)
+					s.Unreserve(ip, nil)
 				}
 			})
 		}
@@ -193,6 +196,27 @@ func TestReservationMoves(t *testing.T) {
 		}
 	}
 	if b, err := readBook(s.log.path); err != nil || len(b.reserved) != 1 || b.reserved[0].IP != a("192.168.10.51") {
+		t.Errorf("on disk: %+v, %v", b.reserved, err)
+	}
+	if l := s.Leases(); len(l) != 1 || !l[0].Reserved || l[0].State != Reserved {
+		t.Errorf("listed: %+v", l)
+	}
+	if got := ack(t, s, 1); got != "192.168.10.51" {
+		t.Errorf("its client got %s", got)
+	}
+	if l := only(s, mac(1)); !l.Reserved || l.State != Active {
+		t.Errorf("listed: %+v", l)
+	}
+	if err := s.Unreserve(a("192.168.10.51"), mac(2)); !errdefs.IsNotFound(err) {
+		t.Errorf("as another client's: %v", err)
+	}
+	if err := s.Unreserve(netip.Addr{}, nil); !errdefs.IsNotFound(err) {
+		t.Errorf("nobody's: %v", err)
+	}
+	if err := s.Unreserve(netip.Addr{}, mac(1)); err != nil || only(s, mac(1)).Reserved {
+		t.Errorf("by MAC: %v", err)
+	}
+	if b, err := readBook(s.log.path); err != nil || len(b.reserved) != 0 {
 		t.Errorf("on disk: %+v, %v", b.reserved, err)
 	}
 }

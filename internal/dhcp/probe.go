@@ -155,11 +155,11 @@ func (s *Server) seen(ip addr4, mac [6]byte) {
 			s.file(r)
 		}
 	case r != nil && s.current(r) == stateActive:
-		s.count.Conflicts++
+		s.conflict()
 		s.note(s.c.Log.Warn, "two cards use one address", "ip", ip, "mac", macString(r.mac), "other", macString(mac))
 	case r != nil && s.current(r) == stateDeclined:
 	default:
-		s.count.Conflicts++
+		s.conflict()
 		s.note(s.c.Log.Warn, "a free address is in use", "ip", ip, "mac", macString(mac))
 		p.drop(ip)
 		if r == nil {
@@ -168,6 +168,11 @@ func (s *Server) seen(ip addr4, mac [6]byte) {
 		}
 		s.putAside(r, mac)
 	}
+}
+
+func (s *Server) conflict() {
+	s.count.Conflicts++
+	s.last.conflict = s.c.Now()
 }
 
 // drop takes an address out of those at hand.

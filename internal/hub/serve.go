@@ -44,7 +44,7 @@ func (h *Hub) serve(ctx context.Context, ready func()) error {
 	g := grpc.NewServer(append(wire.ServerOptions(h.token, h.log), grpc.Creds(credentials.NewTLS(tls)))...)
 	ingotv1.RegisterHubServer(g, &service{Hub: h})
 	reflection.Register(g)
-	l, err := net.Listen("tcp", netip.AddrPortFrom(h.c.Address, GRPCPort).String())
+	l, err := run.Listen(ctx, net.ListenConfig{}, "tcp", netip.AddrPortFrom(h.c.Address, GRPCPort).String())
 	if err != nil {
 		return fmt.Errorf("serve gRPC: %w", err)
 	}
@@ -60,7 +60,7 @@ type service struct {
 }
 
 func lease(l dhcp.Lease) *ingotv1.Lease {
-	m := &ingotv1.Lease{Ip: l.IP.String(), Mac: l.MAC.String(), Hostname: l.Hostname, State: l.State}
+	m := &ingotv1.Lease{Ip: l.IP.String(), Mac: l.MAC.String(), Hostname: l.Hostname, State: l.State, Reserved: l.Reserved}
 	if !l.Starts.IsZero() {
 		m.Starts, m.Ends = timestamppb.New(l.Starts), timestamppb.New(l.Ends)
 	}
@@ -76,21 +76,41 @@ func (s *service) ListLeases(context.Context, *ingotv1.ListLeasesRequest) (*ingo
 }
 
 func (s *service) Reserve(_ context.Context, r *ingotv1.ReserveRequest) (*ingotv1.Lease, error) {
-	mac, err := net.ParseMAC(r.GetMac())
-	if err != nil || len(mac) != 6 {
-		return nil, fmt.Errorf("mac: %q is not a MAC address: %w", r.GetMac(), errdefs.ErrInvalidArgument)
+	if r.GetMac() == "" {
+		return nil, fmt.Errorf("mac: it is missing: %w", errdefs.ErrInvalidArgument)
 	}
-	var ip netip.Addr
-	if r.GetIp() != "" {
-		if ip, err = netip.ParseAddr(r.GetIp()); err != nil {
-			return nil, fmt.Errorf("ip: %q is not an address: %w", r.GetIp(), errdefs.ErrInvalidArgument)
-		}
+	mac, ip, err := client(r.GetMac(), r.GetIp())
+	if err != nil {
+		return nil, err
 	}
 	l, err := s.dhcp.Reserve(dhcp.Reservation{MAC: mac, IP: ip})
 	if err != nil {
 		return nil, err
 	}
 	return lease(l), nil
+}
+
+func (s *service) Unreserve(_ context.Context, r *ingotv1.UnreserveRequest) (*emptypb.Empty, error) {
+	mac, ip, err := client(r.GetMac(), r.GetIp())
+	if err != nil {
+		return nil, err
+	}
+	return &emptypb.Empty{}, s.dhcp.Unreserve(ip, mac)
+}
+
+// client reads a MAC and an address, of which there is at least one.
+func client(macText, ipText string) (mac net.HardwareAddr, ip netip.Addr, err error) {
+	if macText != "" || ipText == "" {
+		if mac, err = net.ParseMAC(macText); err != nil || len(mac) != 6 {
+			return nil, ip, fmt.Errorf("mac: %q is not a MAC address: %w", macText, errdefs.ErrInvalidArgument)
+		}
+	}
+	if ipText != "" {
+		if ip, err = netip.ParseAddr(ipText); err != nil {
+			return nil, ip, fmt.Errorf("ip: %q is not an address: %w", ipText, errdefs.ErrInvalidArgument)
+		}
+	}
+	return mac, ip, nil
 }
 
 func (s *service) ReleaseLease(_ context.Context, r *ingotv1.ReleaseLeaseRequest) (*emptypb.Empty, error) {
@@ -138,13 +158,30 @@ func (s *service) Facts(ctx context.Context, _ *emptypb.Empty) (*ingotv1.HubFact
 
 func (s *service) dhcpFacts() *ingotv1.DHCPFacts {
 	d := s.dhcp.Facts()
-	return &ingotv1.DHCPFacts{
+	f := &ingotv1.DHCPFacts{
 		Serving: d.Serving, Error: text(d.Error), Interface: s.c.Interface, Subnet: s.c.Subnet.Masked().String(),
 		RangeFirst: s.c.First.String(), RangeLast: s.c.Last.String(),
-		DefaultLease: durationpb.New(10 * time.Minute), MaxLease: durationpb.New(2 * time.Hour),
+		DefaultLease: durationpb.New(d.DefaultLease), MaxLease: durationpb.New(d.MaxLease),
 		ConfigFile: dhcpConfigFile, LeasesFile: leasesFile, DefaultsFile: dhcpDefaultsFile,
 		Active: int32(d.Active), Free: int32(d.Free), Config: d.Config,
+		Conflicts: d.Conflicts, SinceConflict: since(d.LastConflict), Exhausted: d.Exhausted, SinceExhausted: since(d.LastExhausted),
 	}
+	for _, other := range d.Foreign {
+		shown := &ingotv1.ForeignDHCP{Server: other.Server.String(), Mac: other.MAC.String(), Since: since(other.Seen)}
+		if other.Offers.IsValid() {
+			shown.Offers = other.Offers.String()
+		}
+		f.Foreign = append(f.Foreign, shown)
+	}
+	return f
+}
+
+// since is how long ago something was, and unset if it never was.
+func since(at time.Time) *durationpb.Duration {
+	if at.IsZero() {
+		return nil
+	}
+	return durationpb.New(time.Since(at))
 }
 
 func (s *service) natFacts() *ingotv1.NATFacts {

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	v1 "ingot/api/ingot/v1"
 )
@@ -92,9 +93,30 @@ func checkDHCP(d *v1.DHCPFacts) finding {
 	if !d.GetServing() {
 		return fail("does not serve: " + cmp.Or(d.GetError(), "it is not running"))
 	}
-	return pass(fmt.Sprintf("%s-%s on %s, %d active, %d free", d.GetRangeFirst(), d.GetRangeLast(), d.GetInterface(), d.GetActive(), d.GetFree()),
+	found := pass(fmt.Sprintf("%s-%s on %s, %d active, %d free", d.GetRangeFirst(), d.GetRangeLast(), d.GetInterface(), d.GetActive(), d.GetFree()),
 		"unit: isc-dhcp-server.service", "port: 67/udp on "+d.GetInterface(), "subnet: "+d.GetSubnet())
+	var odd []string
+	for _, other := range d.GetForeign() {
+		s := fmt.Sprintf("another DHCP server is on the segment: %s at %s", other.GetServer(), other.GetMac())
+		if other.GetOffers() != "" {
+			s += ", which offers " + other.GetOffers()
+		}
+		odd = append(odd, s)
+	}
+	if ago := d.GetSinceConflict(); ago != nil && ago.AsDuration() < lately {
+		odd = append(odd, fmt.Sprintf("an address was found in use by another card %s ago, %s so far", age(ago.AsDuration()), count(int(d.GetConflicts()), "time", "times")))
+	}
+	if ago := d.GetSinceExhausted(); ago != nil && ago.AsDuration() < lately {
+		odd = append(odd, fmt.Sprintf("no address was free for a client %s ago, %s so far", age(ago.AsDuration()), count(int(d.GetExhausted()), "time", "times")))
+	}
+	if len(odd) > 0 {
+		found.status, found.detail = Warn, strings.Join(append(odd, found.detail), "; ")
+	}
+	return found
 }
+
+// lately is how long what was odd once is still told.
+const lately = 10 * time.Minute
 
 func checkDHCPConfig(d *v1.DHCPFacts) finding {
 	if strings.TrimSpace(d.GetConfig()) == "" {

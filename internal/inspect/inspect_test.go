@@ -17,7 +17,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
+
+	v1 "ingot/api/ingot/v1"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -88,6 +91,17 @@ func TestFindings(t *testing.T) {
 			[]string{"fail: network-hub > NAT > forwarding: the kernel does not forward between bond0.1000 and bond0; `ingot up` sets it again"}},
 		{"the DHCP server has stopped", func(w *world) { w.hub.facts.Dhcp.Serving, w.hub.facts.Dhcp.Error = false, "listen: address in use" },
 			[]string{"fail: network-hub > DHCP server: does not serve: listen: address in use"}},
+		{"another DHCP server, and not enough addresses", func(w *world) {
+			d := w.hub.facts.Dhcp
+			d.Foreign = []*v1.ForeignDHCP{{Server: "192.168.10.77", Mac: "02:00:00:00:00:77", Offers: "192.168.10.200"}}
+			d.Conflicts, d.SinceConflict = 2, durationpb.New(time.Hour) // long ago
+			d.Exhausted, d.SinceExhausted = 3, durationpb.New(5*time.Second)
+		}, []string{"warn: network-hub > DHCP server: another DHCP server is on the segment: 192.168.10.77 at 02:00:00:00:00:77, " +
+			"which offers 192.168.10.200; no address was free for a client 5s ago, 3 times so far; 192.168.10.26-192.168.10.126 on bond0.1000, 2 active, 99 free"}},
+		{"two cards with one address", func(w *world) {
+			w.hub.facts.Dhcp.Conflicts, w.hub.facts.Dhcp.SinceConflict = 1, durationpb.New(time.Minute)
+		}, []string{"warn: network-hub > DHCP server: an address was found in use by another card 1m0s ago, 1 time so far; " +
+			"192.168.10.26-192.168.10.126 on bond0.1000, 2 active, 99 free"}},
 		{"the wrong address", func(w *world) { w.hub.facts.Interfaces[0].Addresses = []string{"192.168.10.9/25"} },
 			[]string{"fail: network-hub > address: bond0.1000 has 192.168.10.9/25, not 192.168.10.2"}},
 		{"the uplink is down", func(w *world) { w.hub.facts.Interfaces[1].Up = false }, []string{"fail: network-hub > uplink: bond0 is down"}},

@@ -111,7 +111,8 @@ type Lease struct {
 	Hostname      string                 `protobuf:"bytes,3,opt,name=hostname,proto3" json:"hostname,omitempty"`
 	Starts        *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=starts,proto3" json:"starts,omitempty"`
 	Ends          *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=ends,proto3" json:"ends,omitempty"`
-	State         string                 `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"` // active, reserved, offered, released, expired, declined
+	State         string                 `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`        // active, reserved, offered, released, expired, declined
+	Reserved      bool                   `protobuf:"varint,7,opt,name=reserved,proto3" json:"reserved,omitempty"` // the address is kept for this MAC address, in any state
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -188,6 +189,13 @@ func (x *Lease) GetState() string {
 	return ""
 }
 
+func (x *Lease) GetReserved() bool {
+	if x != nil {
+		return x.Reserved
+	}
+	return false
+}
+
 type ReserveRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Mac           string                 `protobuf:"bytes,1,opt,name=mac,proto3" json:"mac,omitempty"`
@@ -240,6 +248,58 @@ func (x *ReserveRequest) GetIp() string {
 	return ""
 }
 
+type UnreserveRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Mac           string                 `protobuf:"bytes,1,opt,name=mac,proto3" json:"mac,omitempty"`
+	Ip            string                 `protobuf:"bytes,2,opt,name=ip,proto3" json:"ip,omitempty"` // empty: that of the MAC address
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnreserveRequest) Reset() {
+	*x = UnreserveRequest{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnreserveRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnreserveRequest) ProtoMessage() {}
+
+func (x *UnreserveRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnreserveRequest.ProtoReflect.Descriptor instead.
+func (*UnreserveRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *UnreserveRequest) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+func (x *UnreserveRequest) GetIp() string {
+	if x != nil {
+		return x.Ip
+	}
+	return ""
+}
+
 type ReleaseLeaseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Ip            string                 `protobuf:"bytes,1,opt,name=ip,proto3" json:"ip,omitempty"`
@@ -249,7 +309,7 @@ type ReleaseLeaseRequest struct {
 
 func (x *ReleaseLeaseRequest) Reset() {
 	*x = ReleaseLeaseRequest{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[4]
+	mi := &file_ingot_v1_hub_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -261,7 +321,7 @@ func (x *ReleaseLeaseRequest) String() string {
 func (*ReleaseLeaseRequest) ProtoMessage() {}
 
 func (x *ReleaseLeaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[4]
+	mi := &file_ingot_v1_hub_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -274,7 +334,7 @@ func (x *ReleaseLeaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseLeaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseLeaseRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{4}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ReleaseLeaseRequest) GetIp() string {
@@ -294,7 +354,7 @@ type PingRequest struct {
 
 func (x *PingRequest) Reset() {
 	*x = PingRequest{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[5]
+	mi := &file_ingot_v1_hub_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -306,7 +366,7 @@ func (x *PingRequest) String() string {
 func (*PingRequest) ProtoMessage() {}
 
 func (x *PingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[5]
+	mi := &file_ingot_v1_hub_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -319,7 +379,7 @@ func (x *PingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingRequest.ProtoReflect.Descriptor instead.
 func (*PingRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{5}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *PingRequest) GetAddress() string {
@@ -345,7 +405,7 @@ type PingResponse struct {
 
 func (x *PingResponse) Reset() {
 	*x = PingResponse{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[6]
+	mi := &file_ingot_v1_hub_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -357,7 +417,7 @@ func (x *PingResponse) String() string {
 func (*PingResponse) ProtoMessage() {}
 
 func (x *PingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[6]
+	mi := &file_ingot_v1_hub_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -370,7 +430,7 @@ func (x *PingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingResponse.ProtoReflect.Descriptor instead.
 func (*PingResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{6}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *PingResponse) GetRoundTrip() *durationpb.Duration {
@@ -399,7 +459,7 @@ type HubFacts struct {
 
 func (x *HubFacts) Reset() {
 	*x = HubFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[7]
+	mi := &file_ingot_v1_hub_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -411,7 +471,7 @@ func (x *HubFacts) String() string {
 func (*HubFacts) ProtoMessage() {}
 
 func (x *HubFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[7]
+	mi := &file_ingot_v1_hub_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -424,7 +484,7 @@ func (x *HubFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HubFacts.ProtoReflect.Descriptor instead.
 func (*HubFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{7}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *HubFacts) GetHostname() string {
@@ -498,28 +558,35 @@ func (x *HubFacts) GetConfigFile() string {
 }
 
 type DHCPFacts struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Serving       bool                   `protobuf:"varint,1,opt,name=serving,proto3" json:"serving,omitempty"`
-	Error         string                 `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
-	Interface     string                 `protobuf:"bytes,3,opt,name=interface,proto3" json:"interface,omitempty"`
-	Subnet        string                 `protobuf:"bytes,4,opt,name=subnet,proto3" json:"subnet,omitempty"`
-	RangeFirst    string                 `protobuf:"bytes,5,opt,name=range_first,json=rangeFirst,proto3" json:"range_first,omitempty"`
-	RangeLast     string                 `protobuf:"bytes,6,opt,name=range_last,json=rangeLast,proto3" json:"range_last,omitempty"`
-	DefaultLease  *durationpb.Duration   `protobuf:"bytes,7,opt,name=default_lease,json=defaultLease,proto3" json:"default_lease,omitempty"`
-	MaxLease      *durationpb.Duration   `protobuf:"bytes,8,opt,name=max_lease,json=maxLease,proto3" json:"max_lease,omitempty"`
-	ConfigFile    string                 `protobuf:"bytes,9,opt,name=config_file,json=configFile,proto3" json:"config_file,omitempty"`  // /etc/dhcp/dhcpd.conf
-	LeasesFile    string                 `protobuf:"bytes,10,opt,name=leases_file,json=leasesFile,proto3" json:"leases_file,omitempty"` // /var/lib/dhcp/dhcpd.leases
-	Active        int32                  `protobuf:"varint,11,opt,name=active,proto3" json:"active,omitempty"`
-	Free          int32                  `protobuf:"varint,12,opt,name=free,proto3" json:"free,omitempty"`
-	DefaultsFile  string                 `protobuf:"bytes,13,opt,name=defaults_file,json=defaultsFile,proto3" json:"defaults_file,omitempty"`
-	Config        string                 `protobuf:"bytes,14,opt,name=config,proto3" json:"config,omitempty"` // the text of config_file
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Serving      bool                   `protobuf:"varint,1,opt,name=serving,proto3" json:"serving,omitempty"`
+	Error        string                 `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	Interface    string                 `protobuf:"bytes,3,opt,name=interface,proto3" json:"interface,omitempty"`
+	Subnet       string                 `protobuf:"bytes,4,opt,name=subnet,proto3" json:"subnet,omitempty"`
+	RangeFirst   string                 `protobuf:"bytes,5,opt,name=range_first,json=rangeFirst,proto3" json:"range_first,omitempty"`
+	RangeLast    string                 `protobuf:"bytes,6,opt,name=range_last,json=rangeLast,proto3" json:"range_last,omitempty"`
+	DefaultLease *durationpb.Duration   `protobuf:"bytes,7,opt,name=default_lease,json=defaultLease,proto3" json:"default_lease,omitempty"`
+	MaxLease     *durationpb.Duration   `protobuf:"bytes,8,opt,name=max_lease,json=maxLease,proto3" json:"max_lease,omitempty"`
+	ConfigFile   string                 `protobuf:"bytes,9,opt,name=config_file,json=configFile,proto3" json:"config_file,omitempty"`  // /etc/dhcp/dhcpd.conf
+	LeasesFile   string                 `protobuf:"bytes,10,opt,name=leases_file,json=leasesFile,proto3" json:"leases_file,omitempty"` // /var/lib/dhcp/dhcpd.leases
+	Active       int32                  `protobuf:"varint,11,opt,name=active,proto3" json:"active,omitempty"`
+	Free         int32                  `protobuf:"varint,12,opt,name=free,proto3" json:"free,omitempty"`
+	DefaultsFile string                 `protobuf:"bytes,13,opt,name=defaults_file,json=defaultsFile,proto3" json:"defaults_file,omitempty"`
+	Config       string                 `protobuf:"bytes,14,opt,name=config,proto3" json:"config,omitempty"`   // the text of config_file
+	Foreign      []*ForeignDHCP         `protobuf:"bytes,15,rep,name=foreign,proto3" json:"foreign,omitempty"` // other DHCP servers that were heard lately
+	// How often it happened since the hub began, and how long ago it did last:
+	// ARP found an address with another card; no address was free for a client.
+	Conflicts      uint64               `protobuf:"varint,16,opt,name=conflicts,proto3" json:"conflicts,omitempty"`
+	SinceConflict  *durationpb.Duration `protobuf:"bytes,17,opt,name=since_conflict,json=sinceConflict,proto3" json:"since_conflict,omitempty"` // unset: never
+	Exhausted      uint64               `protobuf:"varint,18,opt,name=exhausted,proto3" json:"exhausted,omitempty"`
+	SinceExhausted *durationpb.Duration `protobuf:"bytes,19,opt,name=since_exhausted,json=sinceExhausted,proto3" json:"since_exhausted,omitempty"` // unset: never
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *DHCPFacts) Reset() {
 	*x = DHCPFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[8]
+	mi := &file_ingot_v1_hub_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -531,7 +598,7 @@ func (x *DHCPFacts) String() string {
 func (*DHCPFacts) ProtoMessage() {}
 
 func (x *DHCPFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[8]
+	mi := &file_ingot_v1_hub_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -544,7 +611,7 @@ func (x *DHCPFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DHCPFacts.ProtoReflect.Descriptor instead.
 func (*DHCPFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{8}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *DHCPFacts) GetServing() bool {
@@ -645,6 +712,110 @@ func (x *DHCPFacts) GetConfig() string {
 	return ""
 }
 
+func (x *DHCPFacts) GetForeign() []*ForeignDHCP {
+	if x != nil {
+		return x.Foreign
+	}
+	return nil
+}
+
+func (x *DHCPFacts) GetConflicts() uint64 {
+	if x != nil {
+		return x.Conflicts
+	}
+	return 0
+}
+
+func (x *DHCPFacts) GetSinceConflict() *durationpb.Duration {
+	if x != nil {
+		return x.SinceConflict
+	}
+	return nil
+}
+
+func (x *DHCPFacts) GetExhausted() uint64 {
+	if x != nil {
+		return x.Exhausted
+	}
+	return 0
+}
+
+func (x *DHCPFacts) GetSinceExhausted() *durationpb.Duration {
+	if x != nil {
+		return x.SinceExhausted
+	}
+	return nil
+}
+
+// ForeignDHCP is another DHCP server on the segment.
+type ForeignDHCP struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Server        string                 `protobuf:"bytes,1,opt,name=server,proto3" json:"server,omitempty"` // as it calls itself
+	Mac           string                 `protobuf:"bytes,2,opt,name=mac,proto3" json:"mac,omitempty"`
+	Offers        string                 `protobuf:"bytes,3,opt,name=offers,proto3" json:"offers,omitempty"` // an address that it offered, if it did
+	Since         *durationpb.Duration   `protobuf:"bytes,4,opt,name=since,proto3" json:"since,omitempty"`   // it was heard
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForeignDHCP) Reset() {
+	*x = ForeignDHCP{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForeignDHCP) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForeignDHCP) ProtoMessage() {}
+
+func (x *ForeignDHCP) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForeignDHCP.ProtoReflect.Descriptor instead.
+func (*ForeignDHCP) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ForeignDHCP) GetServer() string {
+	if x != nil {
+		return x.Server
+	}
+	return ""
+}
+
+func (x *ForeignDHCP) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+func (x *ForeignDHCP) GetOffers() string {
+	if x != nil {
+		return x.Offers
+	}
+	return ""
+}
+
+func (x *ForeignDHCP) GetSince() *durationpb.Duration {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
 type DNSFacts struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Serving       bool                   `protobuf:"varint,1,opt,name=serving,proto3" json:"serving,omitempty"`
@@ -657,7 +828,7 @@ type DNSFacts struct {
 
 func (x *DNSFacts) Reset() {
 	*x = DNSFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[9]
+	mi := &file_ingot_v1_hub_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -669,7 +840,7 @@ func (x *DNSFacts) String() string {
 func (*DNSFacts) ProtoMessage() {}
 
 func (x *DNSFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[9]
+	mi := &file_ingot_v1_hub_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -682,7 +853,7 @@ func (x *DNSFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DNSFacts.ProtoReflect.Descriptor instead.
 func (*DNSFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{9}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *DNSFacts) GetServing() bool {
@@ -726,7 +897,7 @@ type NATFacts struct {
 
 func (x *NATFacts) Reset() {
 	*x = NATFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[10]
+	mi := &file_ingot_v1_hub_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -738,7 +909,7 @@ func (x *NATFacts) String() string {
 func (*NATFacts) ProtoMessage() {}
 
 func (x *NATFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[10]
+	mi := &file_ingot_v1_hub_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -751,7 +922,7 @@ func (x *NATFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NATFacts.ProtoReflect.Descriptor instead.
 func (*NATFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{10}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *NATFacts) GetForwarding() bool {
@@ -800,7 +971,7 @@ type NATRule struct {
 
 func (x *NATRule) Reset() {
 	*x = NATRule{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[11]
+	mi := &file_ingot_v1_hub_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -812,7 +983,7 @@ func (x *NATRule) String() string {
 func (*NATRule) ProtoMessage() {}
 
 func (x *NATRule) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[11]
+	mi := &file_ingot_v1_hub_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -825,7 +996,7 @@ func (x *NATRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NATRule.ProtoReflect.Descriptor instead.
 func (*NATRule) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{11}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *NATRule) GetRule() string {
@@ -855,7 +1026,7 @@ type RegistryFacts struct {
 
 func (x *RegistryFacts) Reset() {
 	*x = RegistryFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[12]
+	mi := &file_ingot_v1_hub_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -867,7 +1038,7 @@ func (x *RegistryFacts) String() string {
 func (*RegistryFacts) ProtoMessage() {}
 
 func (x *RegistryFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[12]
+	mi := &file_ingot_v1_hub_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -880,7 +1051,7 @@ func (x *RegistryFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryFacts.ProtoReflect.Descriptor instead.
 func (*RegistryFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{12}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RegistryFacts) GetServing() bool {
@@ -925,15 +1096,19 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\x12ingot/v1/hub.proto\x12\bingot.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13ingot/v1/host.proto\"\x13\n" +
 	"\x11ListLeasesRequest\"=\n" +
 	"\x12ListLeasesResponse\x12'\n" +
-	"\x06leases\x18\x01 \x03(\v2\x0f.ingot.v1.LeaseR\x06leases\"\xbf\x01\n" +
+	"\x06leases\x18\x01 \x03(\v2\x0f.ingot.v1.LeaseR\x06leases\"\xdb\x01\n" +
 	"\x05Lease\x12\x0e\n" +
 	"\x02ip\x18\x01 \x01(\tR\x02ip\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x1a\n" +
 	"\bhostname\x18\x03 \x01(\tR\bhostname\x122\n" +
 	"\x06starts\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x06starts\x12.\n" +
 	"\x04ends\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x04ends\x12\x14\n" +
-	"\x05state\x18\x06 \x01(\tR\x05state\"2\n" +
+	"\x05state\x18\x06 \x01(\tR\x05state\x12\x1a\n" +
+	"\breserved\x18\a \x01(\bR\breserved\"2\n" +
 	"\x0eReserveRequest\x12\x10\n" +
+	"\x03mac\x18\x01 \x01(\tR\x03mac\x12\x0e\n" +
+	"\x02ip\x18\x02 \x01(\tR\x02ip\"4\n" +
+	"\x10UnreserveRequest\x12\x10\n" +
 	"\x03mac\x18\x01 \x01(\tR\x03mac\x12\x0e\n" +
 	"\x02ip\x18\x02 \x01(\tR\x02ip\"%\n" +
 	"\x13ReleaseLeaseRequest\x12\x0e\n" +
@@ -958,7 +1133,7 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\bregistry\x18\t \x01(\v2\x17.ingot.v1.RegistryFactsR\bregistry\x12\x1f\n" +
 	"\vconfig_file\x18\n" +
 	" \x01(\tR\n" +
-	"configFile\"\xd4\x03\n" +
+	"configFile\"\xc7\x05\n" +
 	"\tDHCPFacts\x12\x18\n" +
 	"\aserving\x18\x01 \x01(\bR\aserving\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12\x1c\n" +
@@ -978,7 +1153,17 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\x06active\x18\v \x01(\x05R\x06active\x12\x12\n" +
 	"\x04free\x18\f \x01(\x05R\x04free\x12#\n" +
 	"\rdefaults_file\x18\r \x01(\tR\fdefaultsFile\x12\x16\n" +
-	"\x06config\x18\x0e \x01(\tR\x06config\"p\n" +
+	"\x06config\x18\x0e \x01(\tR\x06config\x12/\n" +
+	"\aforeign\x18\x0f \x03(\v2\x15.ingot.v1.ForeignDHCPR\aforeign\x12\x1c\n" +
+	"\tconflicts\x18\x10 \x01(\x04R\tconflicts\x12@\n" +
+	"\x0esince_conflict\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\rsinceConflict\x12\x1c\n" +
+	"\texhausted\x18\x12 \x01(\x04R\texhausted\x12B\n" +
+	"\x0fsince_exhausted\x18\x13 \x01(\v2\x19.google.protobuf.DurationR\x0esinceExhausted\"\x80\x01\n" +
+	"\vForeignDHCP\x12\x16\n" +
+	"\x06server\x18\x01 \x01(\tR\x06server\x12\x10\n" +
+	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x16\n" +
+	"\x06offers\x18\x03 \x01(\tR\x06offers\x12/\n" +
+	"\x05since\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x05since\"p\n" +
 	"\bDNSFacts\x12\x18\n" +
 	"\aserving\x18\x01 \x01(\bR\aserving\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12\x16\n" +
@@ -1000,11 +1185,12 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12\x18\n" +
 	"\aaddress\x18\x03 \x01(\tR\aaddress\x12\"\n" +
 	"\frepositories\x18\x04 \x03(\tR\frepositories\x12\x10\n" +
-	"\x03dir\x18\x05 \x01(\tR\x03dir2\xb7\x02\n" +
+	"\x03dir\x18\x05 \x01(\tR\x03dir2\xf8\x02\n" +
 	"\x03Hub\x12G\n" +
 	"\n" +
 	"ListLeases\x12\x1b.ingot.v1.ListLeasesRequest\x1a\x1c.ingot.v1.ListLeasesResponse\x124\n" +
-	"\aReserve\x12\x18.ingot.v1.ReserveRequest\x1a\x0f.ingot.v1.Lease\x12E\n" +
+	"\aReserve\x12\x18.ingot.v1.ReserveRequest\x1a\x0f.ingot.v1.Lease\x12?\n" +
+	"\tUnreserve\x12\x1a.ingot.v1.UnreserveRequest\x1a\x16.google.protobuf.Empty\x12E\n" +
 	"\fReleaseLease\x12\x1d.ingot.v1.ReleaseLeaseRequest\x1a\x16.google.protobuf.Empty\x123\n" +
 	"\x05Facts\x12\x16.google.protobuf.Empty\x1a\x12.ingot.v1.HubFacts\x125\n" +
 	"\x04Ping\x12\x15.ingot.v1.PingRequest\x1a\x16.ingot.v1.PingResponseB\x1cZ\x1aingot/api/ingot/v1;ingotv1b\x06proto3"
@@ -1021,56 +1207,64 @@ func file_ingot_v1_hub_proto_rawDescGZIP() []byte {
 	return file_ingot_v1_hub_proto_rawDescData
 }
 
-var file_ingot_v1_hub_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_ingot_v1_hub_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_ingot_v1_hub_proto_goTypes = []any{
 	(*ListLeasesRequest)(nil),     // 0: ingot.v1.ListLeasesRequest
 	(*ListLeasesResponse)(nil),    // 1: ingot.v1.ListLeasesResponse
 	(*Lease)(nil),                 // 2: ingot.v1.Lease
 	(*ReserveRequest)(nil),        // 3: ingot.v1.ReserveRequest
-	(*ReleaseLeaseRequest)(nil),   // 4: ingot.v1.ReleaseLeaseRequest
-	(*PingRequest)(nil),           // 5: ingot.v1.PingRequest
-	(*PingResponse)(nil),          // 6: ingot.v1.PingResponse
-	(*HubFacts)(nil),              // 7: ingot.v1.HubFacts
-	(*DHCPFacts)(nil),             // 8: ingot.v1.DHCPFacts
-	(*DNSFacts)(nil),              // 9: ingot.v1.DNSFacts
-	(*NATFacts)(nil),              // 10: ingot.v1.NATFacts
-	(*NATRule)(nil),               // 11: ingot.v1.NATRule
-	(*RegistryFacts)(nil),         // 12: ingot.v1.RegistryFacts
-	(*timestamppb.Timestamp)(nil), // 13: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 14: google.protobuf.Duration
-	(*InterfaceFacts)(nil),        // 15: ingot.v1.InterfaceFacts
-	(*emptypb.Empty)(nil),         // 16: google.protobuf.Empty
+	(*UnreserveRequest)(nil),      // 4: ingot.v1.UnreserveRequest
+	(*ReleaseLeaseRequest)(nil),   // 5: ingot.v1.ReleaseLeaseRequest
+	(*PingRequest)(nil),           // 6: ingot.v1.PingRequest
+	(*PingResponse)(nil),          // 7: ingot.v1.PingResponse
+	(*HubFacts)(nil),              // 8: ingot.v1.HubFacts
+	(*DHCPFacts)(nil),             // 9: ingot.v1.DHCPFacts
+	(*ForeignDHCP)(nil),           // 10: ingot.v1.ForeignDHCP
+	(*DNSFacts)(nil),              // 11: ingot.v1.DNSFacts
+	(*NATFacts)(nil),              // 12: ingot.v1.NATFacts
+	(*NATRule)(nil),               // 13: ingot.v1.NATRule
+	(*RegistryFacts)(nil),         // 14: ingot.v1.RegistryFacts
+	(*timestamppb.Timestamp)(nil), // 15: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 16: google.protobuf.Duration
+	(*InterfaceFacts)(nil),        // 17: ingot.v1.InterfaceFacts
+	(*emptypb.Empty)(nil),         // 18: google.protobuf.Empty
 }
 var file_ingot_v1_hub_proto_depIdxs = []int32{
 	2,  // 0: ingot.v1.ListLeasesResponse.leases:type_name -> ingot.v1.Lease
-	13, // 1: ingot.v1.Lease.starts:type_name -> google.protobuf.Timestamp
-	13, // 2: ingot.v1.Lease.ends:type_name -> google.protobuf.Timestamp
-	14, // 3: ingot.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
-	14, // 4: ingot.v1.PingResponse.round_trip:type_name -> google.protobuf.Duration
-	14, // 5: ingot.v1.HubFacts.uptime:type_name -> google.protobuf.Duration
-	15, // 6: ingot.v1.HubFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
-	8,  // 7: ingot.v1.HubFacts.dhcp:type_name -> ingot.v1.DHCPFacts
-	9,  // 8: ingot.v1.HubFacts.dns:type_name -> ingot.v1.DNSFacts
-	10, // 9: ingot.v1.HubFacts.nat:type_name -> ingot.v1.NATFacts
-	12, // 10: ingot.v1.HubFacts.registry:type_name -> ingot.v1.RegistryFacts
-	14, // 11: ingot.v1.DHCPFacts.default_lease:type_name -> google.protobuf.Duration
-	14, // 12: ingot.v1.DHCPFacts.max_lease:type_name -> google.protobuf.Duration
-	11, // 13: ingot.v1.NATFacts.rules:type_name -> ingot.v1.NATRule
-	0,  // 14: ingot.v1.Hub.ListLeases:input_type -> ingot.v1.ListLeasesRequest
-	3,  // 15: ingot.v1.Hub.Reserve:input_type -> ingot.v1.ReserveRequest
-	4,  // 16: ingot.v1.Hub.ReleaseLease:input_type -> ingot.v1.ReleaseLeaseRequest
-	16, // 17: ingot.v1.Hub.Facts:input_type -> google.protobuf.Empty
-	5,  // 18: ingot.v1.Hub.Ping:input_type -> ingot.v1.PingRequest
-	1,  // 19: ingot.v1.Hub.ListLeases:output_type -> ingot.v1.ListLeasesResponse
-	2,  // 20: ingot.v1.Hub.Reserve:output_type -> ingot.v1.Lease
-	16, // 21: ingot.v1.Hub.ReleaseLease:output_type -> google.protobuf.Empty
-	7,  // 22: ingot.v1.Hub.Facts:output_type -> ingot.v1.HubFacts
-	6,  // 23: ingot.v1.Hub.Ping:output_type -> ingot.v1.PingResponse
-	19, // [19:24] is the sub-list for method output_type
-	14, // [14:19] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	15, // 1: ingot.v1.Lease.starts:type_name -> google.protobuf.Timestamp
+	15, // 2: ingot.v1.Lease.ends:type_name -> google.protobuf.Timestamp
+	16, // 3: ingot.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
+	16, // 4: ingot.v1.PingResponse.round_trip:type_name -> google.protobuf.Duration
+	16, // 5: ingot.v1.HubFacts.uptime:type_name -> google.protobuf.Duration
+	17, // 6: ingot.v1.HubFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
+	9,  // 7: ingot.v1.HubFacts.dhcp:type_name -> ingot.v1.DHCPFacts
+	11, // 8: ingot.v1.HubFacts.dns:type_name -> ingot.v1.DNSFacts
+	12, // 9: ingot.v1.HubFacts.nat:type_name -> ingot.v1.NATFacts
+	14, // 10: ingot.v1.HubFacts.registry:type_name -> ingot.v1.RegistryFacts
+	16, // 11: ingot.v1.DHCPFacts.default_lease:type_name -> google.protobuf.Duration
+	16, // 12: ingot.v1.DHCPFacts.max_lease:type_name -> google.protobuf.Duration
+	10, // 13: ingot.v1.DHCPFacts.foreign:type_name -> ingot.v1.ForeignDHCP
+	16, // 14: ingot.v1.DHCPFacts.since_conflict:type_name -> google.protobuf.Duration
+	16, // 15: ingot.v1.DHCPFacts.since_exhausted:type_name -> google.protobuf.Duration
+	16, // 16: ingot.v1.ForeignDHCP.since:type_name -> google.protobuf.Duration
+	13, // 17: ingot.v1.NATFacts.rules:type_name -> ingot.v1.NATRule
+	0,  // 18: ingot.v1.Hub.ListLeases:input_type -> ingot.v1.ListLeasesRequest
+	3,  // 19: ingot.v1.Hub.Reserve:input_type -> ingot.v1.ReserveRequest
+	4,  // 20: ingot.v1.Hub.Unreserve:input_type -> ingot.v1.UnreserveRequest
+	5,  // 21: ingot.v1.Hub.ReleaseLease:input_type -> ingot.v1.ReleaseLeaseRequest
+	18, // 22: ingot.v1.Hub.Facts:input_type -> google.protobuf.Empty
+	6,  // 23: ingot.v1.Hub.Ping:input_type -> ingot.v1.PingRequest
+	1,  // 24: ingot.v1.Hub.ListLeases:output_type -> ingot.v1.ListLeasesResponse
+	2,  // 25: ingot.v1.Hub.Reserve:output_type -> ingot.v1.Lease
+	18, // 26: ingot.v1.Hub.Unreserve:output_type -> google.protobuf.Empty
+	18, // 27: ingot.v1.Hub.ReleaseLease:output_type -> google.protobuf.Empty
+	8,  // 28: ingot.v1.Hub.Facts:output_type -> ingot.v1.HubFacts
+	7,  // 29: ingot.v1.Hub.Ping:output_type -> ingot.v1.PingResponse
+	24, // [24:30] is the sub-list for method output_type
+	18, // [18:24] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_ingot_v1_hub_proto_init() }
@@ -1085,7 +1279,7 @@ func file_ingot_v1_hub_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ingot_v1_hub_proto_rawDesc), len(file_ingot_v1_hub_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   13,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

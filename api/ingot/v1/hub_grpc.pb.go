@@ -22,6 +22,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Hub_ListLeases_FullMethodName   = "/ingot.v1.Hub/ListLeases"
 	Hub_Reserve_FullMethodName      = "/ingot.v1.Hub/Reserve"
+	Hub_Unreserve_FullMethodName    = "/ingot.v1.Hub/Unreserve"
 	Hub_ReleaseLease_FullMethodName = "/ingot.v1.Hub/ReleaseLease"
 	Hub_Facts_FullMethodName        = "/ingot.v1.Hub/Facts"
 	Hub_Ping_FullMethodName         = "/ingot.v1.Hub/Ping"
@@ -36,6 +37,8 @@ type HubClient interface {
 	ListLeases(ctx context.Context, in *ListLeasesRequest, opts ...grpc.CallOption) (*ListLeasesResponse, error)
 	// Reserve gives a MAC address an address of its own, or any if none is named.
 	Reserve(ctx context.Context, in *ReserveRequest, opts ...grpc.CallOption) (*Lease, error)
+	// Unreserve ends the reservation of an address, or of a MAC address.
+	Unreserve(ctx context.Context, in *UnreserveRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
 	ReleaseLease(ctx context.Context, in *ReleaseLeaseRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
 	Facts(ctx context.Context, in *emptypb.Empty, opts ...grpc.CallOption) (*HubFacts, error)
 	// Ping sends an ICMP echo from the hub and answers when the reply is there.
@@ -64,6 +67,16 @@ func (c *hubClient) Reserve(ctx context.Context, in *ReserveRequest, opts ...grp
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(Lease)
 	err := c.cc.Invoke(ctx, Hub_Reserve_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hubClient) Unreserve(ctx context.Context, in *UnreserveRequest, opts ...grpc.CallOption) (*emptypb.Empty, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(emptypb.Empty)
+	err := c.cc.Invoke(ctx, Hub_Unreserve_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -109,6 +122,8 @@ type HubServer interface {
 	ListLeases(context.Context, *ListLeasesRequest) (*ListLeasesResponse, error)
 	// Reserve gives a MAC address an address of its own, or any if none is named.
 	Reserve(context.Context, *ReserveRequest) (*Lease, error)
+	// Unreserve ends the reservation of an address, or of a MAC address.
+	Unreserve(context.Context, *UnreserveRequest) (*emptypb.Empty, error)
 	ReleaseLease(context.Context, *ReleaseLeaseRequest) (*emptypb.Empty, error)
 	Facts(context.Context, *emptypb.Empty) (*HubFacts, error)
 	// Ping sends an ICMP echo from the hub and answers when the reply is there.
@@ -128,6 +143,9 @@ func (UnimplementedHubServer) ListLeases(context.Context, *ListLeasesRequest) (*
 }
 func (UnimplementedHubServer) Reserve(context.Context, *ReserveRequest) (*Lease, error) {
 	return nil, status.Error(codes.Unimplemented, "method Reserve not implemented")
+}
+func (UnimplementedHubServer) Unreserve(context.Context, *UnreserveRequest) (*emptypb.Empty, error) {
+	return nil, status.Error(codes.Unimplemented, "method Unreserve not implemented")
 }
 func (UnimplementedHubServer) ReleaseLease(context.Context, *ReleaseLeaseRequest) (*emptypb.Empty, error) {
 	return nil, status.Error(codes.Unimplemented, "method ReleaseLease not implemented")
@@ -191,6 +209,24 @@ func _Hub_Reserve_Handler(srv interface{}, ctx context.Context, dec func(interfa
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(HubServer).Reserve(ctx, req.(*ReserveRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Hub_Unreserve_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UnreserveRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HubServer).Unreserve(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Hub_Unreserve_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HubServer).Unreserve(ctx, req.(*UnreserveRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -263,6 +299,10 @@ var Hub_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Reserve",
 			Handler:    _Hub_Reserve_Handler,
+		},
+		{
+			MethodName: "Unreserve",
+			Handler:    _Hub_Unreserve_Handler,
 		},
 		{
 			MethodName: "ReleaseLease",
