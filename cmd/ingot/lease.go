@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	ingotv1 "ingot/api/ingot/v1"
+	"ingot/internal/vm"
 )
 
 // leaseView is a lease as `-o json` shows it. docs/json.md describes it.
@@ -23,14 +24,15 @@ type leaseView struct {
 	MAC      string     `json:"mac"`
 	Hostname string     `json:"hostname"`
 	State    string     `json:"state"`
-	MicroVM  string     `json:"microvm"` // NAMESPACE/NAME, empty if it is nobody's
+	MicroVM  string     `json:"microvm"`  // NAMESPACE/NAME, empty if it is nobody's
+	Reserved bool       `json:"reserved"` // the address is kept for the MAC
 	Starts   *time.Time `json:"starts"`
 	Ends     *time.Time `json:"ends"`
 }
 
 func leaseCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "lease", Short: "Look at the addresses that the hub has given"}
-	cmd.AddCommand(leaseListCommand(), leaseShowCommand(), leaseReleaseCommand())
+	cmd := &cobra.Command{Use: "lease", Short: "The addresses that the hub gives"}
+	cmd.AddCommand(leaseListCommand(), leaseShowCommand(), leaseReleaseCommand(), leaseReserveCommand(), leaseUnreserveCommand())
 	return cmd
 }
 
@@ -60,9 +62,13 @@ func leaseTable(w io.Writer, views []leaseView) error {
 		if v.Ends != nil {
 			ends = v.Ends.Format("2006-01-02 15:04:05")
 		}
-		rows[i] = []string{v.IP, v.MAC, v.Hostname, v.State, ends, v.MicroVM}
+		reserved := ""
+		if v.Reserved {
+			reserved = "yes"
+		}
+		rows[i] = []string{v.IP, v.MAC, v.Hostname, v.State, ends, reserved, v.MicroVM}
 	}
-	return table(w, "IP MAC HOSTNAME STATE ENDS(UTC) MICROVM", rows)
+	return table(w, "IP MAC HOSTNAME STATE ENDS(UTC) RESERVED MICROVM", rows)
 }
 
 func leaseShowCommand() *cobra.Command {
@@ -103,6 +109,77 @@ func leaseReleaseCommand() *cobra.Command {
 	}
 }
 
+func leaseReserveCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "reserve MAC|[NAMESPACE/]NAME [IP]",
+		Short: "Keep an address for a card, or for a microVM's; without IP the one that it has, or a free one",
+		Args:  cobra.RangeArgs(1, 2),
+		RunE: inCloud(func(cmd *cobra.Command, c *cloud, args []string) error {
+			mac, err := c.card(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			r := &ingotv1.ReserveRequest{Mac: mac}
+			if len(args) > 1 {
+				r.Ip = args[1]
+			}
+			l, err := c.hub.Reserve(cmd.Context(), r)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), l.GetIp())
+			return nil
+		}),
+	}
+}
+
+func leaseUnreserveCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "unreserve MAC|IP|[NAMESPACE/]NAME",
+		Short: "Keep an address for nobody any more; who has it now goes on",
+		Args:  cobra.ExactArgs(1),
+		RunE: inCloud(func(cmd *cobra.Command, c *cloud, args []string) error {
+			r := &ingotv1.UnreserveRequest{Ip: args[0]}
+			if _, err := netip.ParseAddr(args[0]); err != nil {
+				r.Ip = ""
+				if r.Mac, err = c.card(cmd.Context(), args[0]); err != nil {
+					return err
+				}
+			}
+			if _, err := c.hub.Unreserve(cmd.Context(), r); err != nil {
+				return err
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), args[0])
+			return nil
+		}),
+	}
+}
+
+// card is the MAC that a person means by it, or by a microVM of one card.
+func (c *cloud) card(ctx context.Context, wanted string) (string, error) {
+	if mac, err := net.ParseMAC(wanted); err == nil {
+		return mac.String(), nil
+	}
+	owner, err := c.find(ctx, wanted)
+	if err != nil {
+		return "", err
+	}
+	var macs []string
+	for _, i := range owner.GetStatus().GetNetworkInterfaces() {
+		if mac, err := net.ParseMAC(i.GetGuestMac()); err == nil && !strings.EqualFold(mac.String(), vm.MetadataMAC) {
+			macs = append(macs, mac.String())
+		}
+	}
+	switch len(macs) {
+	case 0:
+		return "", fmt.Errorf("find the card of %s: %w: it is %s", wanted, errdefs.ErrNotFound, state(owner.GetStatus()))
+	case 1:
+		return macs[0], nil
+	}
+	slices.Sort(macs)
+	return "", fmt.Errorf("find the card of %s: %w: it could be %s", wanted, errdefs.ErrInvalidArgument, strings.Join(macs, ", or "))
+}
+
 // leaseViews is all leases, by address, with the microVMs that they are of.
 func (c *cloud) leaseViews(ctx context.Context) ([]leaseView, error) {
 	owners := make(chan map[string]string, 1)
@@ -115,7 +192,10 @@ func (c *cloud) leaseViews(ctx context.Context) ([]leaseView, error) {
 	views := make([]leaseView, len(r.GetLeases()))
 	for i, l := range r.GetLeases() {
 		mac, _ := net.ParseMAC(l.GetMac())
-		views[i] = leaseView{l.GetIp(), l.GetMac(), l.GetHostname(), l.GetState(), owner[mac.String()], when(l.GetStarts()), when(l.GetEnds())}
+		views[i] = leaseView{
+			IP: l.GetIp(), MAC: l.GetMac(), Hostname: l.GetHostname(), State: l.GetState(), MicroVM: owner[mac.String()], Reserved: l.GetReserved(),
+			Starts: when(l.GetStarts()), Ends: when(l.GetEnds()),
+		}
 	}
 	slices.SortFunc(views, func(a, b leaseView) int {
 		x, _ := netip.ParseAddr(a.IP)
