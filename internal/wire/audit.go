@@ -5,7 +5,8 @@ import (
 	"log/slog"
 	"path"
 	"strings"
-	"sync"
+	"sync/atomic"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
@@ -20,7 +21,7 @@ import (
 var reading = []string{"Get", "List", "Watch", "Logs", "Facts", "Check", "Ping", "ServerReflectionInfo", "ServerInfo"}
 
 // audit logs one line for a call that changes something: who asked, for what.
-func audit(ctx context.Context, log *slog.Logger, method string, request any, result ...any) {
+func audit(ctx context.Context, log *slog.Logger, method, target string, result ...any) {
 	name := path.Base(method)
 	for _, r := range reading {
 		if strings.HasPrefix(name, r) {
@@ -28,7 +29,7 @@ func audit(ctx context.Context, log *slog.Logger, method string, request any, re
 		}
 	}
 	who, from := caller(ctx)
-	log.Info("audit", append([]any{"method", method, "who", who, "from", from, "target", target(request)}, result...)...)
+	log.Info("audit", append([]any{"method", method, "who", who, "from", from, "target", target}, result...)...)
 }
 
 // caller is the name in the client's certificate, and its address.
@@ -50,7 +51,10 @@ func target(request any) string {
 		ofSpec  interface{ GetMicrovm() *types.MicroVMSpec }
 		ofUID   interface{ GetUid() string }
 		ofImage interface{ GetImage() string }
-		ofMAC   interface{ GetMac() string }
+		ofCard  interface {
+			GetMac() string
+			GetIp() string
+		}
 		ofIP    interface{ GetIp() string }
 		ofStart interface{ GetStart() *ingotv1.ExecStart }
 		ofMany  interface{ GetImages() []string }
@@ -62,8 +66,8 @@ func target(request any) string {
 		return r.GetUid()
 	case ofImage:
 		return r.GetImage()
-	case ofMAC:
-		return r.GetMac()
+	case ofCard:
+		return strings.TrimSpace(r.GetMac() + " " + r.GetIp())
 	case ofIP:
 		return r.GetIp()
 	case ofMany:
@@ -74,19 +78,30 @@ func target(request any) string {
 	return ""
 }
 
-// auditedStream writes the audit's line when the stream's first message is
-// there, which says what it is about: its end may be a day later.
+// auditedStream writes a line when the stream's first message is there, which
+// says what it is about: its end, which has a line too, may be a day later.
 type auditedStream struct {
 	grpc.ServerStream
 	method string
 	log    *slog.Logger
-	once   sync.Once
+	target atomic.Pointer[string] // nil: no message was there yet
 }
 
 func (s *auditedStream) RecvMsg(m any) error {
 	err := s.ServerStream.RecvMsg(m)
-	if err == nil {
-		s.once.Do(func() { audit(s.Context(), s.log, s.method, m) })
+	if err == nil && s.target.Load() == nil {
+		if t := target(m); s.target.CompareAndSwap(nil, &t) {
+			audit(s.Context(), s.log, s.method, t, "step", "begin")
+		}
 	}
 	return err
+}
+
+// end writes the last line.
+func (s *auditedStream) end(took time.Duration, err error) {
+	var about string
+	if t := s.target.Load(); t != nil {
+		about = *t
+	}
+	audit(s.Context(), s.log, s.method, about, "took", took, "err", err)
 }

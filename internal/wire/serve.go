@@ -28,7 +28,7 @@ func ServerOptions(token pki.Secret, log *slog.Logger) []grpc.ServerOption {
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
 		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (answer any, err error) {
 			began := time.Now()
-			defer func() { audit(ctx, log, info.FullMethod, req, "took", time.Since(began), "err", err) }()
+			defer func() { audit(ctx, log, info.FullMethod, target(req), "took", time.Since(began), "err", err) }()
 			defer recovered(info.FullMethod, log, &err)
 			if err := authorize(ctx, token); err != nil {
 				return nil, err
@@ -37,12 +37,14 @@ func ServerOptions(token pki.Secret, log *slog.Logger) []grpc.ServerOption {
 			return answer, Error(err)
 		}),
 		grpc.ChainStreamInterceptor(func(srv any, s grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
+			began := time.Now()
+			a := &auditedStream{ServerStream: s, method: info.FullMethod, log: log}
+			defer func() { a.end(time.Since(began), err) }()
 			defer recovered(info.FullMethod, log, &err)
 			if err := authorize(s.Context(), token); err != nil {
-				audit(s.Context(), log, info.FullMethod, nil, "err", err)
 				return err
 			}
-			return Error(next(srv, &auditedStream{ServerStream: s, method: info.FullMethod, log: log}))
+			return Error(next(srv, a))
 		}),
 	}
 }

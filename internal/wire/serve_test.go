@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
@@ -20,6 +22,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	ingotv1 "ingot/api/ingot/v1"
 	"ingot/api/services/microvm/v1alpha1"
 	"ingot/api/types"
 	"ingot/internal/pki"
@@ -30,6 +33,24 @@ import (
 // service answers by what it is asked for.
 type service struct {
 	v1alpha1.UnimplementedMicroVMServer
+	ingotv1.UnimplementedHostServer
+}
+
+// client is of both services.
+type client struct {
+	v1alpha1.MicroVMClient
+	ingotv1.HostClient
+}
+
+// Exec fails when the client has said all.
+func (service) Exec(s grpc.BidiStreamingServer[ingotv1.ExecRequest, ingotv1.ExecResponse]) error {
+	for {
+		if _, err := s.Recv(); errors.Is(err, io.EOF) {
+			return fmt.Errorf("run it: %w", errdefs.ErrNotFound)
+		} else if err != nil {
+			return err
+		}
+	}
 }
 
 var errPlain = errors.New("something went wrong")
@@ -72,7 +93,7 @@ func (l *lines) take() string {
 }
 
 // serve starts a server as ours are, and dials it with a token.
-func serve(t *testing.T, log *lines) (dial func(pki.Secret) v1alpha1.MicroVMClient) {
+func serve(t *testing.T, log *lines) (dial func(pki.Secret) client) {
 	t.Helper()
 	dir := t.TempDir()
 	ca, err := pki.OpenCA(filepath.Join(dir, "ca"), "test")
@@ -90,6 +111,7 @@ func serve(t *testing.T, log *lines) (dial func(pki.Secret) v1alpha1.MicroVMClie
 	}
 	g := grpc.NewServer(append(wire.ServerOptions("right", slog.New(slog.NewTextHandler(log, nil))), grpc.Creds(credentials.NewTLS(config)))...)
 	v1alpha1.RegisterMicroVMServer(g, service{})
+	ingotv1.RegisterHostServer(g, service{})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -97,13 +119,13 @@ func serve(t *testing.T, log *lines) (dial func(pki.Secret) v1alpha1.MicroVMClie
 	var running sync.WaitGroup
 	running.Go(func() { g.Serve(l) })
 	t.Cleanup(func() { g.Stop(); running.Wait() })
-	return func(token pki.Secret) v1alpha1.MicroVMClient {
+	return func(token pki.Secret) client {
 		c, err := wire.Dial(wire.Target{Address: l.Addr().String(), TLS: pki.In(filepath.Join(dir, "operator")), Token: token})
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { c.Close() })
-		return v1alpha1.NewMicroVMClient(c)
+		return client{v1alpha1.NewMicroVMClient(c), ingotv1.NewHostClient(c)}
 	}
 }
 
@@ -154,4 +176,29 @@ func TestAudit(t *testing.T) {
 	expect()
 	dial("wrong").DeleteMicroVM(t.Context(), &v1alpha1.DeleteMicroVMRequest{Uid: "x"})
 	expect("DeleteMicroVM", "who=operator", "Unauthenticated")
+
+	// A stream has a line when it begins and when it ends.
+	stream, err := c.Exec(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := &ingotv1.ExecRequest{Payload: &ingotv1.ExecRequest_Start{Start: &ingotv1.ExecStart{Uid: "one", Args: []string{"login", "secret"}}}}
+	if err := stream.Send(start); err != nil {
+		t.Fatal(err)
+	}
+	began := ""
+	for range 500 {
+		if began = log.take(); began != "" {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	if !strings.Contains(began, "Host/Exec") || !strings.Contains(began, `target="one login"`) || !strings.Contains(began, "step=begin") {
+		t.Errorf("at the beginning: %q", began)
+	}
+	stream.CloseSend()
+	if _, err := stream.Recv(); status.Code(err) != codes.NotFound {
+		t.Errorf("got %v", err)
+	}
+	expect("Host/Exec", `target="one login"`, "took=", "NotFound")
 }
