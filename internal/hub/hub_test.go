@@ -1,0 +1,240 @@
+package hub
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	ingotv1 "ingot/api/ingot/v1"
+	"ingot/internal/need"
+	"ingot/internal/pki"
+	"ingot/internal/wire"
+)
+
+// hubEnv is set in processes that are hubs, to their configuration file.
+const hubEnv = "INGOT_TEST_HUB"
+
+// TestMain runs the tests in network and mount namespaces of their own, where the
+// hub's files are not this machine's; or a hub.
+func TestMain(m *testing.M) {
+	err := func() error {
+		if file := os.Getenv(hubEnv); file != "" {
+			c, err := ReadConfig(file, "test")
+			if err != nil {
+				return err
+			}
+			h, err := New(c, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+			if err != nil {
+				return err
+			}
+			return h.Run(context.Background())
+		}
+		if os.Getenv("IN_NETNS") != "" {
+			if os.Getuid() == 0 {
+				if err := ownFiles(); err != nil {
+					return err
+				}
+			}
+			os.Exit(m.Run())
+		}
+		c := exec.Command("/proc/self/exe", os.Args[1:]...)
+		c.Env = append(os.Environ(), "IN_NETNS=1")
+		c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
+		if os.Getuid() == 0 {
+			c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
+		}
+		return c.Run()
+	}()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+func ownFiles() error {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	for _, dir := range []string{"/run", "/etc", "/var/lib"} {
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+			return fmt.Errorf("mount %s: %w", dir, err)
+		}
+	}
+	for _, file := range []string{leasesFile, dhcpConfigFile, dhcpDefaultsFile} {
+		if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func sh(t *testing.T, line string) string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), "sh", "-c", line).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s: %v\n%s", line, err, out)
+	}
+	return string(out)
+}
+
+// start runs a hub in a process of its own, until the test ends or kill.
+func start(t *testing.T, config string) (kill func()) {
+	t.Helper()
+	var log strings.Builder
+	c := exec.Command("/proc/self/exe")
+	c.Env = append(os.Environ(), hubEnv+"="+config)
+	c.Stdout, c.Stderr = &log, &log
+	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	killed := false
+	kill = func() {
+		if !killed {
+			killed = true
+			c.Process.Kill()
+			c.Wait()
+			if t.Failed() {
+				t.Logf("the hub's log:\n%s", log.String())
+			}
+		}
+	}
+	t.Cleanup(kill)
+	return kill
+}
+
+func write(t *testing.T, path, text string) string {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// TestHub is what a guest, an operator and a crash see of a hub.
+func TestHub(t *testing.T) {
+	need.Root(t)
+	need.NetNS(t)
+	need.Binary(t, "busybox")
+	sh(t, `set -e; ip link set lo up; ip netns add guest; ip link add uplink type veth peer name world; ip link set uplink up
+		ip link add segment type veth peer name eth0 netns guest; ip addr add 192.168.10.2/25 dev segment; ip link set segment up
+		ip -n guest link set lo up; ip -n guest link set eth0 up`)
+	t.Cleanup(func() {
+		os.Remove(leasesFile)
+		if out, err := exec.Command("sh", "-c", "ip netns del guest; ip link del segment 2>/dev/null; ip link del uplink").CombinedOutput(); err != nil {
+			t.Errorf("clean up: %v\n%s", err, out)
+		}
+	})
+	dir := t.TempDir()
+	ca, err := pki.OpenCA(filepath.Join(dir, "ca"), "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"hub", "operator"} {
+		if _, err := ca.Ensure(filepath.Join(dir, name), name, nil, []netip.Addr{netip.MustParseAddr("192.168.10.2")}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(t, dir+"/token", "secret\n")
+	config := write(t, dir+"/hub.yaml", fmt.Sprintf(`format: 1
+interface: segment
+uplink: uplink
+address: 192.168.10.2
+subnet: 192.168.10.0/25
+range-first: 192.168.10.26
+range-last: 192.168.10.126
+trusted: 100.64.0.0/30
+domain: lab.internal
+machines:
+- {name: network-hub, address: 192.168.10.2}
+- {name: Host-0, address: 192.168.10.3}
+pki: %[1]s/hub
+token-file: %[1]s/token
+registry: %[1]s/registry
+`, dir))
+	conn, err := wire.Dial(wire.Target{Address: "192.168.10.2:9091", TLS: pki.In(dir + "/operator"), Token: "secret"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	hub := ingotv1.NewHubClient(conn)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	// lease is the only one, once the hub serves.
+	lease := func() *ingotv1.Lease {
+		t.Helper()
+		r, err := hub.ListLeases(ctx, &ingotv1.ListLeasesRequest{}, grpc.WaitForReady(true))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(r.GetLeases()) == 0 {
+			return nil
+		}
+		return r.GetLeases()[0]
+	}
+	set := write(t, dir+"/set", "#!/bin/sh\n[ -z $ip ] || ip addr replace $ip/25 dev eth0\n")
+	ask := func(name string) {
+		t.Helper()
+		sh(t, "ip netns exec guest busybox udhcpc -i eth0 -n -q -f -t 5 -T 1 -s "+set+" -x hostname:"+name+" 2>&1")
+	}
+	resolves := func(name, ip string) {
+		t.Helper()
+		got := sh(t, "ip netns exec guest busybox nslookup -type=a "+name+" 192.168.10.2")
+		if !strings.Contains(got, "Address: "+ip+"\n") {
+			t.Errorf("%s is not %s, but\n%s", name, ip, got)
+		}
+	}
+
+	kill := start(t, config)
+	if l := lease(); l != nil {
+		t.Fatalf("at first there is %v", l)
+	}
+	ask("box")
+	l := lease()
+	if l.GetIp() != "192.168.10.26" || l.GetHostname() != "box" || l.GetState() != "active" || l.GetReserved() {
+		t.Errorf("got %v", l)
+	}
+	resolves("box.lab.internal", "192.168.10.26")
+	resolves("host-0.lab.internal", "192.168.10.3")
+	ask("host-0") // a guest can't take a machine's name
+	resolves("host-0.lab.internal", "192.168.10.3")
+	if _, err := hub.Reserve(ctx, &ingotv1.ReserveRequest{Mac: l.GetMac(), Ip: "192.168.10.50"}); err != nil {
+		t.Fatal(err)
+	}
+	f, err := hub.Facts(ctx, &emptypb.Empty{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := f.GetDhcp(); !d.GetServing() || d.GetActive() != 1 || d.GetDefaultLease().AsDuration() != 10*time.Minute || len(d.GetForeign()) != 0 ||
+		len(f.GetNat().GetMissing()) != 0 || !f.GetRegistry().GetServing() || !f.GetDns().GetServing() {
+		t.Errorf("facts: %v", f)
+	}
+
+	kill()
+	start(t, config)
+	if again := lease(); again.GetIp() != l.GetIp() || again.GetMac() != l.GetMac() || again.GetState() != "active" {
+		t.Errorf("after a crash there is %v, not %v", again, l)
+	}
+	ask("box")
+	if got := sh(t, "ip -n guest -4 -o addr show eth0"); !strings.Contains(got, "192.168.10.50/25") {
+		t.Errorf("after a crash the reserved address is not given: %s", got)
+	}
+	if _, err := hub.Unreserve(ctx, &ingotv1.UnreserveRequest{Mac: l.GetMac()}); err != nil {
+		t.Error(err)
+	}
+	if _, err := hub.Unreserve(ctx, &ingotv1.UnreserveRequest{Mac: l.GetMac()}); err == nil {
+		t.Error("what is not reserved was given back")
+	}
+}
