@@ -182,7 +182,13 @@ func rmCommand() *cobra.Command {
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: completeVMs,
 		RunE: inCloud(func(cmd *cobra.Command, c *cloud, args []string) error {
-			return c.each(cmd, args, "delete", remove)
+			return c.each(cmd, args, "delete", func(ctx context.Context, vm microVM) error {
+				if err := remove(ctx, vm); err != nil {
+					return err
+				}
+				c.releaseLeases(ctx, vm)
+				return nil
+			})
 		}),
 	}
 }
@@ -206,6 +212,16 @@ func remove(ctx context.Context, vm microVM) error {
 		return nil
 	}
 	return err
+}
+
+// releaseLeases gives back what a microVM had that is gone, so that another one of
+// its name has the name at once. It is no error if that fails: leases end.
+func (c *cloud) releaseLeases(ctx context.Context, vm microVM) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	for _, i := range vm.GetStatus().GetNetworkInterfaces() {
+		_, _ = c.hub.ReleaseLease(ctx, &ingotv1.ReleaseLeaseRequest{Mac: i.GetGuestMac()})
+	}
 }
 
 // each does something to several microVMs at the same time, and prints the name

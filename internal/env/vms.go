@@ -88,7 +88,7 @@ func (u *up) remove(ctx context.Context, all []placed) error {
 			if _, err := client.DeleteMicroVM(ctx, &v1alpha1.DeleteMicroVMRequest{Uid: p.vm.GetSpec().GetUid()}); err != nil {
 				return fmt.Errorf("remove microVM %s: %w", p.name(), err)
 			}
-			return await(ctx, p.host, func(ctx context.Context) error {
+			err := await(ctx, p.host, func(ctx context.Context) error {
 				r, err := client.ListMicroVMs(ctx, &v1alpha1.ListMicroVMsRequest{})
 				there := slices.ContainsFunc(r.GetMicrovm(), func(vm *types.MicroVM) bool { return vm.GetSpec().GetUid() == p.vm.GetSpec().GetUid() })
 				if err == nil && there {
@@ -96,6 +96,14 @@ func (u *up) remove(ctx context.Context, all []placed) error {
 				}
 				return err
 			})
+			if err != nil {
+				return err
+			}
+			// Another of its name has the name at once. If this fails: leases end.
+			for _, i := range p.vm.GetStatus().GetNetworkInterfaces() {
+				_, _ = ingotv1.NewHubClient(u.conns.Hub).ReleaseLease(ctx, &ingotv1.ReleaseLeaseRequest{Mac: i.GetGuestMac()})
+			}
+			return nil
 		})
 	}
 	return group.Wait()

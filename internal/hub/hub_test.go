@@ -15,6 +15,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	ingotv1 "ingot/api/ingot/v1"
@@ -206,6 +208,14 @@ registry: %[1]s/registry
 	if l.GetIp() != "192.168.10.26" || l.GetHostname() != "box" || l.GetState() != "active" || l.GetReserved() {
 		t.Errorf("got %v", l)
 	}
+	resolves("box.lab.internal", "192.168.10.26")
+	if _, err := hub.ReleaseLease(ctx, &ingotv1.ReleaseLeaseRequest{Mac: l.GetMac()}); err != nil || lease().GetState() != "released" {
+		t.Errorf("release by MAC: %v", err)
+	}
+	if _, err := hub.ReleaseLease(ctx, &ingotv1.ReleaseLeaseRequest{Mac: l.GetMac()}); status.Code(err) != codes.NotFound {
+		t.Errorf("release it twice: %v", err)
+	}
+	ask("box")
 	resolves("box.lab.internal", "192.168.10.26")
 	resolves("host-0.lab.internal", "192.168.10.3")
 	ask("host-0") // a guest can't take a machine's name

@@ -1,6 +1,7 @@
 package hub
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -114,11 +115,22 @@ func client(macText, ipText string) (mac net.HardwareAddr, ip netip.Addr, err er
 }
 
 func (s *service) ReleaseLease(_ context.Context, r *ingotv1.ReleaseLeaseRequest) (*emptypb.Empty, error) {
-	ip, err := netip.ParseAddr(r.GetIp())
+	mac, ip, err := client(r.GetMac(), r.GetIp())
 	if err != nil {
-		return nil, fmt.Errorf("ip: %q is not an address: %w", r.GetIp(), errdefs.ErrInvalidArgument)
+		return nil, err
 	}
-	return &emptypb.Empty{}, s.dhcp.Release(ip)
+	if ip.IsValid() {
+		return &emptypb.Empty{}, s.dhcp.Release(ip)
+	}
+	err = fmt.Errorf("release what %s has: no active lease: %w", mac, errdefs.ErrNotFound)
+	for _, l := range s.dhcp.Leases() {
+		if l.State == dhcp.Active && bytes.Equal(l.MAC, mac) {
+			if err = s.dhcp.Release(l.IP); err != nil {
+				break
+			}
+		}
+	}
+	return &emptypb.Empty{}, err
 }
 
 func (s *service) Ping(ctx context.Context, r *ingotv1.PingRequest) (*ingotv1.PingResponse, error) {

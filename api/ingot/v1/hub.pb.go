@@ -303,6 +303,7 @@ func (x *UnreserveRequest) GetIp() string {
 type ReleaseLeaseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Ip            string                 `protobuf:"bytes,1,opt,name=ip,proto3" json:"ip,omitempty"`
+	Mac           string                 `protobuf:"bytes,2,opt,name=mac,proto3" json:"mac,omitempty"` // if ip is empty: all that the MAC address has
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -340,6 +341,13 @@ func (*ReleaseLeaseRequest) Descriptor() ([]byte, []int) {
 func (x *ReleaseLeaseRequest) GetIp() string {
 	if x != nil {
 		return x.Ip
+	}
+	return ""
+}
+
+func (x *ReleaseLeaseRequest) GetMac() string {
+	if x != nil {
+		return x.Mac
 	}
 	return ""
 }
@@ -1110,9 +1118,10 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\x02ip\x18\x02 \x01(\tR\x02ip\"4\n" +
 	"\x10UnreserveRequest\x12\x10\n" +
 	"\x03mac\x18\x01 \x01(\tR\x03mac\x12\x0e\n" +
-	"\x02ip\x18\x02 \x01(\tR\x02ip\"%\n" +
+	"\x02ip\x18\x02 \x01(\tR\x02ip\"7\n" +
 	"\x13ReleaseLeaseRequest\x12\x0e\n" +
-	"\x02ip\x18\x01 \x01(\tR\x02ip\"\\\n" +
+	"\x02ip\x18\x01 \x01(\tR\x02ip\x12\x10\n" +
+	"\x03mac\x18\x02 \x01(\tR\x03mac\"\\\n" +
 	"\vPingRequest\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x123\n" +
 	"\atimeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\atimeout\"H\n" +

@@ -39,6 +39,7 @@ type HubClient interface {
 	Reserve(ctx context.Context, in *ReserveRequest, opts ...grpc.CallOption) (*Lease, error)
 	// Unreserve ends the reservation of an address, or of a MAC address.
 	Unreserve(ctx context.Context, in *UnreserveRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
+	// ReleaseLease ends a lease before its time. NotFound says that there is none.
 	ReleaseLease(ctx context.Context, in *ReleaseLeaseRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
 	Facts(ctx context.Context, in *emptypb.Empty, opts ...grpc.CallOption) (*HubFacts, error)
 	// Ping sends an ICMP echo from the hub and answers when the reply is there.
@@ -124,6 +125,7 @@ type HubServer interface {
 	Reserve(context.Context, *ReserveRequest) (*Lease, error)
 	// Unreserve ends the reservation of an address, or of a MAC address.
 	Unreserve(context.Context, *UnreserveRequest) (*emptypb.Empty, error)
+	// ReleaseLease ends a lease before its time. NotFound says that there is none.
 	ReleaseLease(context.Context, *ReleaseLeaseRequest) (*emptypb.Empty, error)
 	Facts(context.Context, *emptypb.Empty) (*HubFacts, error)
 	// Ping sends an ICMP echo from the hub and answers when the reply is there.
