@@ -44,7 +44,9 @@ type Config struct {
 // Driver starts microVMs with QEMU.
 type Driver struct {
 	Config
-	version func() (string, error)
+
+	mu      sync.Mutex // guards what follows
+	version string     // QEMU's, once it was heard
 }
 
 var _ vmm.Driver = (*Driver)(nil)
@@ -56,7 +58,21 @@ func New(c Config) *Driver {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Driver{Config: c, version: sync.OnceValues(func() (string, error) { return version(c.Binary) })}
+	return &Driver{Config: c}
+}
+
+// askVersion asks QEMU until it has answered once.
+func (d *Driver) askVersion() (string, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.version == "" {
+		v, err := version(d.Binary)
+		if err != nil {
+			return "", err
+		}
+		d.version = v
+	}
+	return d.version, nil
 }
 
 // Name is "qemu".
@@ -74,7 +90,7 @@ func (d *Driver) Facts() vmm.Facts {
 		f.Reason = "the machine type microvm is x86-64's; this machine is " + runtime.GOARCH
 		return f
 	}
-	v, err := d.version()
+	v, err := d.askVersion()
 	if err != nil {
 		f.Reason = err.Error()
 		return f

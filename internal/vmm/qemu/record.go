@@ -1,6 +1,7 @@
 package qemu
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -51,8 +52,11 @@ func readRecord(dir string) (record, error) {
 		// be found by its command line.
 		return r, fmt.Errorf("read %s: %w: %w", filepath.Join(dir, recordFile), err, errdefs.ErrNotFound)
 	}
-	if r.Format != recordFormat || r.Driver != Name {
-		return r, fmt.Errorf("read %s: it is format %d of driver %q: %w", filepath.Join(dir, recordFile), r.Format, r.Driver, errdefs.ErrFailedPrecondition)
+	if r.Driver != Name {
+		return r, fmt.Errorf("driver %s started it, in %s: %w", r.Driver, dir, errdefs.ErrNotFound)
+	}
+	if r.Format != recordFormat {
+		return r, fmt.Errorf("read %s: format %d is not known to this version: %w", filepath.Join(dir, recordFile), r.Format, errdefs.ErrFailedPrecondition)
 	}
 	return r, nil
 }
@@ -83,11 +87,12 @@ func (r record) find() (*process, error) {
 }
 
 // Attach finds the microVM that was started in dir. A Machine of the same
-// microVM must be closed before: QEMU talks to one at a time.
-func (d *Driver) Attach(ctx context.Context, dir string) (vmm.Machine, error) {
+// microVM must be closed before: QEMU talks to one at a time. QEMU is not asked: one
+// that does not answer runs all the same, and may have to be killed.
+func (d *Driver) Attach(_ context.Context, dir string) (vmm.Machine, error) {
 	r, err := readRecord(dir)
 	if errdefs.IsNotFound(err) {
-		sweep(dir)
+		sweep(dir, filepath.Base(dir))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("attach to QEMU: %w", err)
@@ -102,22 +107,7 @@ func (d *Driver) Attach(ctx context.Context, dir string) (vmm.Machine, error) {
 	if err != nil {
 		return nil, fmt.Errorf("attach to QEMU: %w", err)
 	}
-	conn, err := dial(ctx, dir, r.Sockets["qmp"])
-	if err == nil {
-		var q *monitor
-		if q, err = newMonitor(ctx, conn); err == nil {
-			q.close()
-			return newMachine(d.Log, dir, r, p), nil
-		}
-	}
-	// It may have ended since.
-	if _, gone := r.find(); errdefs.IsNotFound(gone) {
-		p.wait()
-		p.close()
-		return nil, &vmm.Ended{Exit: d.conclude(dir, r)}
-	}
-	p.close()
-	return nil, fmt.Errorf("attach to QEMU: %w", err)
+	return newMachine(d.Log, dir, r, p), nil
 }
 
 // conclude records the end of a microVM that nobody watched.
@@ -140,17 +130,22 @@ func finish(dir string, r record, exit vmm.Exit) error {
 	return errors.Join(r.write(dir), appendMetrics(dir, vmm.Metrics{At: exit.At, Exit: &exit}))
 }
 
-// sweep ends a QEMU that an earlier process of ours started and did not live to
-// record. It is known by its command line, which was written down before.
-func sweep(dir string) {
+// sweep ends a QEMU that an earlier process of ours started, and that has no record.
+// It is known by its command line, which was written down before; where that is lost,
+// too, by the name that it was given, if one is told.
+func sweep(dir, name string) {
 	cfg, err := os.ReadFile(filepath.Join(dir, cfgFile))
-	if err != nil {
+	want := strings.ReplaceAll(string(cfg), "\n", "\x00")
+	ours := func(cmdline []byte) bool { return string(cmdline) == want }
+	if errors.Is(err, fs.ErrNotExist) && name != "" {
+		words := []byte("\x00-name\x00" + name + "\x00-nodefaults\x00")
+		ours = func(cmdline []byte) bool { return bytes.Contains(cmdline, words) }
+	} else if err != nil {
 		return
 	}
-	want := strings.ReplaceAll(string(cfg), "\n", "\x00")
 	matches, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, path := range matches {
-		if got, err := os.ReadFile(path); err != nil || string(got) != want {
+		if got, err := os.ReadFile(path); err != nil || !ours(got) {
 			continue
 		}
 		var pid int
@@ -160,7 +155,7 @@ func sweep(dir string) {
 			continue
 		}
 		// Once more, now that it is held.
-		if got, err := os.ReadFile(path); err == nil && string(got) == want {
+		if got, err := os.ReadFile(path); err == nil && ours(got) {
 			p.signal(unix.SIGKILL)
 			p.wait()
 		}

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -199,5 +200,83 @@ func TestStartFindsAStrayBehindAnOldRecord(t *testing.T) {
 	}
 	if _, err := startTime(stray.Process.Pid); err == nil {
 		t.Error("the stray still runs")
+	}
+}
+
+// All of the directory was lost, and what runs is known by its name alone.
+func TestAttachEndsWhatWasLost(t *testing.T) {
+	const uid = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
+	lost := exec.Command("sh", "-c", "sleep 1000; true", "-name", uid, "-nodefaults")
+	lost.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := lost.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Kill(-lost.Process.Pid, syscall.SIGKILL); lost.Wait() })
+	other := bystander(t)
+	dir := filepath.Join(t.TempDir(), uid)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := vacant(dir); err != nil { // does not look for it
+		t.Fatal(err)
+	}
+	if _, err := startTime(lost.Process.Pid); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(Config{}).Attach(t.Context(), dir); !errdefs.IsNotFound(err) {
+		t.Errorf("attach: %v", err)
+	}
+	if _, err := startTime(lost.Process.Pid); !errdefs.IsNotFound(err) {
+		t.Errorf("what was lost runs: %v", err)
+	}
+	if _, err := startTime(other.Process.Pid); err != nil {
+		t.Errorf("the other process: %v", err)
+	}
+}
+
+// There is no descriptor left to hold a new process by.
+func TestHoldLeavesNoChild(t *testing.T) {
+	child, err := os.StartProcess("/bin/sleep", []string{"sleep", "1000"}, &os.ProcAttr{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 0, Max: was.Max}); err != nil {
+		t.Fatal(err)
+	}
+	held := make(chan error, 1)
+	go func() {
+		_, err := hold(child)
+		held <- err
+	}()
+	select {
+	case err = <-held:
+	case <-time.After(10 * time.Second):
+		err = errors.New("it waits for a child that nobody ends")
+	}
+	unix.Setrlimit(unix.RLIMIT_NOFILE, &was)
+	if !errors.Is(err, unix.EMFILE) {
+		t.Error(err)
+	}
+	if _, err := startTime(child.Pid); !errdefs.IsNotFound(err) {
+		t.Errorf("the child lives: %v", err)
+		unix.Kill(child.Pid, unix.SIGKILL)
+	}
+}
+
+func TestFactsAskAgain(t *testing.T) {
+	binary := filepath.Join(t.TempDir(), "qemu")
+	d := New(Config{Binary: binary})
+	if f := d.Facts(); f.Available {
+		t.Fatalf("without QEMU: %+v", f)
+	}
+	if err := os.WriteFile(binary, []byte("#!/bin/sh\necho QEMU emulator version 1.2.3\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if f := d.Facts(); !f.Available || f.Version != "1.2.3" {
+		t.Errorf("once it is there: %+v", f)
 	}
 }

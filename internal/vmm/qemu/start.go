@@ -63,7 +63,7 @@ func (d *Driver) Start(ctx context.Context, c vmm.Config) (_ vmm.Machine, err er
 func vacant(dir string) error {
 	r, err := readRecord(dir)
 	if errdefs.IsNotFound(err) {
-		sweep(dir)
+		sweep(dir, "")
 		return nil
 	}
 	if err != nil {
@@ -71,7 +71,7 @@ func vacant(dir string) error {
 	}
 	p, err := r.find()
 	if errdefs.IsNotFound(err) {
-		sweep(dir)
+		sweep(dir, "")
 		return nil
 	}
 	if err != nil {
@@ -122,7 +122,7 @@ func (l *launch) run(ctx context.Context, binary string) (vmm.Machine, error) {
 
 // meet records the new process, then waits until it answers.
 func (l *launch) meet(ctx context.Context, p *process, conn net.Conn) error {
-	version, _ := l.d.version()
+	version, _ := l.d.askVersion()
 	l.r = record{
 		Format: recordFormat, Driver: Name, Version: version, Accelerator: l.d.accelerator(),
 		UID: l.c.UID, PID: p.pid, StartTime: p.start, BootID: bootID(), StartedAt: time.Now(), ConsoleFrom: l.r.ConsoleFrom,
@@ -167,11 +167,12 @@ func (l *launch) spawn(binary string, argv []string) (*process, error) {
 		return nil, err
 	}
 	defer child.Release()
-	p, err := findProcess(child.Pid, 0)
+	p, err := hold(child)
+	if errdefs.IsNotFound(err) { // it has ended already
+		err = errors.New(lastLine(filepath.Join(l.c.Dir, stderrFile), err.Error()))
+	}
 	if err != nil {
-		// It has ended already; only reaping is left.
-		child.Wait()
-		return nil, errors.New(lastLine(filepath.Join(l.c.Dir, stderrFile), err.Error()))
+		return nil, err
 	}
 	if err := join(p.pid); err != nil {
 		p.signal(unix.SIGKILL)
@@ -180,6 +181,16 @@ func (l *launch) spawn(binary string, argv []string) (*process, error) {
 		return nil, err
 	}
 	return p, nil
+}
+
+// hold opens a child, and leaves none that it can't open.
+func hold(child *os.Process) (*process, error) {
+	p, err := findProcess(child.Pid, 0)
+	if err != nil {
+		child.Kill()
+		child.Wait()
+	}
+	return p, err
 }
 
 // cgroup makes the new process be born in its cgroup; with cgroup v1, where
