@@ -33,14 +33,14 @@ func (v *instance) boot(ctx context.Context) error {
 		return err
 	}
 	step := func(name string) {
-		v.set(func(s *vm.Status) { s.Phase, s.Step = vm.Pending, name })
+		v.set(func(s *vm.Status) { s.Phase, s.Step, s.RetryAt = vm.Pending, name, time.Time{} })
 	}
 	step("pull")
 	prepared, err := v.host.c.Images.Prepare(ctx, v.lease(), image.Request{
 		Kernel: spec.Kernel.File, Initrd: spec.Initrd, Root: spec.Root, Volumes: spec.Volumes,
 	}, v.progress)
 	if err != nil {
-		return fmt.Errorf("prepare images: %w", err)
+		return fmt.Errorf("prepare images: %w", mistaken(err))
 	}
 	step("network")
 	links, err := v.ensureLinks(spec)
@@ -57,7 +57,7 @@ func (v *instance) boot(ctx context.Context) error {
 	spec.Process = boot.Process(spec.Process, prepared.Process)
 	cmdline, archive, err := boot.Cmdline(spec)
 	if err != nil {
-		return fmt.Errorf("make command line: %w", err)
+		return fmt.Errorf("make command line: %w", mistaken(err))
 	}
 	if prepared.Initrd, err = v.extendInitrd(prepared.Initrd, archive); err != nil {
 		return err
@@ -240,13 +240,17 @@ func (v *instance) open(spec vm.Spec, prepared image.Prepared, links map[string]
 	return nil
 }
 
-// running notes that the hypervisor runs, and listens to the guest's agent.
+// running notes that the hypervisor runs, and listens to the guest's agent. How
+// often it has failed, and why, is shown until it has run for a while.
 func (v *instance) running(m vmm.Machine) {
 	v.mu.Lock()
-	v.machine = m
+	v.machine, v.mistakes = m, 0
 	v.mu.Unlock()
 	v.set(func(s *vm.Status) {
-		s.Phase, s.Step, s.Reason, s.PID, s.RetryAt = vm.Running, "", "", m.PID(), time.Time{}
+		s.Phase, s.Step, s.PID, s.StartedAt, s.RetryAt = vm.Running, "", m.PID(), m.Started(), time.Time{}
+		if s.Retry == 0 {
+			s.Reason = ""
+		}
 	})
 	v.log.Info("microVM runs", "pid", m.PID())
 	v.host.running.Go(func() { v.listen(m) })
@@ -305,7 +309,9 @@ func (v *instance) hear(m vmm.Machine) (again bool) {
 func (v *instance) heard(e agent.Event) {
 	switch e.Kind {
 	case agent.Ready:
+		fresh := false
 		v.set(func(s *vm.Status) {
+			fresh = !s.AgentReady
 			if !s.AgentReady && s.BootTime == 0 {
 				s.BootTime = time.Since(s.StartedAt)
 			}
@@ -313,13 +319,16 @@ func (v *instance) heard(e agent.Event) {
 			if len(e.Addresses) > 0 {
 				s.Addresses = e.Addresses
 			}
-			s.Retry = 0
 		})
+		if fresh {
+			v.measure()
+		}
 	case agent.Address:
 		v.set(func(s *vm.Status) { s.Addresses = e.Addresses })
 	case agent.Exited:
 		v.set(func(s *vm.Status) { s.ExitCode = e.Code })
 	}
+	v.poke() // to write it down, and to ask an agent that is ready now to shut down
 }
 
 // dropAgent ends the conversation with the guest's agent, and the console.
@@ -336,17 +345,23 @@ func (v *instance) dropAgent() {
 	}
 }
 
+// The labels of what note writes, which are flintlock's.
+const (
+	nameLabel      = "dev.liquidmetal.flintlockd/name"
+	namespaceLabel = "dev.liquidmetal.flintlockd/ns"
+	uidLabel       = "dev.liquidmetal.flintlockd/uid"
+	typeLabel      = "dev.liquidmetal.flintlockd/type"
+	versionLabel   = "dev.liquidmetal.flintlockd/version"
+)
+
 // note writes the spec into containerd, where `ctr content ls` shows it and a lost
 // directory can be rebuilt from. The microVM runs already: nothing waits for it.
 func (v *instance) note(ctx context.Context) {
-	v.mu.Lock()
-	text, err := json.Marshal(v.record)
-	v.mu.Unlock()
+	text, err := json.Marshal(record{Format: recordFormat, Spec: v.spec, User: v.user})
 	if err == nil {
 		err = v.host.c.Images.Record(ctx, v.lease(), map[string]string{
-			"dev.liquidmetal.flintlockd/name": v.spec.Name, "dev.liquidmetal.flintlockd/ns": v.spec.Namespace,
-			"dev.liquidmetal.flintlockd/uid": v.spec.UID, "dev.liquidmetal.flintlockd/type": "microvm",
-			"dev.liquidmetal.flintlockd/version": "1",
+			nameLabel: v.spec.Name, namespaceLabel: v.spec.Namespace,
+			uidLabel: v.spec.UID, typeLabel: "microvm", versionLabel: "1",
 		}, text)
 	}
 	if err != nil && !errors.Is(err, context.Canceled) {

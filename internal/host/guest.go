@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"ingot/internal/logfile"
 	"io"
 	"path/filepath"
 	"sync"
@@ -12,6 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"ingot/internal/agent"
+	"ingot/internal/logfile"
 )
 
 // Agent is the conversation with a running microVM's agent, once it is ready.
@@ -77,14 +77,16 @@ func (h *Host) Console(ctx context.Context, uid string) (*Viewer, error) {
 }
 
 func (v *instance) openConsole(ctx context.Context) (*console, error) {
+	v.attaching.Lock()
+	defer v.attaching.Unlock()
 	v.mu.Lock()
-	defer v.mu.Unlock()
-	if v.console != nil {
-		return v.console, nil
+	there, m, status := v.console, v.machine, v.status
+	v.mu.Unlock()
+	if there != nil {
+		return there, nil
 	}
-	m := v.machine
-	if m == nil || v.status.PID == 0 {
-		return nil, fmt.Errorf("attach to console: microvm is not ready (state: %s): %w", v.status.Phase, errdefs.ErrFailedPrecondition)
+	if m == nil || status.PID == 0 {
+		return nil, fmt.Errorf("attach to console: microvm is not ready (state: %s): %w", status.Phase, errdefs.ErrFailedPrecondition)
 	}
 	conn, err := m.Console(ctx)
 	if err != nil {
@@ -92,8 +94,14 @@ func (v *instance) openConsole(ctx context.Context) (*console, error) {
 	}
 	c := &console{conn: conn, viewers: map[*Viewer]bool{}}
 	var log bytes.Buffer
-	if err := logfile.Follow(ctx, filepath.Join(v.dir, v.status.Driver+".stdout"), replay, false, &log); err == nil {
+	if err := logfile.Follow(ctx, filepath.Join(v.dir, status.Driver+".stdout"), replay, false, &log); err == nil {
 		c.recent = log.Bytes()
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if v.machine != m {
+		c.close()
+		return nil, fmt.Errorf("attach to console: the microVM has just ended: %w", errdefs.ErrFailedPrecondition)
 	}
 	v.console = c
 	v.host.running.Go(func() {
@@ -122,8 +130,11 @@ func (c *console) copy() {
 			for w := range c.viewers {
 				select {
 				case w.output <- data:
-				default: // too slow: make room
-					<-w.output
+				default: // too slow: make room, unless it has just done so itself
+					select {
+					case <-w.output:
+					default:
+					}
 					w.output <- data
 				}
 			}

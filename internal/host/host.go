@@ -5,13 +5,15 @@
 package host
 
 import (
+	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -52,15 +54,20 @@ type Host struct {
 	began time.Time
 
 	logs    *logfile.Keeper // from Run on
-	mu      sync.Mutex      // guards what follows
-	ctx     context.Context
-	vms     map[string]*instance
 	running sync.WaitGroup
+
+	mu     sync.Mutex // guards what follows; no disk is waited for under it
+	ctx    context.Context
+	vms    map[string]*instance
+	making map[string]int // the users of microVMs that are being recorded, by uid
+	broken []Broken
 }
 
 // New makes a host.
 func New(c Config) *Host {
-	return &Host{c: c, ready: make(chan struct{}), began: time.Now(), vms: map[string]*instance{}}
+	return &Host{
+		c: c, ready: make(chan struct{}), began: time.Now(), vms: map[string]*instance{}, making: map[string]int{},
+	}
 }
 
 // Ready is closed once all microVMs that were there are known.
@@ -83,17 +90,22 @@ func (h *Host) Run(ctx context.Context) error {
 	if err := sweepFiles(h.root()); err != nil {
 		h.c.Log.Warn("remove leftovers", "err", err)
 	}
-	records, err := readRecords(h.root())
+	records, broken, err := readRecords(h.root())
 	if err != nil {
 		return err
 	}
 	h.mu.Lock()
 	h.ctx = ctx
 	for _, r := range records {
-		h.keep(r)
+		if h.vms[r.Spec.UID] != nil {
+			broken = append(broken, Broken{filepath.Join(r.Dir, recordName), errors.New("another record has this uid")})
+			continue
+		}
+		h.keep(r, false)
 	}
 	h.mu.Unlock()
-	if err := h.sweep(ctx); err != nil {
+	h.report(broken...)
+	if err := errors.Join(h.sweepLeases(ctx), h.sweepLinks()); err != nil {
 		h.c.Log.Warn("remove leftovers", "err", err)
 	}
 	close(h.ready)
@@ -104,9 +116,28 @@ func (h *Host) Run(ctx context.Context) error {
 
 func (h *Host) root() string { return filepath.Join(h.c.StateDir, "vm") }
 
+// report says what can't be read, in the log and to those who ask.
+func (h *Host) report(broken ...Broken) {
+	for _, b := range broken {
+		h.c.Log.Error("a microVM's record can't be read: it is left as it is", "path", b.Path, "err", b.Err)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.broken = append(h.broken, broken...)
+}
+
+// Broken are the records that could not be read at the start. Their microVMs are left
+// as they are: nothing of them is changed or removed.
+func (h *Host) Broken() []Broken {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Clone(h.broken)
+}
+
 // keep starts a microVM's goroutine. The caller holds h.mu.
-func (h *Host) keep(r record) *instance {
+func (h *Host) keep(r record, fresh bool) *instance {
 	v := newInstance(h, r)
+	v.looked = fresh
 	h.vms[r.Spec.UID] = v
 	h.running.Go(func() {
 		if v.run(h.ctx) {
@@ -119,18 +150,21 @@ func (h *Host) keep(r record) *instance {
 	return v
 }
 
-// sweep removes what a killed daemon has left: taps and leases of ours that
-// belong to no microVM.
-func (h *Host) sweep(ctx context.Context) error {
+// sweepLinks removes the taps that a killed daemon has left. Those of a microVM
+// whose record can't be read are not known: then all stay.
+func (h *Host) sweepLinks() error {
 	wanted := map[string]bool{}
 	h.mu.Lock()
 	for _, v := range h.vms {
-		wanted[v.lease()] = true
 		for _, n := range v.spec.Interfaces {
 			wanted[device(v.spec.UID, n)] = true
 		}
 	}
+	blind := len(h.broken) > 0
 	h.mu.Unlock()
+	if blind {
+		return nil
+	}
 	links, err := link.List()
 	if err != nil {
 		return err
@@ -142,14 +176,33 @@ func (h *Host) sweep(ctx context.Context) error {
 			problems = append(problems, h.removeLink(l.Name))
 		}
 	}
+	return errors.Join(problems...)
+}
+
+// sweepLeases finds leases without a record. What containerd knows the spec of
+// has lost its directory, and gets it back; others are leftovers of a create or
+// delete that was killed, and are released.
+func (h *Host) sweepLeases(ctx context.Context) error {
+	wanted := map[string]bool{}
+	h.mu.Lock()
+	for _, v := range h.vms {
+		wanted[v.lease()] = true
+	}
+	for _, b := range h.broken {
+		if place, err := filepath.Rel(h.root(), filepath.Dir(b.Path)); err == nil {
+			wanted[leasePrefix+place] = true
+		}
+	}
+	h.mu.Unlock()
 	leases, err := h.c.Images.Leases(ctx)
 	if err != nil {
-		return errors.Join(append(problems, err)...)
+		return err
 	}
+	var problems []error
 	for _, lease := range leases {
-		if strings.HasPrefix(lease, leasePrefix) && !wanted[lease] {
-			h.c.Log.Info("removing a leftover lease", "lease", lease)
-			problems = append(problems, h.c.Images.Release(ctx, lease))
+		place, ours := strings.CutPrefix(lease, leasePrefix)
+		if ours && !wanted[lease] {
+			problems = append(problems, h.rebuild(ctx, lease, filepath.Join(h.root(), place)))
 		}
 	}
 	return errors.Join(problems...)
@@ -165,6 +218,45 @@ func (h *Host) removeLink(device string) error {
 	return link.Remove(device)
 }
 
+// rebuild makes the record of a lease anew from its copy in containerd, and
+// releases the lease if there is none.
+func (h *Host) rebuild(ctx context.Context, lease, dir string) error {
+	copies := 0
+	var r record
+	var bad error
+	err := h.c.Images.Recorded(ctx, map[string]string{typeLabel: "microvm", uidLabel: filepath.Base(dir)}, func(_ map[string]string, data []byte) error {
+		copies++
+		got, err := decodeRecord(h.root(), data)
+		if err == nil && got.Dir != dir {
+			err = fmt.Errorf("the copy is of %s", got.Dir)
+		}
+		if err != nil {
+			bad = err
+			return nil
+		}
+		r = got
+		return nil
+	})
+	switch {
+	case err != nil:
+		return err
+	case copies == 0:
+		h.c.Log.Info("removing a leftover lease", "lease", lease)
+		return h.c.Images.Release(ctx, lease)
+	case r.Dir == "":
+		h.report(Broken{filepath.Join(dir, recordName), fmt.Errorf("it is lost, and containerd's copy can't be read: %w", bad)})
+		return nil
+	}
+	if err := r.create(); err != nil {
+		return fmt.Errorf("rebuild %s: %w", r.Dir, err)
+	}
+	h.c.Log.Warn("the record was lost: it is rebuilt from containerd's copy", "path", r.Dir)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.keep(r, false)
+	return nil
+}
+
 // View is a microVM as others see it.
 type View struct {
 	Spec   vm.Spec
@@ -173,7 +265,8 @@ type View struct {
 }
 
 // Create records a microVM, which is on disk when Create returns, and starts it
-// in the background. A spec with the uid of one that is there returns that one.
+// in the background. A spec with the uid of one that is there returns that one,
+// if it is the same.
 func (h *Host) Create(ctx context.Context, s vm.Spec) (View, error) {
 	s.Normalize()
 	if err := s.Validate(); err != nil {
@@ -182,31 +275,70 @@ func (h *Host) Create(ctx context.Context, s vm.Spec) (View, error) {
 	if err := h.suit(&s); err != nil {
 		return View{}, err
 	}
-	if err := h.room(); err != nil {
+	v, err := h.create(s)
+	if err != nil {
 		return View{}, fmt.Errorf("create microVM %s/%s: %w", s.Namespace, s.Name, err)
+	}
+	return v.view(), nil
+}
+
+func (h *Host) create(s vm.Spec) (*instance, error) {
+	if v, err := h.find(s.UID); err == nil {
+		return v, v.same(s)
+	}
+	if err := h.room(); err != nil {
+		return nil, err
+	}
+	s.UID = cmp.Or(s.UID, ulid.Make().String())
+	s.CreatedAt = time.Now().UTC()
+	addMACs(&s)
+	user, err := h.reserve(s.UID)
+	if err != nil {
+		return nil, err
+	}
+	defer h.running.Done()
+	r := record{Format: recordFormat, Spec: s, User: user, Dir: place(h.root(), s)}
+	if err = r.create(); err != nil {
+		r.remove() // nobody is told of it
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.ctx == nil || h.ctx.Err() != nil {
-		return View{}, fmt.Errorf("create microVM: the daemon is not ready: %w", errdefs.ErrUnavailable)
+	delete(h.making, s.UID)
+	if err != nil {
+		return nil, err
 	}
-	if v := h.vms[s.UID]; v != nil {
-		return v.view(), nil
-	}
-	if s.UID == "" {
-		s.UID = ulid.Make().String()
-	}
-	s.CreatedAt = time.Now().UTC()
-	for i := range s.Interfaces {
-		if s.Interfaces[i].MAC == "" {
-			s.Interfaces[i].MAC = link.MAC(s.UID + "/" + s.Interfaces[i].ID).String()
+	return h.keep(r, true), nil
+}
+
+// addMACs gives each interface the address that follows from the uid.
+func addMACs(s *vm.Spec) {
+	for i, n := range s.Interfaces {
+		if n.MAC == "" {
+			s.Interfaces[i].MAC = link.MAC(s.UID + "/" + n.ID).String()
 		}
 	}
-	r := record{Format: recordFormat, Spec: s, User: h.freeUser(), Dir: filepath.Join(h.root(), s.Namespace, s.Name, s.UID)}
-	if err := r.save(); err != nil {
-		return View{}, fmt.Errorf("create microVM %s/%s: %w", s.Namespace, s.Name, err)
+}
+
+// reserve takes a uid, and a user for it. The host does not end before Done is
+// called on h.running.
+func (h *Host) reserve(uid string) (user int, err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.ctx == nil || h.ctx.Err() != nil {
+		return 0, fmt.Errorf("the daemon is not ready: %w", errdefs.ErrUnavailable)
 	}
-	return h.keep(r).view(), nil
+	if _, ok := h.making[uid]; ok || h.vms[uid] != nil {
+		return 0, fmt.Errorf("uid %s is being created: %w", uid, errdefs.ErrUnavailable)
+	}
+	for _, b := range h.broken {
+		if filepath.Base(filepath.Dir(b.Path)) == uid {
+			return 0, fmt.Errorf("read %s: %w: %w", b.Path, b.Err, errdefs.ErrFailedPrecondition)
+		}
+	}
+	user = h.freeUser(uid)
+	h.making[uid] = user
+	h.running.Add(1)
+	return user, nil
 }
 
 // room says whether there is room for one more microVM's volumes.
@@ -260,20 +392,26 @@ func (h *Host) suit(s *vm.Spec) error {
 	return nil
 }
 
-// Users are what hypervisors run as: one each, so that none can reach another's files.
-const firstUser, lastUser = 700000, 765535
+// Users are what hypervisors run as: one each, so that none can reach another's
+// files. Which one follows from the uid: hosts that share a kernel, as in a lab, do
+// not know of each other's.
+const firstUser, users = 700000, 1 << 30
 
-func (h *Host) freeUser() int {
+// freeUser is a microVM's. The caller holds h.mu.
+func (h *Host) freeUser(uid string) int {
 	taken := map[int]bool{}
 	for _, v := range h.vms {
 		taken[v.user] = true
 	}
-	for user := firstUser; user < lastUser; user++ {
-		if !taken[user] {
-			return user
-		}
+	for _, user := range h.making {
+		taken[user] = true
 	}
-	return lastUser
+	sum := sha256.Sum256([]byte(uid))
+	user := firstUser + int(binary.BigEndian.Uint32(sum[:])%users)
+	for taken[user] {
+		user++
+	}
+	return user
 }
 
 func (h *Host) find(uid string) (*instance, error) {
@@ -352,8 +490,12 @@ func (h *Host) Stop(ctx context.Context, uid string, timeout time.Duration) (Vie
 	if err != nil {
 		return View{}, err
 	}
-	v.setPatience(timeout)
-	if err := v.want(func(r *record) error { return r.stop(true) }); err != nil {
+	by := time.Now().Add(timeout)
+	if err := v.want(func(r *record) error {
+		err := r.stop(true)
+		r.StopBy = by
+		return err
+	}); err != nil {
 		return View{}, err
 	}
 	views, cancel := v.subscribe()
@@ -385,11 +527,13 @@ func (h *Host) Watch(uid string) (<-chan View, func(), error) {
 }
 
 // LogFile is the path of one of a microVM's logs: stdout, stderr, log, metrics.
+// The metrics get a line that says what is so now.
 func (h *Host) LogFile(uid, name string) (string, error) {
-	w, err := h.Get(uid)
+	v, err := h.find(uid)
 	if err != nil {
 		return "", err
 	}
+	w := v.view()
 	switch name {
 	case "":
 		name = "stdout"
@@ -400,6 +544,9 @@ func (h *Host) LogFile(uid, name string) (string, error) {
 	driver := w.Status.Driver
 	if driver == "" {
 		return "", fmt.Errorf("read log of %s: it has not started yet: %w", w.Spec.Name, errdefs.ErrFailedPrecondition)
+	}
+	if name == "metrics" {
+		v.measure()
 	}
 	return filepath.Join(w.Dir, driver+"."+name), nil
 }
@@ -444,23 +591,3 @@ func (h *Host) driver(s vm.Spec) (vmm.Driver, error) {
 
 // Uptime is how long the host has been kept.
 func (h *Host) Uptime() time.Duration { return time.Since(h.began) }
-
-// readRecords reads what is in the state directory.
-func readRecords(root string) ([]record, error) {
-	paths, err := filepath.Glob(filepath.Join(root, "*", "*", "*", recordName))
-	if err != nil {
-		return nil, err
-	}
-	var all []record
-	for _, path := range paths {
-		r, err := readRecord(path)
-		if errors.Is(err, os.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, r)
-	}
-	return all, nil
-}

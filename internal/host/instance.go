@@ -1,6 +1,7 @@
 package host
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -31,6 +32,8 @@ const (
 	defaultPatience = 30 * time.Second
 	// hopeless is how many tries an error gets that a registry may still mend.
 	hopeless = 3
+	// askTime is how long a guest may take to hear that it should shut down.
+	askTime = 5 * time.Second
 )
 
 const leasePrefix = "flintlock/"
@@ -47,13 +50,20 @@ type instance struct {
 
 	// Of the goroutine.
 	metadata *metadata.Server
-	looked   bool // for what an earlier daemon has started
+	looked   bool      // for what an earlier daemon has started
+	asked    bool      // the guest's agent was asked to shut down
+	pressed  bool      // the guest's power button was
+	stopBy   time.Time // when it is ended by force
 
-	mu        sync.Mutex  // guards what follows
+	saving    sync.Mutex // one change of the record at a time, disk and all; comes before mu
+	attaching sync.Mutex // one opening of the console at a time; comes before mu
+
+	mu        sync.Mutex  // guards what follows; no disk is waited for under it
 	machine   vmm.Machine // only the goroutine changes it
 	record    record
 	status    vm.Status
-	patience  time.Duration
+	dirty     bool               // the status is not on disk
+	mistakes  int                // tries in a row that failed by a mistake
 	interrupt context.CancelFunc // ends the try in progress
 	watchers  map[chan View]bool
 	agent     *agent.Client
@@ -62,10 +72,13 @@ type instance struct {
 }
 
 func newInstance(h *Host, r record) *instance {
+	status := readStatus(r.Dir)
+	if r.Stopped || r.Deleting {
+		status.Retry, status.RetryAt = 0, time.Time{} // that was before it was asked for
+	}
 	return &instance{
-		host: h, spec: r.Spec, dir: r.Dir, user: r.User, record: r, status: readStatus(r.Dir), wake: make(chan struct{}, 1), watchers: map[chan View]bool{},
-		patience: defaultPatience,
-		log:      h.c.Log.With("vm", r.Spec.Namespace+"/"+r.Spec.Name, "uid", r.Spec.UID),
+		host: h, spec: r.Spec, dir: r.Dir, user: r.User, record: r, status: status, wake: make(chan struct{}, 1), watchers: map[chan View]bool{},
+		log: h.c.Log.With("vm", r.Spec.Namespace+"/"+r.Spec.Name, "uid", r.Spec.UID),
 	}
 }
 
@@ -100,29 +113,40 @@ func (v *instance) viewLocked() View {
 	return w
 }
 
-// want changes what is wanted of the microVM, on disk, and tells its goroutine.
-func (v *instance) want(change func(*record) error) error {
+// same says whether a spec is the microVM's, but for what the host has added.
+func (v *instance) same(s vm.Spec) error {
 	v.mu.Lock()
-	defer v.mu.Unlock()
-	if v.gone {
-		return fmt.Errorf("microvm spec %s not found%w", v.spec.UID, silent{errdefs.ErrNotFound})
+	deleting := v.record.Deleting
+	v.mu.Unlock()
+	if deleting {
+		return fmt.Errorf("microvm %s is being deleted: %w", s.UID, errdefs.ErrFailedPrecondition)
 	}
-	was, next := v.record, v.record
-	if err := change(&next); err != nil {
+	s.CreatedAt = v.spec.CreatedAt
+	addMACs(&s)
+	a, err := json.Marshal(s)
+	if err != nil {
 		return err
 	}
-	if next.Stopped == was.Stopped && next.Deleting == was.Deleting && v.status.Phase != vm.Failed {
-		return nil
+	b, err := json.Marshal(v.spec)
+	if err == nil && !bytes.Equal(a, b) {
+		err = fmt.Errorf("microvm %s is there, and is another one: %w", s.UID, errdefs.ErrAlreadyExists)
 	}
-	if err := next.save(); err != nil {
-		return fmt.Errorf("record what is wanted of %s: %w", was.Spec.Name, err)
+	return err
+}
+
+// want changes what is wanted of the microVM, on disk, and tells its goroutine.
+// Whoever asks does not wait for the end of a back-off.
+func (v *instance) want(change func(*record) error) error {
+	if err := v.change(change); err != nil {
+		return err
 	}
-	v.record = next
-	v.status.Retry, v.status.RetryAt = 0, time.Time{}
-	if v.status.Phase == vm.Failed && !next.Stopped {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.status.Retry, v.status.RetryAt, v.mistakes = 0, time.Time{}, 0
+	if v.status.Phase == vm.Failed && !v.record.Stopped {
 		v.status.Phase, v.status.Reason = vm.Pending, ""
 	}
-	if v.interrupt != nil && (next.Stopped || next.Deleting) {
+	if v.interrupt != nil && (v.record.Stopped || v.record.Deleting) {
 		v.interrupt()
 	}
 	v.tell()
@@ -130,21 +154,36 @@ func (v *instance) want(change func(*record) error) error {
 	return nil
 }
 
+// change changes what is wanted, on disk first.
+func (v *instance) change(change func(*record) error) error {
+	v.saving.Lock()
+	defer v.saving.Unlock()
+	v.mu.Lock()
+	was, gone := v.record, v.gone
+	v.mu.Unlock()
+	if gone {
+		return fmt.Errorf("microvm spec %s not found%w", v.spec.UID, silent{errdefs.ErrNotFound})
+	}
+	next := was
+	if err := change(&next); err != nil {
+		return err
+	}
+	if reflect.DeepEqual(next, was) {
+		return nil
+	}
+	if err := next.save(); err != nil {
+		return fmt.Errorf("record what is wanted of %s: %w", v.spec.Name, err)
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.record = next
+	return nil
+}
+
 func (v *instance) poke() {
 	select {
 	case v.wake <- struct{}{}:
 	default:
-	}
-}
-
-// setPatience is how long the guest may take to shut down, also one that has been
-// told to already.
-func (v *instance) setPatience(d time.Duration) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	v.patience = d
-	if v.status.Phase == vm.Stopping && v.interrupt != nil {
-		time.AfterFunc(d, v.interrupt)
 	}
 }
 
@@ -159,14 +198,11 @@ func (v *instance) set(change func(*vm.Status)) {
 	}
 }
 
-// tell writes the status down and sends it around. The caller holds v.mu.
+// tell sends the status around; the goroutine writes it down when it rests. The
+// caller holds v.mu.
 func (v *instance) tell() {
 	v.status.Version++
-	if b, err := json.MarshalIndent(v.status, "", "  "); err == nil {
-		if err := replace(filepath.Join(v.dir, statusName), b, false); err != nil {
-			v.log.Warn("write status", "err", err)
-		}
-	}
+	v.dirty = true
 	w := v.viewLocked()
 	for ch := range v.watchers {
 		select {
@@ -174,6 +210,25 @@ func (v *instance) tell() {
 		default:
 		}
 		ch <- w
+	}
+}
+
+// save writes the status down: for people, and for the next daemon, which can do
+// without it.
+func (v *instance) save() {
+	v.mu.Lock()
+	status, dirty := v.status, v.dirty
+	v.dirty = false
+	v.mu.Unlock()
+	if !dirty {
+		return
+	}
+	b, err := json.MarshalIndent(status, "", "  ")
+	if err == nil {
+		err = replace(filepath.Join(v.dir, statusName), b, false)
+	}
+	if err != nil {
+		v.log.Warn("write status", "err", err)
 	}
 }
 
@@ -213,23 +268,46 @@ func (v *instance) run(ctx context.Context) (deleted bool) {
 		if v.act(ctx) {
 			return true
 		}
-		var ended <-chan struct{}
-		if v.machine != nil {
-			ended = v.machine.Done()
-		}
-		var again <-chan time.Time
-		if at := v.view().Status.RetryAt; !at.IsZero() {
-			again = time.After(time.Until(at))
-		}
-		select {
-		case <-ctx.Done():
-		case <-v.wake:
-		case <-ended:
-		case <-again:
-			v.set(func(s *vm.Status) { s.RetryAt = time.Time{} })
-		}
+		v.save()
+		v.rest(ctx)
 	}
+	v.save()
 	return false
+}
+
+// rest waits until there is something to do.
+func (v *instance) rest(ctx context.Context) {
+	var ended <-chan struct{}
+	if v.machine != nil {
+		ended = v.machine.Done()
+	}
+	var again <-chan time.Time
+	if at := v.next(); !at.IsZero() {
+		timer := time.NewTimer(time.Until(at))
+		defer timer.Stop()
+		again = timer.C
+	}
+	select {
+	case <-ctx.Done():
+	case <-v.wake:
+	case <-ended:
+	case <-again:
+	}
+}
+
+// next is when the time for something comes, if nothing happens before: one that
+// runs steadily has no timer.
+func (v *instance) next() time.Time {
+	s := v.view().Status
+	switch {
+	case s.RetryAt.After(time.Now()):
+		return s.RetryAt
+	case v.machine != nil && !v.stopBy.IsZero():
+		return v.stopBy
+	case v.machine != nil && s.Retry > 0:
+		return s.StartedAt.Add(steady)
+	}
+	return time.Time{}
 }
 
 // letGo leaves the microVM to the next daemon.
@@ -250,16 +328,15 @@ func (v *instance) drop() {
 	v.mu.Lock()
 	v.machine = nil
 	v.mu.Unlock()
+	v.asked, v.pressed, v.stopBy = false, false, time.Time{}
 }
 
 // look finds out whether the hypervisor runs, and how it ended if it did.
 func (v *instance) look(ctx context.Context) {
-	if v.machine == nil && !v.looked {
-		v.looked = true
-		v.find(ctx)
-		return
-	}
 	if v.machine == nil {
+		if !v.looked {
+			v.find(ctx)
+		}
 		return
 	}
 	select {
@@ -267,58 +344,86 @@ func (v *instance) look(ctx context.Context) {
 		exit := v.machine.Exit()
 		v.drop()
 		v.ended(exit)
+		return
 	default:
+	}
+	if s := v.view().Status; s.Retry > 0 && time.Since(s.StartedAt) >= steady {
+		v.set(func(s *vm.Status) { s.Retry, s.Reason = 0, "" })
 	}
 }
 
-// find takes over what an earlier daemon has started.
+// find takes over what an earlier daemon has started. The drivers know, whatever
+// was noted here.
 func (v *instance) find(ctx context.Context) {
-	w := v.view()
+	var exit *vmm.Exit
 	for _, d := range v.host.c.Drivers {
-		if w.Status.Driver != d.Name() {
-			continue
-		}
-		m, err := d.Attach(ctx, w.Dir)
+		m, err := d.Attach(ctx, v.dir)
 		var ended *vmm.Ended
 		switch {
 		case err == nil:
-			v.log.Info("found running", "pid", m.PID())
-			v.running(m)
-			for _, n := range v.spec.Interfaces { // also of a daemon that guarded none
-				if err := v.guard(n); err != nil {
-					v.log.Error("guard interface", "err", err)
-				}
-			}
-			if err := v.host.logs.Add(v.dir); err != nil {
-				v.log.Error("bound logs", "err", err)
-			}
-			if err := v.serveMetadata(ctx); err != nil {
-				v.log.Error("serve metadata", "err", err)
-			}
-		case errors.As(err, &ended) && w.Status.Phase == vm.Running:
-			v.ended(ended.Exit)
+			v.looked = true
+			v.adopt(ctx, d, m)
+			return
+		case errors.As(err, &ended):
+			exit = &ended.Exit
 		case errdefs.IsNotFound(err):
-			if w.Status.Phase == vm.Running {
-				v.ended(vmm.Exit{Cause: vmm.Unknown, Detail: "it ended while the daemon was away", At: time.Now()})
-			}
+		case ctx.Err() != nil:
+			return
 		default:
 			v.log.Warn("look for an earlier hypervisor", "err", err)
-			v.looked = false
 			v.set(func(s *vm.Status) { s.Reason, s.RetryAt = err.Error(), time.Now().Add(firstDelay) })
+			return
 		}
+	}
+	v.looked = true
+	v.mu.Lock()
+	phase, heard, since := v.status.Phase, v.status.EndedAt, v.record.StartedAt
+	v.mu.Unlock()
+	switch {
+	case exit != nil && exit.At.After(heard) && exit.At.After(since):
+		v.ended(*exit)
+	case exit == nil && phase == vm.Running:
+		v.ended(vmm.Exit{Cause: vmm.Unknown, Detail: "it ended while the daemon was away", At: time.Now()})
+	}
+}
+
+// adopt takes over a hypervisor that runs.
+func (v *instance) adopt(ctx context.Context, d vmm.Driver, m vmm.Machine) {
+	v.log.Info("found running", "pid", m.PID())
+	if w := v.view(); w.Status.Driver == "" { // the status was lost
+		links, err := v.ensureLinks(v.spec)
+		if err != nil {
+			v.log.Error("find interfaces", "err", err)
+		}
+		v.set(func(s *vm.Status) {
+			s.Driver, s.Accelerator, s.Links = d.Name(), d.Facts().Accelerator, links
+		})
+	}
+	v.running(m)
+	for _, n := range v.spec.Interfaces { // also of a daemon that guarded none
+		if err := v.guard(n); err != nil {
+			v.log.Error("guard interface", "err", err)
+		}
+	}
+	if err := v.host.logs.Add(v.dir); err != nil {
+		v.log.Error("bound logs", "err", err)
+	}
+	if err := v.serveMetadata(ctx); err != nil {
+		v.log.Error("serve metadata", "err", err)
 	}
 }
 
 // ended decides what follows from a hypervisor's end.
 func (v *instance) ended(exit vmm.Exit) {
-	w := v.view()
-	policy := w.Spec.Restart
+	policy := v.spec.Restart
 	reason := string(exit.Cause)
 	if exit.Detail != "" {
 		reason += ": " + exit.Detail
 	}
-	stop := false
-	crashed := false
+	v.mu.Lock()
+	asked := v.record.Stopped || v.record.Deleting
+	v.mu.Unlock()
+	stop, crashed := false, false
 	switch exit.Cause {
 	case vmm.PowerOff:
 		stop = true
@@ -330,40 +435,39 @@ func (v *instance) ended(exit vmm.Exit) {
 		stop = policy == vm.RestartNever
 	}
 	v.log.Info("microVM ended", "cause", exit.Cause, "detail", exit.Detail)
-	if stop {
+	if stop && !asked {
 		// It is recorded, so that the next daemon does not start it either.
-		v.mu.Lock()
-		v.record.Stopped = true
-		if err := v.record.save(); err != nil {
+		err := v.change(func(r *record) error { r.Stopped = true; return nil })
+		if err != nil {
 			v.log.Error("record that it has stopped", "err", err)
 		}
-		v.mu.Unlock()
 	}
 	v.set(func(s *vm.Status) {
 		lived := exit.At.Sub(s.StartedAt)
-		s.Phase, s.Step, s.PID, s.EndedAt = vm.Pending, "", 0, exit.At
-		s.AgentReady, s.Addresses, s.Reason = false, nil, reason
-		if stop && !crashed {
-			s.Phase = vm.Stopped
-		}
-		if crashed {
+		s.Step, s.PID, s.EndedAt = "", 0, exit.At
+		s.AgentReady, s.Addresses, s.Reason, s.RetryAt = false, nil, reason, time.Time{}
+		if crashed && !asked {
 			s.LastCrashAt, s.LastCrashReason = exit.At, reason
-			if stop {
-				s.Phase = vm.Failed
+		}
+		switch {
+		case asked:
+			s.Phase, s.Reason = vm.Stopped, ""
+		case stop && crashed:
+			s.Phase = vm.Failed
+		case stop:
+			s.Phase = vm.Stopped
+		default:
+			s.Phase = vm.Pending
+			s.Restarts++
+			if lived >= steady {
+				s.Retry = 0
+			}
+			// One that reboots at once again and again costs as much as one that crashes.
+			if crashed || lived < steady {
+				s.Retry++
+				s.RetryAt = time.Now().Add(delay(s.Retry))
 			}
 		}
-		if stop {
-			return
-		}
-		s.Restarts++
-		if !crashed {
-			return
-		}
-		if lived > steady {
-			s.Retry = 0
-		}
-		s.Retry++
-		s.RetryAt = time.Now().Add(delay(s.Retry))
 	})
 }
 
@@ -381,58 +485,92 @@ func (v *instance) act(ctx context.Context) (deleted bool) {
 	v.mu.Lock()
 	want, status := v.record, v.status
 	v.mu.Unlock()
-	waiting := !status.RetryAt.IsZero() && time.Now().Before(status.RetryAt)
 	switch {
+	case !v.looked: // it may run: nothing is safe to do
+	case status.RetryAt.After(time.Now()):
 	case want.Deleting:
-		if waiting {
-			return false
-		}
 		if err := v.destroy(ctx); err != nil {
 			v.failed(fmt.Errorf("delete: %w", err))
 			return false
 		}
 		return true
 	case want.Stopped:
-		v.halt(ctx)
-	case v.machine == nil && !waiting && status.Phase != vm.Failed && v.looked:
+		v.halt(ctx, want)
+	case v.machine == nil && status.Phase != vm.Failed:
 		v.start(ctx)
 	}
 	return false
 }
 
-// start makes one try.
-func (v *instance) start(ctx context.Context) {
+// interruptible is a context that ends with ctx, or when somebody wants
+// something else.
+func (v *instance) interruptible(ctx context.Context) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancel(ctx)
 	v.mu.Lock()
-	if v.record.Stopped || v.record.Deleting {
-		v.mu.Unlock()
-		cancel()
-		return
-	}
+	defer v.mu.Unlock()
 	v.interrupt = cancel
-	v.mu.Unlock()
-	err := v.boot(ctx)
-	v.mu.Lock()
-	v.interrupt = nil
-	v.mu.Unlock()
-	interrupted := ctx.Err() != nil
-	cancel()
-	if err != nil && interrupted {
-		return // asked to: whoever asked has woken us
+	return ctx, func() {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		v.interrupt = nil
+		cancel()
 	}
-	if err != nil {
+}
+
+// start makes one try.
+func (v *instance) start(ctx context.Context) {
+	ctx, cancel := v.interruptible(ctx)
+	defer cancel()
+	v.mu.Lock()
+	wanted := !v.record.Stopped && !v.record.Deleting
+	v.mu.Unlock()
+	if !wanted {
+		return // who wants something else has woken us
+	}
+	if err := v.boot(ctx); err != nil && ctx.Err() == nil {
 		v.failed(err)
 	}
+}
+
+// mistake is an error of the spec or of an image, with which another try ends, too,
+// unless somebody mends the image: then tries is how many are made.
+type mistake struct {
+	error
+	tries int
+}
+
+func (m *mistake) Unwrap() error { return m.error }
+
+// mistaken finds the mistake in what failed for no reason but what was asked for.
+func mistaken(err error) error {
+	switch {
+	case errdefs.IsInvalidArgument(err):
+		return &mistake{err, 1}
+	case errdefs.IsNotFound(err):
+		return &mistake{err, hopeless}
+	}
+	return err
 }
 
 // failed notes why a try has failed, and when the next one is.
 func (v *instance) failed(err error) {
 	v.log.Error("microVM", "err", err)
+	var m *mistake
+	v.mu.Lock()
+	if errors.As(err, &m) {
+		v.mistakes++
+	} else {
+		v.mistakes = 0
+	}
+	final := m != nil && v.mistakes >= m.tries
+	v.mu.Unlock()
 	v.set(func(s *vm.Status) {
 		s.Retry++
-		s.Reason, s.Step, s.PID = err.Error(), "", 0
-		final := errdefs.IsInvalidArgument(err) || errdefs.IsNotFound(err) && s.Retry >= hopeless
-		if final && !v.record.Deleting {
+		s.Reason, s.Step = err.Error(), ""
+		if v.machine == nil {
+			s.PID = 0
+		}
+		if final {
 			s.Phase, s.RetryAt = vm.Failed, time.Time{}
 			return
 		}
@@ -447,59 +585,76 @@ func (v *instance) failed(err error) {
 	})
 }
 
-// halt stops the guest: by its agent, else by the power button, else by force. A
-// delete that comes meanwhile makes it force at once; a daemon that ends leaves
-// the rest to the next one.
-func (v *instance) halt(ctx context.Context) {
-	if v.machine != nil {
-		v.set(func(s *vm.Status) { s.Phase = vm.Stopping })
-		v.mu.Lock()
-		client := v.agent
-		stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), v.patience)
-		v.interrupt = cancel
-		if v.record.Deleting {
-			cancel()
-		}
-		v.mu.Unlock()
-		defer cancel()
-		if v.askAgent(stopping, client) {
-			select {
-			case <-v.machine.Done():
-			case <-stopping.Done():
-			case <-ctx.Done():
-				return
+// halt stops the guest: by its agent, else by the power button, and by force when
+// its time is over. It does not wait for the guest: a delete or another deadline
+// may come meanwhile, and a daemon that ends leaves the rest to the next one.
+func (v *instance) halt(ctx context.Context, want record) {
+	if v.machine == nil {
+		v.set(func(s *vm.Status) {
+			if s.Phase != vm.Stopped && s.Phase != vm.Failed {
+				s.Phase, s.Step, s.Reason, s.PID = vm.Stopped, "", "", 0
+				s.AgentReady, s.Addresses, s.RetryAt, s.EndedAt = false, nil, time.Time{}, time.Now()
 			}
-		}
-		err := v.machine.Stop(stopping)
-		v.mu.Lock()
-		v.interrupt = nil
-		v.mu.Unlock()
-		if err != nil {
-			v.failed(fmt.Errorf("stop: %w", err))
-			return
-		}
-		v.drop()
-	}
-	v.mu.Lock()
-	phase := v.status.Phase
-	v.mu.Unlock()
-	if phase == vm.Stopped || phase == vm.Failed {
+		})
 		return
 	}
-	v.set(func(s *vm.Status) {
-		s.Phase, s.Step, s.Reason, s.PID = vm.Stopped, "", "", 0
-		s.AgentReady, s.Addresses, s.RetryAt, s.EndedAt = false, nil, time.Time{}, time.Now()
-	})
+	v.set(func(s *vm.Status) { s.Phase = vm.Stopping })
+	if !want.StopBy.IsZero() {
+		v.stopBy = want.StopBy
+	} else if v.stopBy.IsZero() {
+		v.stopBy = time.Now().Add(defaultPatience)
+	}
+	if !time.Now().Before(v.stopBy) {
+		if err := v.machine.Kill(); err != nil {
+			v.failed(fmt.Errorf("stop: %w", err))
+		}
+		return
+	}
+	v.mu.Lock()
+	client, ready := v.agent, v.status.AgentReady
+	v.mu.Unlock()
+	ctx, cancel := v.interruptible(ctx)
+	defer cancel()
+	try := func(what string, do func(ctx context.Context) error) bool {
+		ctx, cancel := context.WithDeadline(ctx, earlier(v.stopBy, time.Now().Add(askTime)))
+		defer cancel()
+		err := do(ctx)
+		if err != nil {
+			v.log.Debug(what, "err", err)
+		}
+		return err == nil
+	}
+	switch {
+	case client != nil && ready && !v.asked: // also one that is heard of only now
+		v.asked = true
+		if try("ask the guest to shut down", func(ctx context.Context) error { return client.Shutdown(ctx, false) }) {
+			return
+		}
+	case v.asked || v.pressed:
+		return
+	}
+	v.pressed = true
+	try("press the power button", v.machine.Press)
 }
 
-// askAgent asks the guest to power off, and says whether it has agreed.
-func (v *instance) askAgent(ctx context.Context, client *agent.Client) bool {
-	if client == nil || ctx.Err() != nil || !v.view().Status.AgentReady {
-		return false
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
 	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	return client.Shutdown(ctx, false) == nil
+	return b
+}
+
+// measure notes what the hypervisor uses.
+func (v *instance) measure() {
+	v.mu.Lock()
+	m := v.machine
+	v.mu.Unlock()
+	if m == nil {
+		return
+	}
+	if _, err := m.Metrics(v.host.ctx); err != nil {
+		v.log.Debug("measure the hypervisor", "err", err)
+	}
 }
 
 // destroy removes all of the microVM, its record last, so that a killed daemon

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"ingot/internal/vm"
 )
@@ -20,6 +22,12 @@ type record struct {
 	User     int     `json:"user"`
 	Stopped  bool    `json:"stopped,omitempty"` // it should not run
 	Deleting bool    `json:"deleting,omitempty"`
+	// StopBy is when the guest's time to shut down is over, also for the daemon
+	// that comes after the one that was told.
+	StopBy time.Time `json:"stop_by,omitzero"`
+	// StartedAt is when it was last said that it should run again: an end before
+	// that is of an earlier life, and decides nothing.
+	StartedAt time.Time `json:"started_at,omitzero"`
 
 	Dir string `json:"-"`
 }
@@ -30,7 +38,10 @@ func (r *record) stop(stop bool) error {
 	if r.Deleting {
 		return fmt.Errorf("microvm %s is being deleted: %w", r.Spec.UID, errdefs.ErrFailedPrecondition)
 	}
-	r.Stopped = stop
+	if r.Stopped && !stop {
+		r.StartedAt = time.Now()
+	}
+	r.Stopped, r.StopBy = stop, time.Time{}
 	return nil
 }
 
@@ -40,25 +51,99 @@ const (
 	statusName   = "status.json"
 )
 
-func readRecord(path string) (record, error) {
-	var r record
+// Broken is a record that can't be read. Its microVM is left alone.
+type Broken struct {
+	Path string
+	Err  error
+}
+
+// readRecords reads what is in the state directory.
+func readRecords(root string) (good []record, broken []Broken, err error) {
+	paths, err := filepath.Glob(filepath.Join(root, "*", "*", "*", recordName))
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, path := range paths {
+		r, err := readRecord(root, path)
+		switch {
+		case errors.Is(err, os.ErrNotExist):
+		case err != nil:
+			broken = append(broken, Broken{path, err})
+		default:
+			good = append(good, r)
+		}
+	}
+	return good, broken, nil
+}
+
+// readRecord reads a record that is in its place.
+func readRecord(root, path string) (record, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
+		return record{}, err
+	}
+	r, err := decodeRecord(root, b)
+	if err == nil && r.Dir != filepath.Dir(path) {
+		err = fmt.Errorf("it is the record of %s", r.Dir)
+	}
+	return r, err
+}
+
+// decodeRecord reads a record, and finds its place.
+func decodeRecord(root string, b []byte) (record, error) {
+	var r record
+	if err := json.Unmarshal(b, &r); err != nil {
 		return r, err
 	}
-	if err := json.Unmarshal(b, &r); err != nil {
-		return r, fmt.Errorf("read %s: %w", path, err)
-	}
 	if r.Format != recordFormat {
-		return r, fmt.Errorf("read %s: format %d is not known to this version", path, r.Format)
+		return r, fmt.Errorf("format %d is not known to this version", r.Format)
 	}
-	r.Dir = filepath.Dir(path)
+	if err := validPlace(r.Spec); err != nil {
+		return r, err
+	}
+	r.Dir = place(root, r.Spec)
 	return r, nil
 }
 
-// save puts the record on disk: the file, its name, and the names of the
-// directories above that were made for it.
+// validPlace returns the mistakes in what a place is made of. A record may be older
+// than some other rule, and its microVM is kept all the same.
+func validPlace(s vm.Spec) error {
+	if s.UID == "" {
+		return &vm.FieldError{Field: "uid", Problem: "is required"}
+	}
+	var mistakes []error
+	if all, ok := s.Validate().(interface{ Unwrap() []error }); ok {
+		for _, err := range all.Unwrap() {
+			var m *vm.FieldError
+			if errors.As(err, &m) && (m.Field == "uid" || m.Field == "id" || m.Field == "namespace") {
+				mistakes = append(mistakes, err)
+			}
+		}
+	}
+	return errors.Join(mistakes...)
+}
+
+func place(root string, s vm.Spec) string { return filepath.Join(root, s.Namespace, s.Name, s.UID) }
+
+// save puts a record on disk in place of an older one.
 func (r record) save() error {
+	b, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return err
+	}
+	err = replace(filepath.Join(r.Dir, recordName), b, true)
+	if errors.Is(err, os.ErrNotExist) {
+		return r.create() // somebody has removed it all
+	}
+	if err != nil {
+		return err
+	}
+	return syncFile(r.Dir)
+}
+
+// create puts a new record on disk: the file, its name, and the names of the
+// directories above that were made for it.
+func (r record) create() error {
 	b, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
 		return err
@@ -78,15 +163,40 @@ func (r record) write(b []byte) error {
 	if err != nil {
 		return err
 	}
-	if err := replace(filepath.Join(r.Dir, recordName), b, true); err != nil {
+	path := filepath.Join(r.Dir, recordName)
+	ordered, err := ordered(r.Dir)
+	if err != nil {
+		return err
+	}
+	if ordered {
+		// Nobody was told of it yet, so it may have its name before it is on disk;
+		// then one sync is for all (docs/decisions/007-one-sync.md).
+		return errors.Join(replace(path, b, false), syncFile(path))
+	}
+	if err := replace(path, b, true); err != nil {
 		return err
 	}
 	for _, dir := range append(made, r.Dir) {
-		if err := syncDir(dir); err != nil {
+		if err := syncFile(dir); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// ordered says whether a file system brings metadata to disk in the order of the
+// changes, so that a sync of a file that was just renamed does so for its name and
+// for the directories above, too.
+func ordered(dir string) (bool, error) {
+	var s unix.Statfs_t
+	if err := unix.Statfs(dir, &s); err != nil {
+		return false, &os.PathError{Op: "statfs", Path: dir, Err: err}
+	}
+	switch s.Type {
+	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC:
+		return true, nil
+	}
+	return false, nil
 }
 
 // makeDirs makes a directory and returns those above it that got a new name.
@@ -134,11 +244,21 @@ func removeEmpty(name string) {
 }
 
 // sweepFiles removes what a daemon that was killed in the middle of writing has
-// left: files that were to replace others, and empty directories.
+// left: files that were to replace others, and empty directories. So is an empty
+// record: a power failure left it of a create that nobody was told of.
 func sweepFiles(root string) error {
 	torn, err := filepath.Glob(filepath.Join(root, "*", "*", "*", tornPrefix+"*"))
 	if err != nil {
 		return err
+	}
+	records, err := filepath.Glob(filepath.Join(root, "*", "*", "*", recordName))
+	if err != nil {
+		return err
+	}
+	for _, path := range records {
+		if info, err := os.Lstat(path); err == nil && info.Mode().IsRegular() && info.Size() == 0 {
+			torn = append(torn, path)
+		}
 	}
 	for _, path := range torn {
 		if err := os.Remove(path); err != nil {
@@ -166,23 +286,27 @@ func replace(path string, data []byte, sync bool) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name())
 	_, err = f.Write(data)
 	if err == nil && sync {
 		err = f.Sync()
 	}
-	if err := errors.Join(err, f.Close()); err != nil {
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		os.Remove(f.Name())
 		return fmt.Errorf("write %s: %w", path, err)
 	}
-	return os.Rename(f.Name(), path)
+	return nil
 }
 
-func syncDir(path string) error {
-	d, err := os.Open(path)
+// syncFile puts a file or a directory on disk.
+func syncFile(path string) error {
+	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
-	return errors.Join(d.Sync(), d.Close())
+	return errors.Join(f.Sync(), f.Close())
 }
 
 // readStatus reads what was, as far as it is still there.

@@ -20,20 +20,20 @@ func (h *Host) Resize(uid, id string, size vm.MiB) (View, error) {
 	if err != nil {
 		return View{}, err
 	}
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if err := v.resize(id, size); err != nil {
+	if err := v.change(func(r *record) error { return v.resize(r, id, size) }); err != nil {
 		return View{}, fmt.Errorf("resize a volume of %s: %w", v.spec.Name, err)
 	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.tell()
 	return v.viewLocked(), nil
 }
 
-// resize records the size; Prepare does the rest. The caller holds v.mu.
-func (v *instance) resize(id string, size vm.MiB) error {
-	if v.gone || v.record.Deleting {
+// resize changes the size in a record; Prepare does the rest.
+func (v *instance) resize(next *record, id string, size vm.MiB) error {
+	if next.Deleting {
 		return fmt.Errorf("it is being deleted: %w", errdefs.ErrFailedPrecondition)
 	}
-	next := v.record
 	next.Spec.Volumes = slices.Clone(next.Spec.Volumes)
 	volume := &next.Spec.Root
 	if at := slices.IndexFunc(next.Spec.Volumes, func(o vm.Volume) bool { return o.ID == id }); at >= 0 {
@@ -59,21 +59,13 @@ func (v *instance) resize(id string, size vm.MiB) error {
 	if err := next.Spec.Validate(); err != nil {
 		return err
 	}
-	if err := v.host.roomFor(size - has); err != nil {
-		return err
-	}
-	if err := next.save(); err != nil {
-		return fmt.Errorf("record it: %w", err)
-	}
-	v.record = next
-	v.tell()
-	return nil
+	return v.host.roomFor(size - has)
 }
 
 // sizeOf is how large a volume is, or will be. One that could not grow later, and
 // so would keep its microVM from starting, is an error.
 func (v *instance) sizeOf(volume vm.Volume) (vm.MiB, error) {
-	f, err := os.Open(v.status.Volumes[volume.ID])
+	f, err := os.Open(v.view().Status.Volumes[volume.ID])
 	if errors.Is(err, os.ErrNotExist) {
 		return volume.Size, nil // it is not made yet
 	}

@@ -31,8 +31,8 @@ func readCredentials(file string) (credentials, error) {
 		return nil, fmt.Errorf("read the registries' credentials: %w", err)
 	}
 	known, err := parseCredentials(text)
-	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", file, err)
+	if err != nil { // the host's mistake, whatever image was asked for
+		return nil, fmt.Errorf("read %s: %v: %w", file, err, errdefs.ErrFailedPrecondition)
 	}
 	return known, nil
 }

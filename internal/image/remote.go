@@ -42,7 +42,7 @@ func (s *Store) transport() (*http.Transport, error) {
 			return nil, fmt.Errorf("read the registry's CA: %w", err)
 		}
 		if !roots.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("read the registry's CA: no certificate in %s: %w", s.c.CAFile, errdefs.ErrInvalidArgument)
+			return nil, fmt.Errorf("read the registry's CA: no certificate in %s: %w", s.c.CAFile, errdefs.ErrFailedPrecondition)
 		}
 	}
 	dialer := &net.Dialer{Timeout: connectTimeout}

@@ -38,9 +38,11 @@ type Driver interface {
 	// when ctx ends before Start returns, nothing is left behind.
 	Start(ctx context.Context, c Config) (Machine, error)
 	// Attach finds the microVM that was started in dir, by this process or an
-	// earlier one. errdefs.ErrNotFound means that none runs there; if one has
-	// ended, watched or not, the error is an *Ended that says how. A Machine that
-	// this process has of it must be closed before: a hypervisor listens to one.
+	// earlier one, also one whose hypervisor does not answer. errdefs.ErrNotFound means
+	// that none runs there; if one has ended, watched or not, the error is an *Ended
+	// that says how. What runs there and was lost, with its files, is ended: it is known
+	// by its uid, if dir is named after that. A Machine that this process has of it
+	// must be closed before: a hypervisor listens to one.
 	Attach(ctx context.Context, dir string) (Machine, error)
 }
 
@@ -110,7 +112,7 @@ const (
 	PowerOff Cause = "power-off" // the guest switched itself off
 	Reboot   Cause = "reboot"    // the guest asked for a restart; the hypervisor has ended
 	Panic    Cause = "panic"     // the guest's kernel gave up
-	Stopped  Cause = "stopped"   // Stop or Kill, by us
+	Stopped  Cause = "stopped"   // Press or Kill, by us
 	Killed   Cause = "killed"    // a signal that was not ours
 	Error    Cause = "error"     // the hypervisor failed
 	Unknown  Cause = "unknown"   // it ended while nobody watched, and left no word
@@ -140,12 +142,13 @@ type Ended struct{ Exit Exit }
 type Machine interface {
 	// PID is the hypervisor's process id.
 	PID() int
+	// Started is when it was started.
+	Started() time.Time
 	// State asks the hypervisor.
 	State(ctx context.Context) (State, error)
-	// Stop presses the guest's power button, waits until ctx ends, then kills. It
-	// returns when the process is gone. Stopping what has stopped is no error.
-	// (The host asks the guest's agent first, which needs no button driver.)
-	Stop(ctx context.Context) error
+	// Press presses the guest's power button, which not every guest feels, and
+	// waits for nothing. (The host asks the guest's agent first.)
+	Press(ctx context.Context) error
 	// Kill ends the hypervisor at once and returns when it is gone.
 	Kill() error
 	// Done is closed when the hypervisor has ended, at once and without polling.

@@ -32,12 +32,18 @@ func (m *machine) run() {
 		Reaper: agent.NewReaper(),
 		Info:   func() agent.Info { return agent.Info{Hostname: "hollow"} },
 		Shutdown: func(reboot bool) error {
+			if m.deaf {
+				return nil
+			}
 			// The host hears that the guest agrees before it is gone.
 			time.AfterFunc(5*time.Millisecond, func() { m.end(map[bool]string{false: "guest-shutdown", true: "guest-reset"}[reboot]) })
 			return nil
 		},
 	})
 	time.Sleep(m.delay)
+	if m.reboot > 0 {
+		time.AfterFunc(m.reboot, func() { m.end("guest-reset") })
+	}
 	m.agentServer.Notify(agent.Event{Kind: agent.Ready})
 	m.print("guest ready")
 	var all sync.WaitGroup
@@ -94,7 +100,9 @@ func (m *machine) monitor(conn net.Conn) {
 		fmt.Fprintf(conn, "{%s, \"id\": %s}\n", result, c.ID)
 		switch c.Execute {
 		case "system_powerdown":
-			m.end("guest-shutdown")
+			if !m.deaf {
+				m.end("guest-shutdown")
+			}
 		case "quit":
 			m.end("host-qmp-quit")
 		}

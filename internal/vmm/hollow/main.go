@@ -35,7 +35,9 @@ type options struct {
 	qmp, console, agent int      // listening sockets; 0: none
 	log                 *os.File // what the console shows
 	echo                bool
+	deaf                bool          // the guest does not shut down when it is asked to
 	delay               time.Duration // until the monitor answers
+	reboot              time.Duration // after which the guest restarts; 0: it does not
 	disks, nics         []string      // serial numbers, MAC addresses
 }
 
@@ -73,10 +75,15 @@ func (m *machine) option(name, value string) error {
 			if word == "hollow.agent=echo" {
 				m.echo = true
 			}
-			if d, ok := strings.CutPrefix(word, "hollow.delay="); ok {
-				var err error
-				if m.delay, err = time.ParseDuration(d); err != nil {
-					return err
+			if word == "hollow.deaf=1" {
+				m.deaf = true
+			}
+			for name, d := range map[string]*time.Duration{"hollow.delay": &m.delay, "hollow.reboot": &m.reboot} {
+				if text, ok := strings.CutPrefix(word, name+"="); ok {
+					var err error
+					if *d, err = time.ParseDuration(text); err != nil {
+						return err
+					}
 				}
 			}
 		}

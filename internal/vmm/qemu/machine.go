@@ -79,6 +79,7 @@ func (m *machine) tell(ctx context.Context, command string) error {
 }
 
 func (m *machine) PID() int              { return m.r.PID }
+func (m *machine) Started() time.Time    { return m.r.StartedAt }
 func (m *machine) Done() <-chan struct{} { return m.done }
 func (m *machine) Exit() vmm.Exit        { return m.exit }
 
@@ -119,23 +120,15 @@ func (m *machine) gone() bool {
 func (m *machine) Pause(ctx context.Context) error  { return m.tell(ctx, "stop") }
 func (m *machine) Resume(ctx context.Context) error { return m.tell(ctx, "cont") }
 
-// Stop presses the power button, and kills when ctx ends.
-func (m *machine) Stop(ctx context.Context) error {
+// Press presses the power button, which a paused guest does not feel.
+func (m *machine) Press(ctx context.Context) error {
 	m.claim()
-	// A paused guest does not feel the button. Errors mean that QEMU is ending,
-	// or will be killed.
-	_ = m.ask(ctx, func(q *monitor) error {
+	return m.ask(ctx, func(q *monitor) error {
 		if err := q.call(ctx, "cont", nil, nil); err != nil {
 			return err
 		}
 		return q.call(ctx, "system_powerdown", nil, nil)
 	})
-	select {
-	case <-m.done:
-		return nil
-	case <-ctx.Done():
-		return m.Kill()
-	}
 }
 
 // Kill ends QEMU at once. What the guest has written to its disks is with the

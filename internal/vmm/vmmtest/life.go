@@ -1,7 +1,6 @@
 package vmmtest
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -72,8 +71,8 @@ func (s suite) life(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer again.Close()
-	if again.PID() != m.PID() {
-		t.Errorf("attached to process %d, want %d", again.PID(), m.PID())
+	if again.PID() != m.PID() || !again.Started().Equal(m.Started()) || again.Started().IsZero() {
+		t.Errorf("attached to process %d of %v, want %d of %v", again.PID(), again.Started(), m.PID(), m.Started())
 	}
 	con = open(t, again, dir)
 	con.tell(t, "echo two")
@@ -172,10 +171,11 @@ func expectState(t *testing.T, m vmm.Machine, want vmm.State) {
 func (s suite) stopTwice(t *testing.T, m vmm.Machine, dir string) {
 	t.Helper()
 	began := time.Now()
-	for range 2 {
-		if err := m.Stop(within(t)); err != nil {
+	for i := range 2 {
+		if err := m.Press(within(t)); err != nil && i == 0 {
 			t.Error(err)
 		}
+		awaitEnd(t, m)
 	}
 	t.Logf("stopped in %v", time.Since(began).Round(time.Millisecond))
 	if exit := awaitEnd(t, m); exit.Cause != vmm.Stopped {
@@ -198,11 +198,4 @@ func (s suite) expectEnded(t testing.TB, dir string, want vmm.Cause) {
 			t.Errorf("attach to what has ended: %v, want %s", err, want)
 		}
 	}
-}
-
-// stopNow is a stop without time for the guest.
-func stopNow(m vmm.Machine) error {
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	return m.Stop(ctx)
 }

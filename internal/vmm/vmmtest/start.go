@@ -90,7 +90,7 @@ func (s suite) cancelledStart(t *testing.T) {
 		cancel()
 		if err == nil {
 			// It was done before. It lives on after ctx.
-			if err := stopNow(m); err != nil {
+			if err := m.Kill(); err != nil {
 				t.Error(err)
 			}
 			m.Close()
@@ -128,7 +128,7 @@ func (s suite) several(t *testing.T) {
 		}
 		pids[r.m.PID()] = true
 		defer r.m.Close()
-		defer stopNow(r.m)
+		defer r.m.Kill()
 		expectState(t, r.m, vmm.Running)
 	}
 	if len(pids) != count {
