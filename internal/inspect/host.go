@@ -46,6 +46,7 @@ func (s *survey) hostStep(h *hostSurvey) step {
 				}},
 			}},
 			{name: "pool", check: func(context.Context) finding { return checkPool(facts().GetPool()) }},
+			{name: "records", check: func(context.Context) finding { return checkRecords(facts()) }},
 			{name: "driver", check: func(context.Context) finding { return checkDriver(facts()) }},
 			{name: "interfaces", check: func(context.Context) finding { return h.checkInterfaces() }},
 			{name: "microVMs", check: func(context.Context) finding { return h.checkList() }, more: func() []step { return s.vmSteps(h) }},
@@ -113,6 +114,20 @@ func checkPool(p *v1.PoolFacts) finding {
 		return warn("nearly full: " + p.GetLow() + ": " + detail)
 	}
 	return pass(detail, notes...)
+}
+
+// checkRecords says which microVMs the host knows of and can't keep.
+func checkRecords(f *v1.HostFacts) finding {
+	broken := f.GetBrokenRecords()
+	if len(broken) == 0 {
+		return pass("all can be read")
+	}
+	var all []string
+	for _, b := range broken {
+		all = append(all, fmt.Sprintf("%s: %s", b.GetPath(), b.GetError()))
+	}
+	return fail("left as they are: " + strings.Join(all, "; ") +
+		". Mend the file, or remove it to have it made anew from containerd's copy; then restart flintlockd")
 }
 
 // checkDriver passes without KVM: a host that emulates is slower, not ill.

@@ -118,6 +118,9 @@ func TestFindings(t *testing.T) {
 			[]string{"warn: host-0 > pool: nearly full: 900 MiB are left: loop at /var/lib/containerd/pool, 10 % of 10.0 GiB in use"}},
 		{"the pool copies", func(w *world) { w.hosts[0].facts.Pool.Reflink = false },
 			[]string{"fail: host-0 > pool: cannot share blocks: loop at /var/lib/containerd/pool, 10 % of 10.0 GiB in use"}},
+		{"a broken record", func(w *world) {
+			w.hosts[0].facts.BrokenRecords = []*v1.RecordFacts{{Path: "/s/vm/a/b/c/vm.json", Error: "unexpected end"}}
+		}, []string{"fail: host-0 > records: left as they are: /s/vm/a/b/c/vm.json: unexpected end. Mend the file, or remove it to have it made anew from containerd's copy; then restart flintlockd"}},
 		{"no driver", func(w *world) {
 			w.hosts[0].facts.Drivers[0].Available, w.hosts[0].facts.Drivers[0].Reason = false, "there is no qemu-system-x86_64"
 		}, []string{"fail: host-0 > driver: no driver can be used: qemu: there is no qemu-system-x86_64"}},

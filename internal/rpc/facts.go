@@ -55,6 +55,9 @@ func (s *hostService) Facts(ctx context.Context, _ *emptypb.Empty) (*ingotv1.Hos
 	if d, err := s.Host.DefaultDriver(); err == nil {
 		f.DefaultDriver = d
 	}
+	for _, b := range s.Host.Broken() {
+		f.BrokenRecords = append(f.BrokenRecords, &ingotv1.RecordFacts{Path: b.Path, Error: b.Err.Error()})
+	}
 	f.Containerd = s.containerd(ctx)
 	f.Pool = poolFacts(s.Pool)
 	var err error

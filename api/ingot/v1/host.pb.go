@@ -1449,6 +1449,7 @@ type HostFacts struct {
 	GrpcEndpoint         string                 `protobuf:"bytes,19,opt,name=grpc_endpoint,json=grpcEndpoint,proto3" json:"grpc_endpoint,omitempty"`
 	Kernel               string                 `protobuf:"bytes,20,opt,name=kernel,proto3" json:"kernel,omitempty"`                     // uname -r
 	BootTime             *timestamppb.Timestamp `protobuf:"bytes,21,opt,name=boot_time,json=bootTime,proto3" json:"boot_time,omitempty"` // of the machine
+	BrokenRecords        []*RecordFacts         `protobuf:"bytes,22,rep,name=broken_records,json=brokenRecords,proto3" json:"broken_records,omitempty"`
 	unknownFields        protoimpl.UnknownFields
 	sizeCache            protoimpl.SizeCache
 }
@@ -1630,6 +1631,67 @@ func (x *HostFacts) GetBootTime() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *HostFacts) GetBrokenRecords() []*RecordFacts {
+	if x != nil {
+		return x.BrokenRecords
+	}
+	return nil
+}
+
+// RecordFacts is the record of a microVM that could not be read when the daemon
+// started: the microVM is left as it is.
+type RecordFacts struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Error         string                 `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RecordFacts) Reset() {
+	*x = RecordFacts{}
+	mi := &file_ingot_v1_host_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RecordFacts) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RecordFacts) ProtoMessage() {}
+
+func (x *RecordFacts) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RecordFacts.ProtoReflect.Descriptor instead.
+func (*RecordFacts) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *RecordFacts) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *RecordFacts) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 type DriverFacts struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1643,7 +1705,7 @@ type DriverFacts struct {
 
 func (x *DriverFacts) Reset() {
 	*x = DriverFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[24]
+	mi := &file_ingot_v1_host_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1655,7 +1717,7 @@ func (x *DriverFacts) String() string {
 func (*DriverFacts) ProtoMessage() {}
 
 func (x *DriverFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[24]
+	mi := &file_ingot_v1_host_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1668,7 +1730,7 @@ func (x *DriverFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DriverFacts.ProtoReflect.Descriptor instead.
 func (*DriverFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{24}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DriverFacts) GetName() string {
@@ -1727,7 +1789,7 @@ type ContainerdFacts struct {
 
 func (x *ContainerdFacts) Reset() {
 	*x = ContainerdFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[25]
+	mi := &file_ingot_v1_host_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1739,7 +1801,7 @@ func (x *ContainerdFacts) String() string {
 func (*ContainerdFacts) ProtoMessage() {}
 
 func (x *ContainerdFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[25]
+	mi := &file_ingot_v1_host_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1752,7 +1814,7 @@ func (x *ContainerdFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerdFacts.ProtoReflect.Descriptor instead.
 func (*ContainerdFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{25}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ContainerdFacts) GetSocket() string {
@@ -1862,7 +1924,7 @@ type PoolFacts struct {
 
 func (x *PoolFacts) Reset() {
 	*x = PoolFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[26]
+	mi := &file_ingot_v1_host_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1874,7 +1936,7 @@ func (x *PoolFacts) String() string {
 func (*PoolFacts) ProtoMessage() {}
 
 func (x *PoolFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[26]
+	mi := &file_ingot_v1_host_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1887,7 +1949,7 @@ func (x *PoolFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolFacts.ProtoReflect.Descriptor instead.
 func (*PoolFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{26}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PoolFacts) GetPath() string {
@@ -1962,7 +2024,7 @@ type InterfaceFacts struct {
 
 func (x *InterfaceFacts) Reset() {
 	*x = InterfaceFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[27]
+	mi := &file_ingot_v1_host_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1974,7 +2036,7 @@ func (x *InterfaceFacts) String() string {
 func (*InterfaceFacts) ProtoMessage() {}
 
 func (x *InterfaceFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[27]
+	mi := &file_ingot_v1_host_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1987,7 +2049,7 @@ func (x *InterfaceFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InterfaceFacts.ProtoReflect.Descriptor instead.
 func (*InterfaceFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{27}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *InterfaceFacts) GetName() string {
@@ -2141,7 +2203,7 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\x14RemoveImagesResponse\x12+\n" +
 	"\x06images\x18\x01 \x03(\v2\x13.ingot.v1.HeldImageR\x06images\x12\x1f\n" +
 	"\vfreed_bytes\x18\x02 \x01(\x03R\n" +
-	"freedBytes\"\xdd\x06\n" +
+	"freedBytes\"\x9b\a\n" +
 	"\tHostFacts\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x121\n" +
@@ -2169,7 +2231,11 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\tstate_dir\x18\x12 \x01(\tR\bstateDir\x12#\n" +
 	"\rgrpc_endpoint\x18\x13 \x01(\tR\fgrpcEndpoint\x12\x16\n" +
 	"\x06kernel\x18\x14 \x01(\tR\x06kernel\x127\n" +
-	"\tboot_time\x18\x15 \x01(\v2\x1a.google.protobuf.TimestampR\bbootTime\"\x93\x01\n" +
+	"\tboot_time\x18\x15 \x01(\v2\x1a.google.protobuf.TimestampR\bbootTime\x12<\n" +
+	"\x0ebroken_records\x18\x16 \x03(\v2\x15.ingot.v1.RecordFactsR\rbrokenRecords\"7\n" +
+	"\vRecordFacts\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\"\x93\x01\n" +
 	"\vDriverFacts\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tavailable\x18\x02 \x01(\bR\tavailable\x12\x18\n" +
@@ -2238,7 +2304,7 @@ func file_ingot_v1_host_proto_rawDescGZIP() []byte {
 	return file_ingot_v1_host_proto_rawDescData
 }
 
-var file_ingot_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_ingot_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_ingot_v1_host_proto_goTypes = []any{
 	(*StartRequest)(nil),          // 0: ingot.v1.StartRequest
 	(*StartResponse)(nil),         // 1: ingot.v1.StartResponse
@@ -2264,63 +2330,65 @@ var file_ingot_v1_host_proto_goTypes = []any{
 	(*RemoveImagesRequest)(nil),   // 21: ingot.v1.RemoveImagesRequest
 	(*RemoveImagesResponse)(nil),  // 22: ingot.v1.RemoveImagesResponse
 	(*HostFacts)(nil),             // 23: ingot.v1.HostFacts
-	(*DriverFacts)(nil),           // 24: ingot.v1.DriverFacts
-	(*ContainerdFacts)(nil),       // 25: ingot.v1.ContainerdFacts
-	(*PoolFacts)(nil),             // 26: ingot.v1.PoolFacts
-	(*InterfaceFacts)(nil),        // 27: ingot.v1.InterfaceFacts
-	nil,                           // 28: ingot.v1.ExecStart.EnvEntry
-	(*types.MicroVM)(nil),         // 29: flintlock.types.MicroVM
-	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 31: google.protobuf.Timestamp
-	(*emptypb.Empty)(nil),         // 32: google.protobuf.Empty
+	(*RecordFacts)(nil),           // 24: ingot.v1.RecordFacts
+	(*DriverFacts)(nil),           // 25: ingot.v1.DriverFacts
+	(*ContainerdFacts)(nil),       // 26: ingot.v1.ContainerdFacts
+	(*PoolFacts)(nil),             // 27: ingot.v1.PoolFacts
+	(*InterfaceFacts)(nil),        // 28: ingot.v1.InterfaceFacts
+	nil,                           // 29: ingot.v1.ExecStart.EnvEntry
+	(*types.MicroVM)(nil),         // 30: flintlock.types.MicroVM
+	(*durationpb.Duration)(nil),   // 31: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 32: google.protobuf.Timestamp
+	(*emptypb.Empty)(nil),         // 33: google.protobuf.Empty
 }
 var file_ingot_v1_host_proto_depIdxs = []int32{
-	29, // 0: ingot.v1.StartResponse.microvm:type_name -> flintlock.types.MicroVM
-	30, // 1: ingot.v1.StopRequest.timeout:type_name -> google.protobuf.Duration
-	29, // 2: ingot.v1.StopResponse.microvm:type_name -> flintlock.types.MicroVM
-	29, // 3: ingot.v1.ResizeResponse.microvm:type_name -> flintlock.types.MicroVM
-	29, // 4: ingot.v1.WatchResponse.microvm:type_name -> flintlock.types.MicroVM
+	30, // 0: ingot.v1.StartResponse.microvm:type_name -> flintlock.types.MicroVM
+	31, // 1: ingot.v1.StopRequest.timeout:type_name -> google.protobuf.Duration
+	30, // 2: ingot.v1.StopResponse.microvm:type_name -> flintlock.types.MicroVM
+	30, // 3: ingot.v1.ResizeResponse.microvm:type_name -> flintlock.types.MicroVM
+	30, // 4: ingot.v1.WatchResponse.microvm:type_name -> flintlock.types.MicroVM
 	13, // 5: ingot.v1.ExecRequest.start:type_name -> ingot.v1.ExecStart
 	14, // 6: ingot.v1.ExecRequest.resize:type_name -> ingot.v1.WindowSize
-	28, // 7: ingot.v1.ExecStart.env:type_name -> ingot.v1.ExecStart.EnvEntry
+	29, // 7: ingot.v1.ExecStart.env:type_name -> ingot.v1.ExecStart.EnvEntry
 	14, // 8: ingot.v1.ExecStart.size:type_name -> ingot.v1.WindowSize
 	20, // 9: ingot.v1.ListImagesResponse.images:type_name -> ingot.v1.HeldImage
-	31, // 10: ingot.v1.HeldImage.used_at:type_name -> google.protobuf.Timestamp
-	30, // 11: ingot.v1.RemoveImagesRequest.unused_for:type_name -> google.protobuf.Duration
+	32, // 10: ingot.v1.HeldImage.used_at:type_name -> google.protobuf.Timestamp
+	31, // 11: ingot.v1.RemoveImagesRequest.unused_for:type_name -> google.protobuf.Duration
 	20, // 12: ingot.v1.RemoveImagesResponse.images:type_name -> ingot.v1.HeldImage
-	30, // 13: ingot.v1.HostFacts.uptime:type_name -> google.protobuf.Duration
-	24, // 14: ingot.v1.HostFacts.drivers:type_name -> ingot.v1.DriverFacts
-	25, // 15: ingot.v1.HostFacts.containerd:type_name -> ingot.v1.ContainerdFacts
-	26, // 16: ingot.v1.HostFacts.pool:type_name -> ingot.v1.PoolFacts
-	27, // 17: ingot.v1.HostFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
-	31, // 18: ingot.v1.HostFacts.boot_time:type_name -> google.protobuf.Timestamp
-	0,  // 19: ingot.v1.Host.Start:input_type -> ingot.v1.StartRequest
-	2,  // 20: ingot.v1.Host.Stop:input_type -> ingot.v1.StopRequest
-	4,  // 21: ingot.v1.Host.Resize:input_type -> ingot.v1.ResizeRequest
-	6,  // 22: ingot.v1.Host.Watch:input_type -> ingot.v1.WatchRequest
-	8,  // 23: ingot.v1.Host.Logs:input_type -> ingot.v1.LogsRequest
-	10, // 24: ingot.v1.Host.Console:input_type -> ingot.v1.ConsoleRequest
-	12, // 25: ingot.v1.Host.Exec:input_type -> ingot.v1.ExecRequest
-	32, // 26: ingot.v1.Host.Facts:input_type -> google.protobuf.Empty
-	16, // 27: ingot.v1.Host.Pull:input_type -> ingot.v1.PullRequest
-	18, // 28: ingot.v1.Host.ListImages:input_type -> ingot.v1.ListImagesRequest
-	21, // 29: ingot.v1.Host.RemoveImages:input_type -> ingot.v1.RemoveImagesRequest
-	1,  // 30: ingot.v1.Host.Start:output_type -> ingot.v1.StartResponse
-	3,  // 31: ingot.v1.Host.Stop:output_type -> ingot.v1.StopResponse
-	5,  // 32: ingot.v1.Host.Resize:output_type -> ingot.v1.ResizeResponse
-	7,  // 33: ingot.v1.Host.Watch:output_type -> ingot.v1.WatchResponse
-	9,  // 34: ingot.v1.Host.Logs:output_type -> ingot.v1.LogsResponse
-	11, // 35: ingot.v1.Host.Console:output_type -> ingot.v1.ConsoleResponse
-	15, // 36: ingot.v1.Host.Exec:output_type -> ingot.v1.ExecResponse
-	23, // 37: ingot.v1.Host.Facts:output_type -> ingot.v1.HostFacts
-	17, // 38: ingot.v1.Host.Pull:output_type -> ingot.v1.PullResponse
-	19, // 39: ingot.v1.Host.ListImages:output_type -> ingot.v1.ListImagesResponse
-	22, // 40: ingot.v1.Host.RemoveImages:output_type -> ingot.v1.RemoveImagesResponse
-	30, // [30:41] is the sub-list for method output_type
-	19, // [19:30] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	31, // 13: ingot.v1.HostFacts.uptime:type_name -> google.protobuf.Duration
+	25, // 14: ingot.v1.HostFacts.drivers:type_name -> ingot.v1.DriverFacts
+	26, // 15: ingot.v1.HostFacts.containerd:type_name -> ingot.v1.ContainerdFacts
+	27, // 16: ingot.v1.HostFacts.pool:type_name -> ingot.v1.PoolFacts
+	28, // 17: ingot.v1.HostFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
+	32, // 18: ingot.v1.HostFacts.boot_time:type_name -> google.protobuf.Timestamp
+	24, // 19: ingot.v1.HostFacts.broken_records:type_name -> ingot.v1.RecordFacts
+	0,  // 20: ingot.v1.Host.Start:input_type -> ingot.v1.StartRequest
+	2,  // 21: ingot.v1.Host.Stop:input_type -> ingot.v1.StopRequest
+	4,  // 22: ingot.v1.Host.Resize:input_type -> ingot.v1.ResizeRequest
+	6,  // 23: ingot.v1.Host.Watch:input_type -> ingot.v1.WatchRequest
+	8,  // 24: ingot.v1.Host.Logs:input_type -> ingot.v1.LogsRequest
+	10, // 25: ingot.v1.Host.Console:input_type -> ingot.v1.ConsoleRequest
+	12, // 26: ingot.v1.Host.Exec:input_type -> ingot.v1.ExecRequest
+	33, // 27: ingot.v1.Host.Facts:input_type -> google.protobuf.Empty
+	16, // 28: ingot.v1.Host.Pull:input_type -> ingot.v1.PullRequest
+	18, // 29: ingot.v1.Host.ListImages:input_type -> ingot.v1.ListImagesRequest
+	21, // 30: ingot.v1.Host.RemoveImages:input_type -> ingot.v1.RemoveImagesRequest
+	1,  // 31: ingot.v1.Host.Start:output_type -> ingot.v1.StartResponse
+	3,  // 32: ingot.v1.Host.Stop:output_type -> ingot.v1.StopResponse
+	5,  // 33: ingot.v1.Host.Resize:output_type -> ingot.v1.ResizeResponse
+	7,  // 34: ingot.v1.Host.Watch:output_type -> ingot.v1.WatchResponse
+	9,  // 35: ingot.v1.Host.Logs:output_type -> ingot.v1.LogsResponse
+	11, // 36: ingot.v1.Host.Console:output_type -> ingot.v1.ConsoleResponse
+	15, // 37: ingot.v1.Host.Exec:output_type -> ingot.v1.ExecResponse
+	23, // 38: ingot.v1.Host.Facts:output_type -> ingot.v1.HostFacts
+	17, // 39: ingot.v1.Host.Pull:output_type -> ingot.v1.PullResponse
+	19, // 40: ingot.v1.Host.ListImages:output_type -> ingot.v1.ListImagesResponse
+	22, // 41: ingot.v1.Host.RemoveImages:output_type -> ingot.v1.RemoveImagesResponse
+	31, // [31:42] is the sub-list for method output_type
+	20, // [20:31] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_ingot_v1_host_proto_init() }
@@ -2351,7 +2419,7 @@ func file_ingot_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ingot_v1_host_proto_rawDesc), len(file_ingot_v1_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   29,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
