@@ -253,57 +253,35 @@ func (v *instance) running(m vmm.Machine) {
 		}
 	})
 	v.log.Info("microVM runs", "pid", m.PID())
-	v.host.running.Go(func() { v.listen(m) })
+	v.hear()
 }
 
-// listen hears what the guest's agent says, until the hypervisor ends or this
-// daemon does. A connection that is lost is made again.
-func (v *instance) listen(m vmm.Machine) {
-	for v.hear(m) {
-		select {
-		case <-m.Done():
-			return
-		case <-v.host.ctx.Done():
-			return
-		case <-time.After(firstDelay):
-		}
+// hear begins a conversation with the guest's agent, if there is none: its events
+// come while the goroutine rests. One that is lost is made again.
+func (v *instance) hear() {
+	if v.machine == nil || v.agent != nil || time.Now().Before(v.hearAt) {
+		return
 	}
-}
-
-// hear is one conversation with the guest's agent. It says whether to try again.
-func (v *instance) hear(m vmm.Machine) (again bool) {
-	ctx := v.host.ctx
-	conn, err := m.Agent(ctx)
+	v.hearAt = time.Now().Add(firstDelay)
+	ctx, cancel := context.WithTimeout(v.host.ctx, firstDelay)
+	defer cancel()
+	conn, err := v.machine.Agent(ctx)
 	if err != nil {
-		select {
-		case <-m.Done():
-		default:
-			v.log.Warn("reach the guest's agent", "err", err)
-		}
-		return true
+		v.log.Debug("reach the guest's agent", "err", err) // it may just end
+		return
 	}
 	client := agent.NewClient(conn)
 	v.mu.Lock()
-	mine := v.machine == m
-	if mine {
-		v.agent = client
-	}
-	v.mu.Unlock()
-	if !mine {
-		client.Close()
-		return false
-	}
-	stop := context.AfterFunc(ctx, func() { client.Close() })
-	defer stop()
-	for e := range client.Events() {
-		v.heard(e)
-	}
+	defer v.mu.Unlock()
+	v.agent = client
+}
+
+// lost ends a conversation that the other side has ended.
+func (v *instance) lost() {
+	v.agent.Close()
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if v.agent == client {
-		v.agent = nil
-	}
-	return v.machine == m
+	v.agent = nil
 }
 
 func (v *instance) heard(e agent.Event) {
@@ -328,7 +306,6 @@ func (v *instance) heard(e agent.Event) {
 	case agent.Exited:
 		v.set(func(s *vm.Status) { s.ExitCode = e.Code })
 	}
-	v.poke() // to write it down, and to ask an agent that is ready now to shut down
 }
 
 // dropAgent ends the conversation with the guest's agent, and the console.

@@ -54,6 +54,7 @@ type instance struct {
 	asked    bool      // the guest's agent was asked to shut down
 	pressed  bool      // the guest's power button was
 	stopBy   time.Time // when it is ended by force
+	hearAt   time.Time // when the guest's agent may be tried again
 
 	saving    sync.Mutex // one change of the record at a time, disk and all; comes before mu
 	attaching sync.Mutex // one opening of the console at a time; comes before mu
@@ -66,7 +67,7 @@ type instance struct {
 	mistakes  int                // tries in a row that failed by a mistake
 	interrupt context.CancelFunc // ends the try in progress
 	watchers  map[chan View]bool
-	agent     *agent.Client
+	agent     *agent.Client // only the goroutine changes it
 	console   *console
 	gone      bool
 }
@@ -268,6 +269,7 @@ func (v *instance) run(ctx context.Context) (deleted bool) {
 		if v.act(ctx) {
 			return true
 		}
+		v.hear()
 		v.save()
 		v.rest(ctx)
 	}
@@ -281,6 +283,10 @@ func (v *instance) rest(ctx context.Context) {
 	if v.machine != nil {
 		ended = v.machine.Done()
 	}
+	var events <-chan agent.Event
+	if v.agent != nil {
+		events = v.agent.Events()
+	}
 	var again <-chan time.Time
 	if at := v.next(); !at.IsZero() {
 		timer := time.NewTimer(time.Until(at))
@@ -291,6 +297,12 @@ func (v *instance) rest(ctx context.Context) {
 	case <-ctx.Done():
 	case <-v.wake:
 	case <-ended:
+	case e, ok := <-events:
+		if !ok {
+			v.lost()
+			return
+		}
+		v.heard(e)
 	case <-again:
 	}
 }
@@ -298,16 +310,31 @@ func (v *instance) rest(ctx context.Context) {
 // next is when the time for something comes, if nothing happens before: one that
 // runs steadily has no timer.
 func (v *instance) next() time.Time {
-	s := v.view().Status
-	switch {
-	case s.RetryAt.After(time.Now()):
-		return s.RetryAt
-	case v.machine != nil && !v.stopBy.IsZero():
-		return v.stopBy
-	case v.machine != nil && s.Retry > 0:
-		return s.StartedAt.Add(steady)
+	v.mu.Lock()
+	retry, retryAt, startedAt := v.status.Retry, v.status.RetryAt, v.status.StartedAt
+	v.mu.Unlock()
+	var at time.Time
+	sooner := func(t time.Time) {
+		if at.IsZero() || t.Before(at) {
+			at = t
+		}
 	}
-	return time.Time{}
+	if retryAt.After(time.Now()) {
+		sooner(retryAt)
+	}
+	if v.machine == nil {
+		return at
+	}
+	if v.agent == nil {
+		sooner(v.hearAt)
+	}
+	if !v.stopBy.IsZero() && !retryAt.After(time.Now()) {
+		sooner(v.stopBy)
+	}
+	if retry > 0 {
+		sooner(startedAt.Add(steady))
+	}
+	return at
 }
 
 // letGo leaves the microVM to the next daemon.
@@ -328,7 +355,7 @@ func (v *instance) drop() {
 	v.mu.Lock()
 	v.machine = nil
 	v.mu.Unlock()
-	v.asked, v.pressed, v.stopBy = false, false, time.Time{}
+	v.asked, v.pressed, v.stopBy, v.hearAt = false, false, time.Time{}, time.Time{}
 }
 
 // look finds out whether the hypervisor runs, and how it ended if it did.
@@ -347,7 +374,10 @@ func (v *instance) look(ctx context.Context) {
 		return
 	default:
 	}
-	if s := v.view().Status; s.Retry > 0 && time.Since(s.StartedAt) >= steady {
+	v.mu.Lock()
+	retry, since := v.status.Retry, v.status.StartedAt
+	v.mu.Unlock()
+	if retry > 0 && time.Since(since) >= steady {
 		v.set(func(s *vm.Status) { s.Retry, s.Reason = 0, "" })
 	}
 }
