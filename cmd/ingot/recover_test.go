@@ -40,6 +40,7 @@ func TestRecover(t *testing.T) {
 		{"a lost status", lostStatus},
 		{"a mute hypervisor", muteHypervisor},
 		{"a deaf guest", deafGuest},
+		{"a change of mind", changeOfMind},
 		{"a guest that reboots", rebootingGuest},
 		{"the same uid", sameUID},
 		{"metrics", metrics},
@@ -257,6 +258,31 @@ func deafGuest(t *testing.T, m *testMachine) {
 	}
 	if n := len(m.hypervisors()); n != 0 {
 		t.Errorf("%d hypervisors", n)
+	}
+	m.remove(t, uid)
+}
+
+// changeOfMind starts what is just about to stop: it stops, and runs again.
+func changeOfMind(t *testing.T, m *testMachine) {
+	uid, was := m.run(t, "mind", "hollow.slow=300ms")
+	answer := make(chan error, 1)
+	go func() {
+		_, err := m.host.Stop(t.Context(), &ingotv1.StopRequest{Uid: uid})
+		answer <- err
+	}()
+	m.await(t, uid, "stopping")
+	if _, err := m.host.Start(t.Context(), &ingotv1.StartRequest{Uid: uid}); err != nil {
+		t.Error(err)
+	}
+	if err := <-answer; status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("stop: %v", err)
+	}
+	await(t, "it to run again", func() bool {
+		s := m.status(t, uid)
+		return s.GetPhase() == "running" && s.GetPid() != was.GetPid()
+	})
+	if s := m.status(t, uid); s.GetRestarts() != 0 || s.GetRetry() != 0 {
+		t.Errorf("%d restarts, %d tries", s.GetRestarts(), s.GetRetry())
 	}
 	m.remove(t, uid)
 }

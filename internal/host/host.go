@@ -509,6 +509,9 @@ func (h *Host) Stop(ctx context.Context, uid string, timeout time.Duration) (Vie
 			if w.Status.Phase == vm.Stopped || w.Status.Phase == vm.Failed {
 				return w, nil
 			}
+			if !v.stops() {
+				return View{}, fmt.Errorf("stop microVM %s: somebody started it again: %w", uid, errdefs.ErrFailedPrecondition)
+			}
 		case <-ctx.Done():
 			return View{}, context.Cause(ctx)
 		}

@@ -51,6 +51,7 @@ type instance struct {
 	// Of the goroutine.
 	metadata *metadata.Server
 	looked   bool      // for what an earlier daemon has started
+	told     bool      // it was to stop: its end is no choice of the guest's
 	asked    bool      // the guest's agent was asked to shut down
 	pressed  bool      // the guest's power button was
 	stopBy   time.Time // when it is ended by force
@@ -78,7 +79,7 @@ func newInstance(h *Host, r record) *instance {
 		status.Retry, status.RetryAt = 0, time.Time{} // that was before it was asked for
 	}
 	return &instance{
-		host: h, spec: r.Spec, dir: r.Dir, user: r.User, record: r, status: status, wake: make(chan struct{}, 1), watchers: map[chan View]bool{},
+		host: h, spec: r.Spec, dir: r.Dir, user: r.User, record: r, told: r.Stopped, status: status, wake: make(chan struct{}, 1), watchers: map[chan View]bool{},
 		log: h.c.Log.With("vm", r.Spec.Namespace+"/"+r.Spec.Name, "uid", r.Spec.UID),
 	}
 }
@@ -179,6 +180,13 @@ func (v *instance) change(change func(*record) error) error {
 	defer v.mu.Unlock()
 	v.record = next
 	return nil
+}
+
+// stops says whether it is still wanted that it does not run.
+func (v *instance) stops() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.record.Stopped || v.record.Deleting
 }
 
 func (v *instance) poke() {
@@ -355,7 +363,7 @@ func (v *instance) drop() {
 	v.mu.Lock()
 	v.machine = nil
 	v.mu.Unlock()
-	v.asked, v.pressed, v.stopBy, v.hearAt = false, false, time.Time{}, time.Time{}
+	v.told, v.asked, v.pressed, v.stopBy, v.hearAt = false, false, false, time.Time{}, time.Time{}
 }
 
 // look finds out whether the hypervisor runs, and how it ended if it did.
@@ -368,7 +376,7 @@ func (v *instance) look(ctx context.Context) {
 	}
 	select {
 	case <-v.machine.Done():
-		exit := v.machine.Exit()
+		exit := v.ours(v.machine.Exit())
 		v.drop()
 		v.ended(exit)
 		return
@@ -380,6 +388,15 @@ func (v *instance) look(ctx context.Context) {
 	if retry > 0 && time.Since(since) >= steady {
 		v.set(func(s *vm.Status) { s.Retry, s.Reason = 0, "" })
 	}
+}
+
+// ours makes the end of a guest that was told to stop our doing: somebody may have
+// wanted it to run again meanwhile.
+func (v *instance) ours(exit vmm.Exit) vmm.Exit {
+	if v.told && (exit.Cause == vmm.PowerOff || exit.Cause == vmm.Reboot) {
+		exit.Cause = vmm.Stopped
+	}
+	return exit
 }
 
 // find takes over what an earlier daemon has started. The drivers know, whatever
@@ -410,11 +427,12 @@ func (v *instance) find(ctx context.Context) {
 	phase, heard, since := v.status.Phase, v.status.EndedAt, v.record.StartedAt
 	v.mu.Unlock()
 	switch {
-	case exit != nil && exit.At.After(heard) && exit.At.After(since):
-		v.ended(*exit)
+	case exit != nil && !exit.At.Equal(heard) && exit.At.After(since):
+		v.ended(v.ours(*exit))
 	case exit == nil && phase == vm.Running:
 		v.ended(vmm.Exit{Cause: vmm.Unknown, Detail: "it ended while the daemon was away", At: time.Now()})
 	}
+	v.told = false
 }
 
 // adopt takes over a hypervisor that runs.
@@ -450,9 +468,7 @@ func (v *instance) ended(exit vmm.Exit) {
 	if exit.Detail != "" {
 		reason += ": " + exit.Detail
 	}
-	v.mu.Lock()
-	asked := v.record.Stopped || v.record.Deleting
-	v.mu.Unlock()
+	asked := v.stops()
 	stop, crashed := false, false
 	switch exit.Cause {
 	case vmm.PowerOff:
@@ -486,6 +502,8 @@ func (v *instance) ended(exit vmm.Exit) {
 			s.Phase = vm.Failed
 		case stop:
 			s.Phase = vm.Stopped
+		case exit.Cause == vmm.Stopped: // and wanted again
+			s.Phase, s.Reason = vm.Pending, ""
 		default:
 			s.Phase = vm.Pending
 			s.Restarts++
@@ -551,10 +569,7 @@ func (v *instance) interruptible(ctx context.Context) (context.Context, context.
 func (v *instance) start(ctx context.Context) {
 	ctx, cancel := v.interruptible(ctx)
 	defer cancel()
-	v.mu.Lock()
-	wanted := !v.record.Stopped && !v.record.Deleting
-	v.mu.Unlock()
-	if !wanted {
+	if v.stops() {
 		return // who wants something else has woken us
 	}
 	if err := v.boot(ctx); err != nil && ctx.Err() == nil {
@@ -623,11 +638,12 @@ func (v *instance) halt(ctx context.Context, want record) {
 		v.set(func(s *vm.Status) {
 			if s.Phase != vm.Stopped && s.Phase != vm.Failed {
 				s.Phase, s.Step, s.Reason, s.PID = vm.Stopped, "", "", 0
-				s.AgentReady, s.Addresses, s.RetryAt, s.EndedAt = false, nil, time.Time{}, time.Now()
+				s.AgentReady, s.Addresses, s.RetryAt = false, nil, time.Time{}
 			}
 		})
 		return
 	}
+	v.told = true
 	v.set(func(s *vm.Status) { s.Phase = vm.Stopping })
 	if !want.StopBy.IsZero() {
 		v.stopBy = want.StopBy

@@ -45,6 +45,7 @@ func TestEnded(t *testing.T) {
 		"reboot after a while":  {vmm.Reboot, long, "", false, vm.Pending, 0, false},
 		"reboot, on failure":    {vmm.Reboot, long, vm.RestartOnFailure, false, vm.Stopped, 3, true},
 		"asked to, and crashed": {vmm.Error, short, "", true, vm.Stopped, 3, true},
+		"wanted again":          {vmm.Stopped, short, "", false, vm.Pending, 3, false},
 		"asked to":              {vmm.Stopped, long, "", true, vm.Stopped, 3, true},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -57,7 +58,7 @@ func TestEnded(t *testing.T) {
 			if s.Phase != c.phase || s.Retry != c.retry || v.record.Stopped != c.stopped || s.PID != 0 {
 				t.Errorf("%+v, stopped %v", s, v.record.Stopped)
 			}
-			if again := c.phase == vm.Pending && c.retry > 0; again != s.RetryAt.After(now) {
+			if again := c.phase == vm.Pending && c.retry > 0 && c.cause != vmm.Stopped; again != s.RetryAt.After(now) {
 				t.Errorf("the next try is at %v", s.RetryAt)
 			}
 		})

@@ -36,7 +36,7 @@ func (m *machine) run() {
 				return nil
 			}
 			// The host hears that the guest agrees before it is gone.
-			time.AfterFunc(5*time.Millisecond, func() { m.end(map[bool]string{false: "guest-shutdown", true: "guest-reset"}[reboot]) })
+			time.AfterFunc(5*time.Millisecond+m.slow, func() { m.end(map[bool]string{false: "guest-shutdown", true: "guest-reset"}[reboot]) })
 			return nil
 		},
 	})

@@ -37,6 +37,7 @@ type options struct {
 	echo                bool
 	deaf                bool          // the guest does not shut down when it is asked to
 	delay               time.Duration // until the monitor answers
+	slow                time.Duration // until the guest has shut down
 	reboot              time.Duration // after which the guest restarts; 0: it does not
 	disks, nics         []string      // serial numbers, MAC addresses
 }
@@ -78,7 +79,7 @@ func (m *machine) option(name, value string) error {
 			if word == "hollow.deaf=1" {
 				m.deaf = true
 			}
-			for name, d := range map[string]*time.Duration{"hollow.delay": &m.delay, "hollow.reboot": &m.reboot} {
+			for name, d := range map[string]*time.Duration{"hollow.delay": &m.delay, "hollow.slow": &m.slow, "hollow.reboot": &m.reboot} {
 				if text, ok := strings.CutPrefix(word, name+"="); ok {
 					var err error
 					if *d, err = time.ParseDuration(text); err != nil {
