@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -247,34 +248,42 @@ func removeEmpty(name string) {
 // left: files that were to replace others, and empty directories. So is an empty
 // record: a power failure left it of a create that nobody was told of.
 func sweepFiles(root string) error {
-	torn, err := filepath.Glob(filepath.Join(root, "*", "*", "*", tornPrefix+"*"))
-	if err != nil {
-		return err
+	_, err := sweepDir(root, 3)
+	return err
+}
+
+// sweepDir sweeps a directory that is so many above the microVMs' own, and says how
+// much is left in it.
+func sweepDir(dir string, above int) (left int, err error) {
+	files, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
 	}
-	records, err := filepath.Glob(filepath.Join(root, "*", "*", "*", recordName))
-	if err != nil {
-		return err
-	}
-	for _, path := range records {
-		if info, err := os.Lstat(path); err == nil && info.Mode().IsRegular() && info.Size() == 0 {
-			torn = append(torn, path)
+	left = len(files)
+	problems := []error{err}
+	for _, f := range files {
+		path := filepath.Join(dir, f.Name())
+		gone := above == 0 && (strings.HasPrefix(f.Name(), tornPrefix) || f.Name() == recordName && empty(f))
+		if above > 0 && f.IsDir() {
+			below, err := sweepDir(path, above-1)
+			problems = append(problems, err)
+			gone = below == 0 && err == nil
+		}
+		if !gone {
+			continue
+		}
+		err := os.Remove(path)
+		problems = append(problems, err)
+		if err == nil {
+			left--
 		}
 	}
-	for _, path := range torn {
-		if err := os.Remove(path); err != nil {
-			return err
-		}
-	}
-	for _, pattern := range []string{"*/*/*", "*/*", "*"} {
-		dirs, err := filepath.Glob(filepath.Join(root, pattern))
-		if err != nil {
-			return err
-		}
-		for _, dir := range dirs {
-			os.Remove(dir) // unless there is something in it
-		}
-	}
-	return nil
+	return left, errors.Join(problems...)
+}
+
+func empty(f os.DirEntry) bool {
+	info, err := f.Info()
+	return err == nil && info.Mode().IsRegular() && info.Size() == 0
 }
 
 // tornPrefix begins the names of files that are being written.
