@@ -1,27 +1,23 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/json"
 	"flag"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
-	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
 )
 
-// A longer campaign: `go test -run TestE2E -kill.seed 7 -updown.rounds 50`.
-var upDownRounds = flag.Int("updown.rounds", 2, "how often `ingot down` is killed half-way before `up` must bring all back")
+// A longer campaign: `go test -run TestE2E -updown.every 10`.
+var upDownEvery = flag.Int("updown.every", 80, "kill `ingot up` and `ingot down` before every n-th step")
 
 // killEnv stands beside the environment of the scripts.
 const killEnv = e2eEnv + "-kill"
@@ -35,33 +31,33 @@ microvms:
   - {name: a, image: busybox, host: two, memory: 128}
 `
 
-// testKilled kills `ingot up` again and again, each time some steps further than
-// the last, until it gets through; and `ingot down` the same way.
+// testKilled kills `ingot up` before a step, and then before a later one, until it
+// gets through; then `ingot down`, after which `up` must bring all back, and at
+// last `down` until it gets through. Steps are system calls that change something.
 func testKilled(t *testing.T, program string) {
-	k := victim{t: t, program: program, random: rand.New(rand.NewPCG(*killSeed, 0)), file: filepath.Join(t.TempDir(), "env.yaml")}
+	k := victim{t: t, program: program, file: filepath.Join(t.TempDir(), "env.yaml")}
 	if err := os.WriteFile(k.file, []byte(killFile), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	k.run("down") // of a test that was killed
 	t.Cleanup(func() { k.run("down") })
 
-	kills := 0
-	for line := 1; !k.killAfterLine(line, "up", "-f", k.file); line += 3 {
-		kills++
-	}
-	t.Logf("up was killed %d times before it got through", kills)
+	kills := k.killThrough(1, "up", "-f", k.file)
+	t.Logf("up was killed before it got through: %s", strings.Join(kills, ", "))
 	k.green()
 	before := k.vm()
 
 	uids := []string{before.UID}
-	for range *upDownRounds {
+	for i, step := range []int{*upDownEvery / 8, *upDownEvery} {
 		// Half-way down, and up again.
-		moment := time.Duration(k.random.Int64N(int64(300 * time.Millisecond)))
-		k.killAfter(moment, "down")
+		killed := k.killBefore(step, "down")
 		k.run("up", "-f", k.file)
 		k.green()
 		after := k.vm()
-		t.Logf("down was killed after %v: the microVM is the same: %v", moment, after.UID == before.UID)
+		t.Logf("down was killed %s: the microVM is the same: %v", killed, after.UID == before.UID)
+		if i == 0 && killed == "" {
+			t.Errorf("down had no %d steps", step)
+		}
 		if after.UID == before.UID && after.IP != before.IP {
 			t.Errorf("the microVM had %s, and has %s", before.IP, after.IP)
 		}
@@ -71,11 +67,8 @@ func testKilled(t *testing.T, program string) {
 
 	k.twoAtOnce()
 
-	kills = 0
-	for delay := time.Duration(0); !k.killAfter(delay, "down"); delay += 150 * time.Millisecond {
-		kills++
-	}
-	t.Logf("down was killed %d times before it got through", kills)
+	kills = k.killThrough(*upDownEvery/4, "down")
+	t.Logf("down was killed before it got through: %s", strings.Join(kills, ", "))
 	k.nothingLeft(uids...)
 }
 
@@ -83,7 +76,6 @@ func testKilled(t *testing.T, program string) {
 type victim struct {
 	t       *testing.T
 	program string
-	random  *rand.Rand
 	file    string
 }
 
@@ -100,53 +92,47 @@ func (k *victim) run(args ...string) string {
 	return string(out)
 }
 
-// killAfterLine kills a command a moment after it has said so many lines, and says
-// whether it was done before that.
-func (k *victim) killAfterLine(line int, args ...string) (done bool) {
+// killThrough kills a command before a step, and then later and later ones, until it
+// is done, and says before what it was killed.
+func (k *victim) killThrough(first int, args ...string) (kills []string) {
 	k.t.Helper()
-	c := k.command(args...)
-	said, err := c.StderrPipe()
-	if err == nil {
-		err = c.Start()
+	for step := first; ; step += *upDownEvery {
+		killed := k.killBefore(step, args...)
+		if killed == "" {
+			return kills
+		}
+		kills = append(kills, killed)
 	}
+}
+
+// killBefore kills a command before its step of that number, and says what that
+// was; it is empty if the command was done before.
+func (k *victim) killBefore(step int, args ...string) (killed string) {
+	k.t.Helper()
+	// It begins when the tracer follows it.
+	c := exec.Command("sh", "-c", `read -r begin && exec "$@"`, "sh", k.program, "--env", killEnv)
+	c.Args = append(c.Args, args...)
+	begin, err := c.StdinPipe()
 	if err != nil {
 		k.t.Fatal(err)
 	}
-	var text bytes.Buffer
-	lines := bufio.NewScanner(said)
-	for n := 1; lines.Scan(); n++ {
-		fmt.Fprintln(&text, lines.Text())
-		if n == line {
-			moment := time.Duration(k.random.Int64N(int64(300 * time.Millisecond)))
-			defer time.AfterFunc(moment, func() { _ = c.Process.Kill() }).Stop()
-		}
-	}
-	return k.ended(c, c.Wait(), text.String())
-}
-
-// killAfter is killAfterLine by the clock.
-func (k *victim) killAfter(moment time.Duration, args ...string) (done bool) {
-	k.t.Helper()
-	c := k.command(args...)
-	var text bytes.Buffer
-	c.Stderr = &text
+	var said bytes.Buffer
+	c.Stdout, c.Stderr = &said, &said
 	if err := c.Start(); err != nil {
 		k.t.Fatal(err)
 	}
-	defer time.AfterFunc(moment, func() { _ = c.Process.Kill() }).Stop()
-	return k.ended(c, c.Wait(), text.String())
-}
-
-// ended says whether a command is done; it must be that, or killed.
-func (k *victim) ended(c *exec.Cmd, err error, text string) bool {
-	k.t.Helper()
-	if err == nil {
-		return true
+	follower, lines := startTracer(k.t, c.Process.Pid, step, c.Process.Pid)
+	fmt.Fprintln(begin, "begin")
+	for lines.Scan() {
+		killed = fmt.Sprintf("before step %d, %s", step, strings.TrimPrefix(lines.Text(), "killed before "))
 	}
-	if s, ok := c.ProcessState.Sys().(syscall.WaitStatus); !ok || !s.Signaled() {
-		k.t.Fatalf("%v: %v\n%s", c.Args[3:], err, text)
+	if err := follower.Wait(); err != nil {
+		k.t.Errorf("tracer: %v", err)
 	}
-	return false
+	if err := c.Wait(); err != nil && killed == "" {
+		k.t.Fatalf("%v: %v\n%s", args, err, said.String())
+	}
+	return killed
 }
 
 // green is what an environment must be, whatever was killed before.
