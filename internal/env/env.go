@@ -313,6 +313,7 @@ func (e Env) here(ctx context.Context) []inspect.Check {
 	if there, err := nat.Present(l.Device()); err != nil {
 		rules.Status, rules.Detail = inspect.Warn, err.Error()
 	} else if !there {
+		rules.Lasting = true
 		rules.Status, rules.Detail = inspect.Fail, "nftables table "+l.Device()+" is gone: nothing leaves the lab; `ingot up` sets it again"
 	} else if missing, err := l.MissingRules(); err != nil {
 		rules.Status, rules.Detail = inspect.Warn, err.Error()
@@ -332,13 +333,25 @@ func (e Env) here(ctx context.Context) []inspect.Check {
 		}
 	}
 	for _, f := range doctor.Look(ctx, p, checks).Checks {
-		c := inspect.Check{Name: f.Name, Status: inspect.Status(f.Status), Detail: f.Detail}
-		if f.Wrong() { // then nothing leaves the lab
-			c.Status, c.Detail = inspect.Fail, f.Detail+"; `ingot doctor --fix "+f.Name+"`: "+f.Fix
-		}
-		all = append(all, c)
+		all = append(all, diagnosis(f))
 	}
 	return all
+}
+
+// diagnosis is a finding of the doctor's about this machine's forwarding. Where that
+// is off, or packets are dropped, which the doctor mends, nothing leaves the lab.
+// What can't be seen, or a machine without a way out, is no fault of the lab's.
+func diagnosis(f doctor.Finding) inspect.Check {
+	c := inspect.Check{Name: f.Name, Status: inspect.Status(f.Status), Detail: f.Detail}
+	switch {
+	case f.Wrong() && f.Fixable:
+		c.Status, c.Lasting = inspect.Fail, true
+		c.Detail += "; `ingot doctor --fix " + f.Name + "`: " + f.Fix
+	case f.Wrong():
+		c.Status = inspect.Warn
+		c.Detail += "; " + f.Fix
+	}
+	return c
 }
 
 // outside is this machine's own address towards the world: what reaches it has

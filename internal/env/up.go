@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"time"
 
@@ -129,15 +130,32 @@ func (u *up) awaitGreen(ctx context.Context) (string, error) {
 	if wait == 0 {
 		wait = 3 * time.Minute // a guest without KVM takes its time
 	}
-	ctx, cancel := context.WithTimeout(ctx, wait)
+	start := time.Now()
+	waiting, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
-	r := inspect.Wait(ctx, u.env.Inspection(u.conns), func(inspect.Report) {})
+	i := u.env.Inspection(u.conns)
+	i.Awaited = u.ours
+	r := inspect.Wait(waiting, i, func(r inspect.Report) {
+		if r.Stuck() {
+			cancel()
+		}
+	})
 	if !r.OK {
-		found := r.Findings()
-		return "", fmt.Errorf("not green after %s: %v (`ingot doctor` may say why): %w", wait, found, errdefs.ErrUnavailable)
+		if ctx.Err() != nil {
+			return "", context.Cause(ctx)
+		}
+		return "", fmt.Errorf("not green after %s: %v (`ingot doctor` may say why): %w",
+			time.Since(start).Round(time.Second), r.Findings(), errdefs.ErrUnavailable)
 	}
 	if n := len(r.Findings()); n > 0 {
 		return fmt.Sprintf("green, with %d warnings: see `ingot inspect`", n), nil
 	}
 	return "all green", nil
+}
+
+// ours says whether a microVM is one that `up` makes: it does not wait for what
+// people have made by hand.
+func (u *up) ours(name string) bool {
+	is := func(m MicroVM) bool { return m.String() == name }
+	return slices.ContainsFunc(u.env.MicroVMs, is) || slices.ContainsFunc(u.first(), is)
 }

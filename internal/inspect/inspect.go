@@ -8,6 +8,7 @@ package inspect
 import (
 	"context"
 	"net/netip"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -26,6 +27,10 @@ type Environment struct {
 	Name  string
 	Hub   Machine
 	Hosts []Machine
+
+	// Awaited, if not nil, says which microVMs (NAMESPACE/NAME) somebody waits for:
+	// what fails of others is only a warning.
+	Awaited func(name string) bool
 
 	// Here, if not nil, looks at the machine that the environment is on.
 	Here func(context.Context) []Check
@@ -56,6 +61,8 @@ type Check struct {
 
 	// Notes is the configuration that was checked, and where it lives.
 	Notes []string `json:"-"`
+	// Lasting is a failure that stays until somebody mends it.
+	Lasting bool `json:"-"`
 }
 
 // Seconds is a duration whose JSON is a number of seconds.
@@ -91,7 +98,7 @@ func given(checks []Check) []step {
 	steps := make([]step, len(checks))
 	for i, c := range checks {
 		steps[i] = step{name: c.Name, check: func(context.Context) finding {
-			return finding{status: c.Status, detail: c.Detail, notes: c.Notes}
+			return finding{status: c.Status, detail: c.Detail, notes: c.Notes, lasting: c.Lasting}
 		}}
 	}
 	return steps
@@ -123,21 +130,15 @@ func Wait(ctx context.Context, env Environment, each func(Report)) Report {
 	}
 }
 
-// Find returns the check at a path of names, or nil.
-func (r Report) Find(path ...string) *Check {
-	checks := r.Checks
-	var found *Check
-	for _, name := range path {
-		found = nil
-		for i := range checks {
-			if checks[i].Name == name {
-				found, checks = &checks[i], checks[i].Children
-				break
-			}
+// Stuck says whether all that failed stays so until somebody mends it: to wait for
+// anything else to happen is in vain.
+func (r Report) Stuck() bool {
+	stuck := !r.OK
+	walk(r.Checks, nil, func(c Check, _ []string) {
+		below := slices.ContainsFunc(c.Children, func(child Check) bool { return child.Status == Fail })
+		if c.Status == Fail && !below && !c.Lasting {
+			stuck = false
 		}
-		if found == nil {
-			return nil
-		}
-	}
-	return found
+	})
+	return stuck
 }

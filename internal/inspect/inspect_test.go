@@ -189,6 +189,59 @@ func TestFindings(t *testing.T) {
 	}
 }
 
+// TestNotAwaited has a microVM fail that nobody waits for, and the same one that
+// somebody waits for.
+func TestNotAwaited(t *testing.T) {
+	w := green(t, 2)
+	st := w.hosts[0].vms[0].Status
+	st.Phase, st.Reason = "failed", "pull nosuch: not found"
+	w.hosts[0].exec = func(uid string, args []string) (int32, string, error) {
+		if args[0] == "ping" && uid != w.hosts[0].vms[1].Spec.GetUid() {
+			return 1, "lost", nil
+		}
+		return 0, "", nil
+	}
+	for name, want := range map[string]string{"default/vm-0-1": "warn", "default/vm-0-0": "fail"} {
+		w.env.Awaited = func(n string) bool { return n == name || n == "default/vm-0-1" }
+		r := Run(t.Context(), w.env)
+		if diff := cmp.Diff([]string{want + ": host-0 > microVMs > default/vm-0-0: failed: pull nosuch: not found"}, r.Findings()); diff != "" || r.OK != (want == "warn") {
+			t.Errorf("%s is awaited: OK %v: %s", name, r.OK, diff)
+		}
+	}
+}
+
+// TestStuck is about what stays until somebody mends it, alone and beside what may pass.
+func TestStuck(t *testing.T) {
+	w := green(t, 1)
+	w.env.Here = func(context.Context) []Check {
+		return []Check{{Name: "firewall", Status: Fail, Detail: "dropped", Lasting: true}, {Name: "forwarding", Status: Warn}}
+	}
+	if r := Run(t.Context(), w.env); r.OK || !r.Stuck() {
+		t.Errorf("only the firewall: OK %v, stuck %v", r.OK, r.Stuck())
+	}
+	w.hosts[0].vms[0].Status.Phase = "pending"
+	if r := Run(t.Context(), w.env); r.OK || r.Stuck() {
+		t.Errorf("and a microVM that boots: OK %v, stuck %v", r.OK, r.Stuck())
+	}
+	if r := Run(t.Context(), green(t, 1).env); r.Stuck() {
+		t.Error("stuck, and green")
+	}
+}
+
+// find is the check at a path of names, or nil.
+func find(r Report, path ...string) *Check {
+	checks := r.Checks
+	var found *Check
+	for _, name := range path {
+		i := slices.IndexFunc(checks, func(c Check) bool { return c.Name == name })
+		if i < 0 {
+			return nil
+		}
+		found, checks = &checks[i], checks[i].Children
+	}
+	return found
+}
+
 // nobody is a connection to a port that nobody listens on.
 func nobody(t *testing.T) grpc.ClientConnInterface {
 	t.Helper()
@@ -216,11 +269,11 @@ func TestAHubThatIsGoneSparesWhatNeedsIt(t *testing.T) {
 		{"network-hub", "DHCP server", "leases"}, {"network-hub", "NAT", "packet from host-0"},
 		{"host-0", "microVMs", "default/vm-0-0", "lease", "ping"},
 	} {
-		if c := r.Find(path...); c == nil || c.Status != Skip || c.Detail != "network-hub failed" {
+		if c := find(r, path...); c == nil || c.Status != Skip || c.Detail != "network-hub failed" {
 			t.Errorf("%q: %+v", path, c)
 		}
 	}
-	if c := r.Find("host-0", "microVMs", "default/vm-0-0", "agent"); c == nil || c.Status != Pass {
+	if c := find(r, "host-0", "microVMs", "default/vm-0-0", "agent"); c == nil || c.Status != Pass {
 		t.Errorf("the agent needs no hub: %+v", c)
 	}
 }
@@ -232,10 +285,10 @@ func TestAHostThatIsGone(t *testing.T) {
 	if len(r.Findings()) != 1 || !strings.HasPrefix(r.Findings()[0], "fail: host-1: the host daemon at 192.168.10.4:9090 does not answer") {
 		t.Errorf("findings: %q", r.Findings())
 	}
-	if c := r.Find("host-1", "containerd", "images"); c == nil || c.Status != Skip || c.Detail != "host-1 failed" {
+	if c := find(r, "host-1", "containerd", "images"); c == nil || c.Status != Skip || c.Detail != "host-1 failed" {
 		t.Errorf("%+v", c)
 	}
-	if c := r.Find("network-hub", "NAT", "packet from host-1"); c == nil || c.Status != Skip || c.Detail != "host-1 failed" {
+	if c := find(r, "network-hub", "NAT", "packet from host-1"); c == nil || c.Status != Skip || c.Detail != "host-1 failed" {
 		t.Errorf("%+v", c)
 	}
 }

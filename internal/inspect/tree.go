@@ -12,14 +12,16 @@ type step struct {
 	check    func(context.Context) finding // nil: a heading
 	children []step                        // made together, unless check failed
 	more     func() []step                 // children that only check could know of
+	mild     bool                          // what fails is only a warning
 }
 
 // finding is what a check found.
 type finding struct {
-	status Status
-	detail string
-	notes  []string
-	bar    string // not empty: why the children need not be made, though this passed
+	status  Status
+	detail  string
+	notes   []string
+	bar     string // not empty: why the children need not be made, though this passed
+	lasting bool
 }
 
 func pass(detail string, notes ...string) finding {
@@ -49,7 +51,7 @@ func (s step) make(ctx context.Context) Check {
 	if s.check != nil {
 		found = s.check(ctx)
 	}
-	c := Check{Name: s.name, Status: found.status, Detail: found.detail, Notes: found.notes}
+	c := Check{Name: s.name, Status: found.status, Detail: found.detail, Notes: found.notes, Lasting: found.lasting}
 	switch {
 	case found.status == Fail:
 		c.Children = skipped(s.children, s.name+" failed")
@@ -66,6 +68,20 @@ func (s step) make(ctx context.Context) Check {
 		c.Status = worse(c.Status, worst(c.Children))
 	}
 	c.Took = Seconds(time.Since(start).Seconds())
+	if s.mild {
+		return milder(c)
+	}
+	return c
+}
+
+// milder is a check and all below it, with warnings where they failed.
+func milder(c Check) Check {
+	if c.Status == Fail {
+		c.Status = Warn
+	}
+	for i := range c.Children {
+		c.Children[i] = milder(c.Children[i])
+	}
 	return c
 }
 

@@ -29,6 +29,10 @@ const (
 // logFiles are the files of a microVM that its host serves.
 var logFiles = []string{"stdout", "stderr", "log", "metrics"}
 
+func (s *survey) awaited(vm *types.MicroVM) bool {
+	return s.env.Awaited == nil || s.env.Awaited(vmName(vm))
+}
+
 func phase(vm *types.MicroVM) string { return vm.GetStatus().GetPhase() }
 
 func (s *survey) vmSteps(h *hostSurvey) []step {
@@ -49,6 +53,7 @@ func (s *survey) vmStep(h *hostSurvey, vm *types.MicroVM) step {
 	var address netip.Addr // set by the check of the lease, above the ping
 	return step{
 		name:  vmName(vm),
+		mild:  !s.awaited(vm),
 		check: func(context.Context) finding { return checkState(vm, time.Now()) },
 		children: []step{
 			{name: "process", check: func(context.Context) finding { return checkProcess(vm, time.Now()) }},
@@ -283,23 +288,32 @@ func (s *survey) checkOutside(ctx context.Context, h *hostSurvey, hub *v1.HubFac
 	if !far.IsValid() {
 		return skip("no address beyond the hub is known")
 	}
-	found := h.pingFromGuest(ctx, far)
+	found := s.pingFromGuest(ctx, h, far)
 	if found.status != Fail || !near.IsValid() || near == far {
 		return found
 	}
-	if h.pingFromGuest(ctx, near).status == Pass {
+	if s.pingFromGuest(ctx, h, near).status == Pass {
 		return warn(found.detail + fmt.Sprintf("; %s is reached: the hub has no default route, or something on this machine drops it (`ingot doctor`)", near))
 	}
 	return found
 }
 
-// pingFromGuest has one of the host's microVMs ping an address.
-func (h *hostSurvey) pingFromGuest(ctx context.Context, to netip.Addr) finding {
+// pingFromGuest has one of the host's microVMs ping an address, of those that
+// somebody waits for if it can be.
+func (s *survey) pingFromGuest(ctx context.Context, h *hostSurvey, to netip.Addr) finding {
 	vms, err := h.list()
 	if err != nil {
 		return skip(h.Name + " failed")
 	}
-	vms = slices.SortedFunc(slices.Values(vms), func(a, b *types.MicroVM) int { return cmp.Compare(vmName(a), vmName(b)) })
+	last := func(vm *types.MicroVM) int {
+		if s.awaited(vm) {
+			return 0
+		}
+		return 1
+	}
+	vms = slices.SortedFunc(slices.Values(vms), func(a, b *types.MicroVM) int {
+		return cmp.Or(cmp.Compare(last(a), last(b)), cmp.Compare(vmName(a), vmName(b)))
+	})
 	why := "no running microVM with an agent"
 	for _, vm := range vms {
 		if phase(vm) != "running" || !vm.GetStatus().GetAgentReady() || segmentMAC(vm) == "" {
