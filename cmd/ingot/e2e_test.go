@@ -53,8 +53,9 @@ func TestE2E(t *testing.T) {
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build the probe: %v\n%s", err, out)
 	}
-	newer := filepath.Join(bin, "newer") // the program as of another day
-	build = exec.Command("go", "build", "-ldflags", "-s -w -X main.version=newer", "-o", newer, ".")
+	// The program as of another day: another version alone would not make it one.
+	newer := filepath.Join(bin, "newer")
+	build = exec.Command("go", "build", "-gcflags", "-N", "-ldflags", "-s -w -X main.version=newer", "-o", newer, ".")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build another version: %v\n%s", err, out)
 	}

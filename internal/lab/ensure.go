@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -32,22 +33,37 @@ func (l *Lab) Ensure(ctx context.Context) (changed bool, err error) {
 	return changed, nil
 }
 
-// mountRunDir gives the lab a file system of its own for what a reboot may take:
+// mountRunDir gives the lab file systems of its own for what a reboot may take:
 // namespaces can only be pinned where mounts don't propagate, and upper
 // directories of overlays can't be below their lower ones.
 func (l *Lab) mountRunDir(context.Context) (changed bool, err error) {
-	if mounted(l.RunDir) {
-		// Said again: who mounted it may have been killed before this.
-		return false, mount("", l.RunDir, "", unix.MS_PRIVATE, "")
+	if !mounted(l.RunDir) {
+		changed = true
+		if err := os.MkdirAll(l.RunDir, 0o700); err != nil {
+			return changed, err
+		}
+		if err := mount("tmpfs", l.RunDir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=700,size=64m"); err != nil {
+			return changed, err
+		}
 	}
-	if err := os.MkdirAll(l.RunDir, 0o700); err != nil {
-		return false, err
+	// Said again: who mounted it may have been killed before this.
+	if err := mount("", l.RunDir, "", unix.MS_PRIVATE, ""); err != nil {
+		return changed, err
 	}
-	if err := mount("tmpfs", l.RunDir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=700,size=64m"); err != nil {
-		return false, err
+	if mounted(l.scratch()) {
+		return changed, nil
 	}
-	return true, mount("", l.RunDir, "", unix.MS_PRIVATE, "")
+	// What machines write where nothing is kept must not fill the file system that
+	// the lab's own state is in.
+	if err := os.MkdirAll(l.scratch(), 0o700); err != nil {
+		return changed, err
+	}
+	return true, mount("tmpfs", l.scratch(), "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=700,size=25%")
 }
+
+// scratch is where the upper layers of machines' files are: what they write outside
+// of their own directories.
+func (l *Lab) scratch() string { return filepath.Join(l.RunDir, "scratch") }
 
 // mounted says whether a directory is where a tmpfs of its own begins.
 func mounted(dir string) bool {
@@ -340,7 +356,8 @@ func Uplinks() ([]string, error) {
 	}
 	var names []string
 	for _, r := range routes {
-		if r.Destination == everywhere {
+		// One that forbids all has no interface.
+		if r.Destination == everywhere && r.Interface != "" && !slices.Contains(names, r.Interface) {
 			names = append(names, r.Interface)
 		}
 	}

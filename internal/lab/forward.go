@@ -53,6 +53,12 @@ func (l *Lab) forward(ctx context.Context, iface string) (changed bool, err erro
 // restoreForwarding takes this lab out of the ledger, and puts back what no other
 // lab needs.
 func (l *Lab) restoreForwarding(ctx context.Context) error {
+	// Somebody else may have switched it on for the whole machine since (Docker does):
+	// then it is theirs.
+	all, err := nat.Forwarding("all")
+	if err != nil {
+		return err
+	}
 	return l.withLedger(ctx, func(book map[string]*forwarding) error {
 		var problems []error
 		for iface, entry := range book {
@@ -61,6 +67,9 @@ func (l *Lab) restoreForwarding(ctx context.Context) error {
 				continue
 			}
 			delete(book, iface)
+			if all && !entry.Before {
+				continue
+			}
 			if _, err := link.Get(iface); err != nil {
 				continue // gone, with its setting
 			}

@@ -40,7 +40,7 @@ func (l *Lab) makeNamespace(m Machine) error {
 	if err := link.UnpinNamespace(l.pin(m.Name)); err != nil {
 		return err
 	}
-	scratch := filepath.Join(l.RunDir, "scratch", m.Name)
+	scratch := filepath.Join(l.scratch(), m.Name)
 	if err := os.RemoveAll(scratch); err != nil {
 		return err
 	}
@@ -167,7 +167,8 @@ func (h holding) lay() error {
 			return err
 		}
 	}
-	// Otherwise this machine would hold on to the other machines' namespaces.
+	// Otherwise this machine would hold on to the other machines' namespaces. Those of
+	// other labs let go of it: to unlink a pin takes its copies away as well.
 	if err := unix.Unmount(h.RunDir, unix.MNT_DETACH); err != nil {
 		return fmt.Errorf("detach %s: %w", h.RunDir, err)
 	}

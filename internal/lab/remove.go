@@ -112,7 +112,7 @@ func (l *Lab) removeMachine(name string) error {
 			return err
 		}
 	}
-	return errors.Join(os.RemoveAll(filepath.Join(l.RunDir, "scratch", name)), os.RemoveAll(l.files(aside)))
+	return errors.Join(os.RemoveAll(filepath.Join(l.scratch(), name)), os.RemoveAll(l.files(aside)))
 }
 
 // removed begins the name of a directory of files that are being removed. No

@@ -24,6 +24,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ingot/internal/link"
+	"ingot/internal/logfile"
 	"ingot/internal/run"
 )
 
@@ -208,8 +209,9 @@ func (s RoleState) alive() bool {
 	return err == nil && start == s.Start
 }
 
-// fingerprint changes when the binary's content does, or the role's arguments or
-// files. A binary that was built again from the same sources is the same.
+// fingerprint changes when what the binary was built from does, or the role's
+// arguments or files. A binary that was built again from the same sources is the
+// same, also with another version stamped on it: a commit restarts nothing.
 func (l *Lab) fingerprint(machine string, r Role) (string, error) {
 	id, err := buildID(l.Binary)
 	if err != nil {
@@ -227,18 +229,27 @@ func (l *Lab) fingerprint(machine string, r Role) (string, error) {
 	return fmt.Sprintf("%x", sum.Sum(nil)[:16]), nil
 }
 
-// buildID is what Go's linker makes of all that a binary was built from.
-func buildID(path string) ([]byte, error) {
+// buildID names all that a binary was compiled from.
+func buildID(path string) (string, error) {
 	f, err := elf.Open(path)
 	if err != nil {
-		return nil, err
+		return "", err
 	}
 	defer f.Close()
-	note := f.Section(".note.go.buildid")
-	if note == nil {
-		return nil, fmt.Errorf("%s has no Go build id", path)
+	section := f.Section(".note.go.buildid")
+	if section == nil {
+		return "", fmt.Errorf("%s has no Go build id", path)
 	}
-	return note.Data()
+	id, err := section.Data()
+	if err != nil {
+		return "", err
+	}
+	// Linking, compiling, compiled, linked (cmd/go/internal/work/buildid.go): the first
+	// and the last know of -ldflags, and so of the version.
+	if parts := strings.Split(string(id), "/"); len(parts) == 4 {
+		return parts[1] + "/" + parts[2], nil
+	}
+	return string(id), nil
 }
 
 // Supervise is the supervisor's body: it keeps the roles of the lab that is
@@ -269,10 +280,18 @@ func Supervise(ctx context.Context, runDir string, in io.Reader, log *slog.Logge
 	keepers := map[string]*keeper{}
 	var running sync.WaitGroup
 	defer running.Wait()
+	logs, err := logfile.Open([]string{".log"}, log)
+	if err == nil {
+		running.Go(func() { err := logs.Run(ctx); logUnbounded(log, err) })
+	}
+	logUnbounded(log, err)
 	for {
 		l, err := Open(runDir)
 		if err != nil {
 			return err
+		}
+		if logs != nil {
+			logUnbounded(log, logs.Add(filepath.Join(l.Dir, "log")))
 		}
 		for _, m := range l.Machines {
 			for _, r := range m.Roles {
@@ -288,9 +307,18 @@ func Supervise(ctx context.Context, runDir string, in io.Reader, log *slog.Logge
 		}
 		select {
 		case <-ctx.Done():
-			return nil
+			// Who finds it on its way out must not rely on it: without a fingerprint it
+			// is one that does not listen.
+			return writeJSON(filepath.Join(runDir, supervisorFile), RoleState{PID: os.Getpid(), Start: start})
 		case <-again:
 		}
+	}
+}
+
+// logUnbounded says that logs may grow, which is no reason to keep no roles.
+func logUnbounded(log *slog.Logger, err error) {
+	if err != nil {
+		log.Warn("logs are not bounded", "err", err)
 	}
 }
 
@@ -426,24 +454,32 @@ func (k *keeper) start(w wanted, print string, restarts int) (*run.Process, time
 	if err := ns.Start(c); err != nil {
 		return nil, time.Time{}, err
 	}
-	p, err := run.FindProcess(c.Process.Pid, 0)
+	state := RoleState{Name: w.role.Name, PID: c.Process.Pid, Restarts: restarts, Since: time.Now(), Print: print}
+	p, err := note(w.lab.rolePath(w.machine, w.role.Name), state)
 	if err != nil {
+		// One that nobody knows of would run beside the next.
+		c.Process.Kill()
 		c.Wait()
 		return nil, time.Time{}, err
 	}
-	start, err := run.StartTime(p.PID)
-	now := time.Now()
-	if err == nil {
-		err = writeJSON(w.lab.rolePath(w.machine, w.role.Name), RoleState{
-			Name: w.role.Name, PID: p.PID, Start: start, Restarts: restarts, Since: now, Print: print,
-		})
+	k.log.Info("role started", "pid", p.PID, "restarts", restarts)
+	return p, state.Since, nil
+}
+
+// note writes down which process a role is, and holds it.
+func note(path string, s RoleState) (*run.Process, error) {
+	p, err := run.FindProcess(s.PID, 0)
+	if err != nil {
+		return nil, err
+	}
+	if s.Start, err = run.StartTime(s.PID); err == nil {
+		err = writeJSON(path, s)
 	}
 	if err != nil {
 		p.Close()
-		return nil, time.Time{}, err
+		return nil, err
 	}
-	k.log.Info("role started", "pid", p.PID, "restarts", restarts)
-	return p, now, nil
+	return p, nil
 }
 
 func writeJSON(path string, v any) error {

@@ -13,10 +13,10 @@ import (
 type Route struct {
 	Destination netip.Prefix // 0.0.0.0/0 is the default route
 	Via         netip.Addr
-	Interface   string
+	Interface   string // empty where packets are only refused
 }
 
-// Routes lists the IPv4 routes of the main table.
+// Routes lists the IPv4 routes of the main table: one with several ways several times.
 func Routes() ([]Route, error) {
 	list, err := dump(func() ([]netlink.Route, error) { return netlink.RouteList(nil, unix.AF_INET) })
 	if err != nil {
@@ -32,14 +32,21 @@ func Routes() ([]Route, error) {
 	}
 	var routes []Route
 	for _, r := range list {
-		route := Route{Destination: netip.PrefixFrom(netip.IPv4Unspecified(), 0), Interface: names[r.LinkIndex]}
+		dst := netip.PrefixFrom(netip.IPv4Unspecified(), 0)
 		if p, ok := prefix(r.Dst); ok {
-			route.Destination = p
+			dst = p
 		}
-		if via, ok := netip.AddrFromSlice(r.Gw); ok {
-			route.Via = via.Unmap()
+		hops := r.MultiPath
+		if len(hops) == 0 {
+			hops = []*netlink.NexthopInfo{{LinkIndex: r.LinkIndex, Gw: r.Gw}}
 		}
-		routes = append(routes, route)
+		for _, hop := range hops {
+			route := Route{Destination: dst, Interface: names[hop.LinkIndex]}
+			if via, ok := netip.AddrFromSlice(hop.Gw); ok {
+				route.Via = via.Unmap()
+			}
+			routes = append(routes, route)
+		}
 	}
 	return routes, nil
 }
