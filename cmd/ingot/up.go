@@ -49,7 +49,7 @@ What is as it should be is left alone. The file is kept: without one, the next
 	f.StringVarP(&file, "file", "f", "", "what the environment is to be; - is standard input")
 	f.BoolVar(&o.DryRun, "dry-run", false, "show what would change, and change nothing")
 	f.BoolVar(&o.Force, "force", false, "also what loses disks: make microVMs anew, remove machines with microVMs")
-	f.BoolVar(&o.NoVMs, "no-vms", false, "don't make the first microVMs")
+	f.BoolVar(&o.NoVMs, "no-vms", false, "don't make the first microVMs, now or later")
 	f.DurationVar(&o.Wait, "wait", 0, "how long to wait until all is green (default 3m)")
 	return cmd
 }

@@ -2,8 +2,10 @@ package env
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -12,7 +14,9 @@ import (
 	"github.com/containerd/errdefs"
 
 	"ingot/api/services/microvm/v1alpha1"
+	"ingot/api/types"
 	"ingot/internal/lab"
+	"ingot/internal/vm"
 )
 
 func (u *up) prepare(ctx context.Context) (err error) {
@@ -58,28 +62,30 @@ func (u *up) gatherFacts(ctx context.Context) (string, error) {
 	return fmt.Sprintf("%d machines, %d microVMs", len(was.Machines), len(u.have)), nil
 }
 
-// askHosts lists the microVMs of the hosts that run. After a reboot none does.
+// askHosts lists the microVMs of the hosts that run, and finds those of the others
+// in their files: after a reboot no host runs.
 func (u *up) askHosts(ctx context.Context) {
 	conns, err := u.was.Dial()
 	if err != nil {
-		for _, m := range u.was.Hosts() {
-			u.silent = append(u.silent, m.Name)
-		}
-		return
+		conns = Conns{} // half of an environment: nobody can be asked
 	}
 	defer conns.Close()
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
-	u.have, u.silent = list(ctx, conns, slices.DeleteFunc(u.was.Hosts(), func(m Machine) bool { return !u.states[m.Name].Up }))
+	ask := func(m Machine) bool { return u.states[m.Name].Up && conns.Hosts[m.Name] != nil }
+	var silent map[string]error
+	u.have, silent = list(ctx, conns, slices.DeleteFunc(u.was.Hosts(), func(m Machine) bool { return !ask(m) }))
 	for _, m := range u.was.Hosts() {
-		if !u.states[m.Name].Up {
-			u.silent = append(u.silent, m.Name)
+		if silent[m.Name] != nil || !ask(m) {
+			u.have = append(u.have, recorded(u.was.filesOf(m), m.Name)...)
 		}
 	}
 }
 
-// list asks hosts for their microVMs, all at the same time.
-func list(ctx context.Context, conns Conns, hosts []Machine) (have []placed, silent []string) {
+// list asks hosts for their microVMs, all at the same time. Silent are those that
+// did not answer, and why.
+func list(ctx context.Context, conns Conns, hosts []Machine) (have []placed, silent map[string]error) {
+	silent = map[string]error{}
 	var mu sync.Mutex // guards have and silent
 	var asking sync.WaitGroup
 	for _, m := range hosts {
@@ -88,7 +94,7 @@ func list(ctx context.Context, conns Conns, hosts []Machine) (have []placed, sil
 			mu.Lock()
 			defer mu.Unlock()
 			if err != nil {
-				silent = append(silent, m.Name)
+				silent[m.Name] = err
 			}
 			for _, vm := range r.GetMicrovm() {
 				have = append(have, placed{m.Name, vm})
@@ -97,6 +103,34 @@ func list(ctx context.Context, conns Conns, hosts []Machine) (have []placed, sil
 	}
 	asking.Wait()
 	slices.SortFunc(have, func(a, b placed) int { return strings.Compare(a.name(), b.name()) })
-	slices.Sort(silent)
 	return have, silent
+}
+
+// recorded are the microVMs that a machine's files say it has. What cannot be read
+// is the host's to complain about.
+func recorded(files, host string) []placed {
+	var all []placed
+	for _, path := range records(files) {
+		var r struct {
+			Spec     vm.Spec
+			Deleting bool
+		}
+		b, err := os.ReadFile(path)
+		if err != nil || json.Unmarshal(b, &r) != nil || r.Deleting {
+			continue
+		}
+		all = append(all, placed{host, &types.MicroVM{Spec: &types.MicroVMSpec{
+			Namespace: r.Spec.Namespace, Id: r.Spec.Name, Uid: &r.Spec.UID, Labels: r.Spec.Labels,
+		}}})
+	}
+	return all
+}
+
+// filesOf is where a machine's own files are.
+func (e Env) filesOf(m Machine) string { return filepath.Join(e.Dir(), "machines", m.Name) }
+
+// records are the files in which a machine notes its microVMs, whether it runs or not.
+func records(files string) []string {
+	found, _ := filepath.Glob(filepath.Join(files, "var/lib/flintlock/vm/*/*/*/vm.json"))
+	return found
 }

@@ -1,17 +1,23 @@
 package env
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
+	"net/netip"
+	"os/exec"
+	"runtime"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
 	"ingot/internal/doctor"
 	"ingot/internal/inspect"
+	"ingot/internal/need"
 )
 
 // TestDiagnosis: only what is known to stop packets is a fault of the lab's. A
@@ -56,4 +62,34 @@ func TestInterruptedUp(t *testing.T) {
 	if _, err := u.awaitGreen(t.Context()); err == nil || !strings.Contains(err.Error(), "not green after") {
 		t.Errorf("too late: %v", err)
 	}
+}
+
+// TestAnotherSubnetIsSaid has another environment and a route of this machine in
+// the way of what is usual.
+func TestAnotherSubnetIsSaid(t *testing.T) {
+	need.Root(t)
+	need.NetNS(t)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			t.Error(err)
+			return
+		}
+		if out, err := exec.Command("sh", "-ec", "ip link set lo up; ip route add 192.168.8.0/22 dev lo").CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+		var said bytes.Buffer
+		u := &up{Options: Options{Out: &said, Binary: "ingot"}, name: "second", others: []Env{{Name: "first", Subnet: netip.MustParsePrefix("10.1.0.0/24"), Uplink: usualUplink}}}
+		if err := u.decide(); err != nil {
+			t.Error(err)
+		}
+		const want = "note: 192.168.12.0/25 is used instead of 192.168.10.0/25, which overlaps with this machine's route to 192.168.8.0/22 by lo\n" +
+			"note: 100.64.0.4/30 is used instead of 100.64.0.0/30, which environment first has\n"
+		if said.String() != want {
+			t.Errorf("%s", said.String())
+		}
+	}()
+	<-done
 }

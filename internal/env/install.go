@@ -30,7 +30,7 @@ func (u *up) keep(context.Context) (string, error) {
 	}
 	var err error
 	switch {
-	case u.Declared != nil: // it says which microVMs there are
+	case u.Declared != nil, u.NoVMs: // somebody said which microVMs there are to be
 		err = removeIfThere(u.pendingPath())
 	case u.was == nil:
 		err = writeFile(u.pendingPath(), nil)

@@ -1,7 +1,9 @@
 package env
 
 import (
+	"cmp"
 	"context"
+	"fmt"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -47,9 +49,27 @@ func (u *up) decide() error {
 		if avoid.IsValid() {
 			not = append(slices.Clone(taken), avoid)
 		}
-		return lab.FreeSubnet(want, Env{Name: u.name}.Lab(u.Binary).Device(), not...)
+		device := Env{Name: u.name}.Lab(u.Binary).Device()
+		got, err := lab.FreeSubnet(want, device, not...)
+		if err == nil && got != want {
+			u.say("note: %s is used instead of %s, which %s", got, want, u.taken(want, device))
+		}
+		return got, err
 	})
 	return err
+}
+
+// taken says who has a subnet.
+func (u *up) taken(p netip.Prefix, device string) string {
+	for _, other := range u.others {
+		if p.Overlaps(other.Subnet) || p.Overlaps(other.Uplink) {
+			return "environment " + other.Name + " has"
+		}
+	}
+	if r, found, err := lab.InTheWay(p, device); err == nil && found {
+		return fmt.Sprintf("overlaps with this machine's route to %s by %s", r.Destination, cmp.Or(r.Interface, "nobody"))
+	}
+	return "overlaps with what the file says"
 }
 
 // collisions are with other environments and with routes of this machine.
@@ -97,7 +117,7 @@ func (u *up) lost() Objections {
 			continue
 		}
 		var names []string
-		for _, name := range vmsOnDisk(filepath.Join(u.was.Dir(), "machines", m.Name)) {
+		for _, name := range vmsOnDisk(u.was.filesOf(m)) {
 			is := func(v MicroVM) bool { return v.String() == name }
 			if !slices.ContainsFunc(u.was.MicroVMs, is) || slices.ContainsFunc(u.env.MicroVMs, is) {
 				names = append(names, name)
@@ -113,17 +133,15 @@ func (u *up) lost() Objections {
 
 // vmsOnDisk are the microVMs that a machine has records of, whether it runs or not.
 func vmsOnDisk(files string) []string {
-	found, _ := filepath.Glob(filepath.Join(files, "var/lib/flintlock/vm/*/*/*/vm.json"))
 	var names []string
-	for _, path := range found {
+	for _, path := range records(files) {
 		parts := strings.Split(filepath.Dir(path), string(filepath.Separator))
 		names = append(names, parts[len(parts)-3]+"/"+parts[len(parts)-2])
 	}
 	return names
 }
 
-// vmPlan is what the microVMs that are seen now have to become. On a host that
-// does not answer yet there may be others: once it does, startMicroVMs looks again.
+// vmPlan is what the microVMs that are there now have to become.
 func (u *up) vmPlan() vmPlan {
 	var stay []placed
 	for _, h := range u.have {

@@ -245,6 +245,31 @@ func TestFormat1IsRead(t *testing.T) {
 	}
 }
 
+// TestRecordedMicroVMs: of a host that does not run, the files say what `up` would
+// take from it, before anything is changed.
+func TestRecordedMicroVMs(t *testing.T) {
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"default/a/01J": `{"format":1,"spec":{"uid":"01J","namespace":"default","name":"a","labels":{"ingot/declared":"0"}}}`,
+		"default/b/01K": `{"format":1,"spec":{"uid":"01K","namespace":"default","name":"b"}}`,
+		"default/c/01L": `{"format":1,"spec":{"uid":"01L","namespace":"default","name":"c"},"deleting":true}`,
+		"default/d/01M": `half`,
+	} {
+		vm := dir + "/machines/host-0/var/lib/flintlock/vm/" + name
+		if err := os.MkdirAll(vm, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(vm+"/vm.json", []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wanted := parse(t, "format: 2\nmicrovms:\n- {name: a, image: busybox}\n- {name: b, image: busybox}\n").MicroVMs
+	plan := planMicroVMs(wanted, recorded(dir+"/machines/host-0", "host-0"))
+	if o := plan.objections(false); len(o) != 2 || len(plan.create) != 0 || len(plan.remove) != 0 {
+		t.Errorf("objections %v, %+v", o, plan)
+	}
+}
+
 func TestLostMicroVMs(t *testing.T) {
 	dir := t.TempDir()
 	for _, name := range []string{"default/a/01J", "team/b/01K", "team/half/01L"} {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -36,7 +37,7 @@ func (u *up) awaitHub(ctx context.Context) (string, error) {
 		facts, err = client.Facts(ctx, &emptypb.Empty{}, grpc.WaitForReady(true))
 		return err
 	}
-	if err := await(ctx, name, ask); err != nil {
+	if err := await(ctx, silence(name), ask); err != nil {
 		return "", err
 	}
 	nat := facts.GetNat()
@@ -46,7 +47,7 @@ func (u *up) awaitHub(ctx context.Context) (string, error) {
 	if err := u.lab.Restart(ctx, name, "hub"); err != nil {
 		return "", err
 	}
-	return "it answers, its rules are set again", await(ctx, name, ask)
+	return "it answers, its rules are set again", await(ctx, silence(name), ask)
 }
 
 // awaitHosts waits until all hosts answer.
@@ -55,7 +56,7 @@ func (u *up) awaitHosts(ctx context.Context) (string, error) {
 	for _, m := range u.env.Hosts() {
 		client := v1alpha1.NewMicroVMClient(u.conns.Hosts[m.Name])
 		group.Go(func() error {
-			return await(ctx, m.Name, func(ctx context.Context) error {
+			return await(ctx, silence(m.Name), func(ctx context.Context) error {
 				_, err := client.ListMicroVMs(ctx, &v1alpha1.ListMicroVMsRequest{}, grpc.WaitForReady(true))
 				return err
 			})
@@ -64,7 +65,14 @@ func (u *up) awaitHosts(ctx context.Context) (string, error) {
 	return "all answer", group.Wait()
 }
 
-func await(ctx context.Context, machine string, ask func(context.Context) error) error {
+// silence is what is wrong with a machine whose service does not answer.
+func silence(machine string) string {
+	return machine + " does not answer, see `ingot machine logs " + machine + "`"
+}
+
+// await asks again and again until the answer is good. If it never is, wrong says
+// what that means.
+func await(ctx context.Context, wrong string, ask func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
 	for wait := 20 * time.Millisecond; ; wait = min(2*wait, 500*time.Millisecond) {
@@ -76,7 +84,10 @@ func await(ctx context.Context, machine string, ask func(context.Context) error)
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%s does not answer, see `ingot machine logs %s`: %w", machine, machine, err)
+			if cause := context.Cause(ctx); !errors.Is(cause, context.DeadlineExceeded) {
+				err = cause
+			}
+			return fmt.Errorf("%s: %w", wrong, err)
 		case <-time.After(wait):
 		}
 	}

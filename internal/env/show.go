@@ -4,21 +4,13 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"strings"
 )
 
 // showPlan says what will change, and nothing of what is as it should be.
 func (u *up) showPlan(context.Context) (string, error) {
 	lines := changes(u.was, u.env)
 	lines = append(lines, u.roleChanges()...)
-	vms := u.vmPlan()
-	if len(u.silent) > 0 {
-		vms.create = nil // they may be there
-		if len(u.env.MicroVMs) > 0 {
-			lines = append(lines, fmt.Sprintf("? microVMs: known when %s answers", strings.Join(u.silent, ", ")))
-		}
-	}
-	lines = append(lines, vms.lines()...)
+	lines = append(lines, u.vmPlan().lines()...)
 	if u.firstVMs() {
 		for _, m := range u.first() {
 			lines = append(lines, fmt.Sprintf("+ microVM %s on %s", m, m.Host))

@@ -38,8 +38,7 @@ type up struct {
 	was     *Env       // nil: there is none yet
 	others  []Env
 	states  map[string]lab.State // by machine
-	have    []placed             // microVMs on hosts that answer
-	silent  []string             // hosts that don't
+	have    []placed             // microVMs
 
 	env    Env
 	lab    *lab.Lab

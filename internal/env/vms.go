@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,8 +23,8 @@ import (
 // environment without one.
 func (u *up) startMicroVMs(ctx context.Context) (string, error) {
 	have, silent := list(ctx, u.conns, u.env.Hosts())
-	if len(silent) > 0 {
-		return "", fmt.Errorf("list microVMs: %v did not answer", silent)
+	for _, host := range slices.Sorted(maps.Keys(silent)) {
+		return "", fmt.Errorf("list microVMs of %s: %w", host, silent[host])
 	}
 	plan := planMicroVMs(u.env.MicroVMs, have)
 	if err := plan.objections(u.Force).err(); err != nil {
@@ -88,11 +89,11 @@ func (u *up) remove(ctx context.Context, all []placed) error {
 			if _, err := client.DeleteMicroVM(ctx, &v1alpha1.DeleteMicroVMRequest{Uid: p.vm.GetSpec().GetUid()}); err != nil {
 				return fmt.Errorf("remove microVM %s: %w", p.name(), err)
 			}
-			err := await(ctx, p.host, func(ctx context.Context) error {
+			err := await(ctx, "remove microVM "+p.name()+" on "+p.host, func(ctx context.Context) error {
 				r, err := client.ListMicroVMs(ctx, &v1alpha1.ListMicroVMsRequest{})
 				there := slices.ContainsFunc(r.GetMicrovm(), func(vm *types.MicroVM) bool { return vm.GetSpec().GetUid() == p.vm.GetSpec().GetUid() })
 				if err == nil && there {
-					err = errors.New("microVM " + p.name() + " is still being removed")
+					err = fmt.Errorf("after %s it is still there", answerTime)
 				}
 				return err
 			})
