@@ -7,15 +7,14 @@ import (
 	"testing"
 
 	"ingot/internal/doctor"
+	"ingot/internal/need"
 )
 
 // A container's memory is what its control group leaves it; its files are as
 // cgroup v2 shows them, which not every machine that tests run on has.
 func TestMemory(t *testing.T) {
 	needs(t)
-	if b, err := os.ReadFile("/proc/self/cgroup"); err != nil || !strings.Contains(string(b), "0::/") {
-		t.Skip("this test needs a kernel with cgroup v2")
-	}
+	need.CGroup2(t)
 	const groups = "/sys/fs/cgroup"
 	mount(t, "tmpfs", groups, "tmpfs", 0, "")
 	show := func(name, text string) {

@@ -191,9 +191,7 @@ func TestDHCP(t *testing.T) {
 func TestBridges(t *testing.T) {
 	needs(t)
 	const hook = "/proc/sys/net/bridge/bridge-nf-call-iptables"
-	if _, err := os.Stat(hook); err != nil {
-		t.Skip("the kernel's module br_netfilter is not loaded")
-	}
+	need.BridgeFilter(t)
 	p := doctor.Patient{Machines: []doctor.Machine{{Name: "host-0", Inside: here}}}
 	sh(t, "echo 1 >"+hook)
 	mend(t, expect(t, "bridges", p, doctor.Warn, "br_netfilter is on in host-0"), p)

@@ -10,17 +10,17 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
-
-	"ingot/internal/kvm"
 )
 
 // exempt names what continuous integration may lack, and why: these needs skip
 // even with INGOT_NEED=all.
 var exempt = map[string]string{
-	"kvm": "hosted runners are virtual machines themselves, most without nested virtualisation",
+	"cgroup2":      "machines with the older control groups are still about",
+	"br_netfilter": "a module that machines have where somebody (Docker) has loaded it",
 }
 
 // Root asks for uid 0.
@@ -48,10 +48,22 @@ func QEMU(t testing.TB) {
 	Binary(t, map[string]string{"amd64": "qemu-system-x86_64", "arm64": "qemu-system-aarch64"}[runtime.GOARCH])
 }
 
-// KVM asks for a /dev/kvm with which a guest runs, not for one that opens.
-func KVM(t testing.TB) {
+// CGroup2 asks for control groups of the second version.
+func CGroup2(t testing.TB) {
 	t.Helper()
-	lack(t, "kvm", usableKVM())
+	b, err := os.ReadFile("/proc/self/cgroup")
+	if err == nil && !strings.Contains(string(b), "0::/") {
+		err = errors.New("this machine has the first version")
+	}
+	lack(t, "cgroup2", err)
+}
+
+// BridgeFilter asks for the kernel's module that shows bridged frames to the rules
+// for routed packets.
+func BridgeFilter(t testing.TB) {
+	t.Helper()
+	_, err := os.Stat("/proc/sys/net/bridge")
+	lack(t, "br_netfilter", err)
 }
 
 // Time asks for minutes, which `go test -short` does not have.
@@ -113,13 +125,6 @@ func loop() error {
 	defer f.Close()
 	if _, err := unix.IoctlRetInt(int(f.Fd()), unix.LOOP_CTL_GET_FREE); err != nil {
 		return fmt.Errorf("find a free loop device: %w", err)
-	}
-	return nil
-}
-
-func usableKVM() error {
-	if v := kvm.Probe(); !v.Usable {
-		return errors.New(v.Reason())
 	}
 	return nil
 }

@@ -45,8 +45,8 @@ func TestLack(t *testing.T) {
 		{"", "loop", nil, "passed"},
 		{"", "loop", missing, "skip: this test needs loop: there is none"},
 		{"all", "loop", missing, "fatal: this test needs loop: there is none"},
-		{"all", "kvm", missing, "skip: this test needs kvm: there is none"},
-		{"all", "kvm", nil, "passed"},
+		{"all", "cgroup2", missing, "skip: this test needs cgroup2: there is none"},
+		{"all", "cgroup2", nil, "passed"},
 	} {
 		t.Setenv("INGOT_NEED", c.env)
 		if got := ended(func(t testing.TB) { lack(t, c.what, c.err) }); got != c.want {
