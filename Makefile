@@ -41,6 +41,7 @@ test: ## run all tests
 	@$(MAKE) --no-print-directory build
 	$(GO) test -p 1 -timeout 20m ./...
 	CGO_ENABLED=1 $(GO) test -p 1 -race -short -timeout 10m $(RACE)
+	CGO_ENABLED=1 $(GO) test -race -short -timeout 10m -run 'TestMachine|TestRestart' ./cmd/ingot
 
 check: ## format, vet, staticcheck, layout, arm64
 	@bad=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$bad" || { echo "not gofmt'd: $$bad"; exit 1; }

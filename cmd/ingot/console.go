@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -79,20 +80,24 @@ func viewConsole(ctx context.Context, vm microVM, keys <-chan []byte) error {
 	var typing sync.WaitGroup
 	defer typing.Wait()
 	defer cancel()
-	stream, err := vm.host.Console(ctx, grpc.WaitForReady(true))
-	if err != nil {
-		return err
-	}
-	if err := stream.Send(&ingotv1.ConsoleRequest{Payload: &ingotv1.ConsoleRequest_Uid{Uid: vm.uid()}}); err != nil && !errors.Is(err, io.EOF) {
-		return err
-	}
 	var left error
+	there := make(chan ingotv1.Host_ConsoleClient, 1)
 	typing.Go(func() {
-		left = typeTo(ctx, stream, keys)
-		if left != nil {
+		// From now on, so that one can leave while nobody answers.
+		if left = typeTo(ctx, there, keys); left != nil {
 			cancel()
 		}
 	})
+	stream, err := vm.host.Console(ctx, grpc.WaitForReady(true))
+	if err == nil {
+		err = stream.Send(&ingotv1.ConsoleRequest{Payload: &ingotv1.ConsoleRequest_Uid{Uid: vm.uid()}})
+	}
+	if err != nil && !errors.Is(err, io.EOF) { // of EOF, Recv has the reason
+		cancel()
+		typing.Wait()
+		return cmp.Or(left, err)
+	}
+	there <- stream
 	for {
 		r, err := stream.Recv()
 		if err == nil {
@@ -128,16 +133,39 @@ func readKeys(r io.Reader, keys chan<- []byte) {
 	}
 }
 
-// typeTo sends what is typed until the detach key or the end of it, which are
-// errDetached, or the end of ctx or of the stream, which are no error.
-func typeTo(ctx context.Context, stream ingotv1.Host_ConsoleClient, keys <-chan []byte) error {
-	for {
-		var data []byte
-		more := false
+// typedAhead is how much may be typed before the console is there.
+const typedAhead = 64 << 10
+
+// typeTo sends what is typed, once the stream is there, until the detach key or the
+// end of it, which are errDetached, or the end of ctx or of the stream, which are no
+// error.
+func typeTo(ctx context.Context, there <-chan ingotv1.Host_ConsoleClient, keys <-chan []byte) error {
+	var stream ingotv1.Host_ConsoleClient
+	var data []byte
+	more := true
+	for stream == nil {
+		early := keys
+		if !more || len(data) > typedAhead {
+			early = nil
+		}
 		select {
 		case <-ctx.Done():
 			return nil
-		case data, more = <-keys:
+		case stream = <-there:
+		case typed, ok := <-early:
+			if bytes.IndexByte(typed, detachKey) >= 0 {
+				return errDetached
+			}
+			data, more = append(data, typed...), ok
+		}
+	}
+	for {
+		if len(data) == 0 && more {
+			select {
+			case <-ctx.Done():
+				return nil
+			case data, more = <-keys:
+			}
 		}
 		at := bytes.IndexByte(data, detachKey)
 		if at >= 0 {
@@ -152,5 +180,6 @@ func typeTo(ctx context.Context, stream ingotv1.Host_ConsoleClient, keys <-chan 
 		if at >= 0 || !more {
 			return errDetached
 		}
+		data = nil
 	}
 }

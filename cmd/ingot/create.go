@@ -38,7 +38,7 @@ YAML or JSON; - is standard input.`,
 						return err
 					}
 				}
-				vm, err := create(ctx, host, spec)
+				vm, err := c.create(ctx, host, spec)
 				if err != nil {
 					return err
 				}

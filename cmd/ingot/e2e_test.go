@@ -47,6 +47,11 @@ func TestE2E(t *testing.T) {
 	if out, err := exec.Command("cp", "../../bin/ingot", program).CombinedOutput(); err != nil {
 		t.Fatalf("cp: %v\n%s", err, out)
 	}
+	for _, name := range []string{"ctr", "dhcp-leases-list"} { // as `make build` has them
+		if err := os.Symlink("ingot", filepath.Join(bin, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
 	probe := filepath.Join(bin, "probe") // what isolation.txtar puts into guests
 	build := exec.Command("go", "build", "-ldflags", "-s -w", "-o", probe, "./testdata/probe")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")

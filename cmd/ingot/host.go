@@ -11,10 +11,14 @@ import (
 	"net/netip"
 	"os"
 	"runtime/debug"
+	"slices"
+	"strconv"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/goccy/go-yaml"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"ingot/internal/host"
 	"ingot/internal/image"
@@ -79,7 +83,7 @@ func hostCommand() *cobra.Command {
 		Short: "Run the microVM host's daemon (also: flintlockd run)",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := readHostConfig(file, cmd.Flags().Changed("config"))
+			c, err := readHostConfig(file, cmd.Flags().Changed("config"), cmd.Flags())
 			if err != nil {
 				return err
 			}
@@ -87,10 +91,52 @@ func hostCommand() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&file, "config", hostConfigFile, "configuration file")
+	for _, key := range hostFlags {
+		cmd.Flags().String(key, "", "the same as in the configuration file")
+	}
+	cmd.Flags().StringP("verbosity", "v", "", "2 for the steps of each microVM")
+	for _, key := range vainFlags {
+		cmd.Flags().String(key, "", "has no effect: for those who had flintlock's daemon")
+	}
+	for _, key := range []string{"insecure", "tls-client-validate", "firecracker-detach", "cloudhypervisor-detach"} {
+		cmd.Flags().Lookup(key).NoOptDefVal = "true"
+	}
 	return cmd
 }
 
-func readHostConfig(file string, must bool) (hostConfig, error) {
+// hostFlags are keys of the configuration file that are flags too, as flintlock's
+// users have them in their unit files. vainFlags are those of flintlock's that
+// mean nothing here.
+var (
+	hostFlags = []string{
+		"grpc-endpoint", "basic-auth-token", "insecure", "tls-cert", "tls-key", "tls-client-validate", "tls-client-ca",
+		"containerd-socket", "containerd-ns", "bridge-name", "parent-iface", "state-dir", "default-provider",
+	}
+	vainFlags = []string{
+		"containerd-kernel-ss", "firecracker-bin", "firecracker-detach", "cloudhypervisor-bin", "cloudhypervisor-detach",
+		"virtiofs-bin", "resync-period", "deleteMicroVM-timeout", "maximum-retry",
+	}
+)
+
+// override sets what flags say instead of the file.
+func (c *hostConfig) override(flags *pflag.FlagSet) error {
+	var errs []error
+	flags.Visit(func(f *pflag.Flag) {
+		if !slices.Contains(hostFlags, f.Name) && f.Name != "verbosity" {
+			return
+		}
+		value := f.Value.String()
+		if f.NoOptDefVal == "" && f.Name != "verbosity" {
+			value = strconv.Quote(value)
+		}
+		if yaml.UnmarshalWithOptions([]byte(f.Name+": "+value+"\n"), c, yaml.Strict()) != nil {
+			errs = append(errs, fmt.Errorf("--%s %s: %w", f.Name, f.Value, errdefs.ErrInvalidArgument))
+		}
+	})
+	return errors.Join(errs...)
+}
+
+func readHostConfig(file string, must bool, flags *pflag.FlagSet) (hostConfig, error) {
 	c := defaultHostConfig()
 	b, err := os.ReadFile(file)
 	if errors.Is(err, fs.ErrNotExist) && !must {
@@ -102,6 +148,14 @@ func readHostConfig(file string, must bool) (hostConfig, error) {
 	if err := yaml.UnmarshalWithOptions(b, &c, yaml.Strict()); err != nil && len(b) > 0 {
 		return c, fmt.Errorf("read %s: %w", file, err)
 	}
+	if err := c.override(flags); err != nil {
+		return c, err
+	}
+	flags.Visit(func(f *pflag.Flag) {
+		if slices.Contains(vainFlags, f.Name) {
+			slog.Warn("this flag has no effect", "flag", f.Name)
+		}
+	})
 	if c.BridgeName == "" && c.ParentInterface == "" {
 		return c, errors.New("you must supply at least one of parent interface, bridge name (parent-iface, bridge-name in " + file + ")")
 	}

@@ -34,9 +34,9 @@ type imageRow struct {
 
 // imageHost is a host that has the image.
 type imageHost struct {
-	Name     string    `json:"name"`
-	MicroVMs []string  `json:"microvms"`
-	Used     time.Time `json:"used"`
+	Name     string     `json:"name"`
+	MicroVMs []string   `json:"microvms"`
+	Used     *time.Time `json:"used"`
 }
 
 func imageListCommand(r *registryFlags) *cobra.Command {
@@ -91,7 +91,7 @@ func (c *cloud) addHeld(ctx context.Context, rows []imageRow, registry string) [
 				at = len(rows)
 				rows = append(rows, imageRow{Name: name, Digest: i.GetDigest(), Size: i.GetSizeBytes(), Hosts: []imageHost{}})
 			}
-			rows[at].Hosts = append(rows[at].Hosts, imageHost{h.Name, append([]string{}, i.GetMicrovmUids()...), i.GetUsedAt().AsTime()})
+			rows[at].Hosts = append(rows[at].Hosts, imageHost{h.Name, append([]string{}, i.GetMicrovmUids()...), when(i.GetUsedAt())})
 		}
 		return nil
 	})

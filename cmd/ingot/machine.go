@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -37,16 +36,24 @@ type machineView struct {
 }
 
 type roleView struct {
-	Name     string    `json:"name"`
-	Running  bool      `json:"running"`
-	PID      int       `json:"pid"`
-	Since    time.Time `json:"since"`
-	Restarts int       `json:"restarts"`
-	Log      string    `json:"log"`
+	Name     string     `json:"name"`
+	Running  bool       `json:"running"`
+	PID      int        `json:"pid"`
+	Since    *time.Time `json:"since"`
+	Restarts int        `json:"restarts"`
+	Log      string     `json:"log"`
 }
 
-func openLab(cmd *cobra.Command) (*lab.Lab, error) {
-	e, err := env.Open(environment(cmd))
+func newRoleView(r lab.RoleState) roleView {
+	v := roleView{Name: r.Name, Running: r.Running, PID: r.PID, Restarts: r.Restarts, Log: r.Log}
+	if !r.Since.IsZero() { // it was never started
+		v.Since = new(r.Since.UTC())
+	}
+	return v
+}
+
+func openLab(cmd *cobra.Command, open func(string) (env.Env, error)) (*lab.Lab, error) {
+	e, err := open(environment(cmd))
 	if err != nil {
 		return nil, err
 	}
@@ -62,7 +69,7 @@ func machineListCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "list", Aliases: []string{"ls"}, Short: "List machines and what runs on them", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			l, err := openLab(cmd)
+			l, err := openLab(cmd, env.Open)
 			if err != nil {
 				return err
 			}
@@ -71,7 +78,7 @@ func machineListCommand() *cobra.Command {
 			for _, s := range l.States() {
 				v := machineView{Name: s.Name, Address: s.Address.String(), Up: s.Up, Roles: []roleView{}}
 				for _, r := range s.Roles {
-					v.Roles = append(v.Roles, roleView{r.Name, r.Running, r.PID, r.Since.UTC(), r.Restarts, r.Log})
+					v.Roles = append(v.Roles, newRoleView(r))
 					state, age := "dead", ""
 					if r.Running {
 						state, age = "running", time.Since(r.Since).Round(time.Second).String()
@@ -104,18 +111,28 @@ func machineShellCommand() *cobra.Command {
 
 func machineExecCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "exec MACHINE -- COMMAND…", Short: "Run a command in a machine", Args: cobra.MinimumNArgs(2),
-		RunE: func(cmd *cobra.Command, args []string) error { return inMachine(cmd, args[0], args[1:]...) },
+		Use: "exec MACHINE -- COMMAND…", Short: "Run a command in a machine", Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			command, err := commandAfter(cmd, args)
+			if err != nil {
+				return err
+			}
+			if len(command) == 0 {
+				return misused(cmd, "there is no command: ingot machine exec %s -- ip a", args[0])
+			}
+			return inMachine(cmd, args[0], command...)
+		},
 	}
+	cmd.Flags().SetInterspersed(false)
 	return cmd
 }
 
 func inMachine(cmd *cobra.Command, name string, argv ...string) error {
-	l, err := openLab(cmd)
+	l, err := openLab(cmd, env.OpenUp)
 	if err != nil {
 		return err
 	}
-	if err := hasMachine(l, name); err != nil {
+	if _, err := findMachine(l, name); err != nil {
 		return err
 	}
 	// Ctrl-C is for the command: it gets it from the terminal.
@@ -134,15 +151,30 @@ func inMachine(cmd *cobra.Command, name string, argv ...string) error {
 	return exitCode(exit.ExitCode())
 }
 
-func hasMachine(l *lab.Lab, name string) error {
+func findMachine(l *lab.Lab, name string) (lab.Machine, error) {
 	var names []string
 	for _, m := range l.Machines {
+		if m.Name == name {
+			return m, nil
+		}
 		names = append(names, m.Name)
 	}
-	if !slices.Contains(names, name) {
-		return fmt.Errorf("find machine %s: %w: environment %s has %s", name, errdefs.ErrNotFound, l.Name, strings.Join(names, ", "))
+	return lab.Machine{}, fmt.Errorf("find machine %s: %w: environment %s has %s", name, errdefs.ErrNotFound, l.Name, strings.Join(names, ", "))
+}
+
+// rolesOf are a machine's roles, or the one of that name.
+func rolesOf(m lab.Machine, name string) ([]lab.Role, error) {
+	var names []string
+	for _, r := range m.Roles {
+		if r.Name == name {
+			return []lab.Role{r}, nil
+		}
+		names = append(names, r.Name)
 	}
-	return nil
+	if name != "" {
+		return nil, fmt.Errorf("find role %s: %w: %s has %s", name, errdefs.ErrNotFound, m.Name, strings.Join(names, ", "))
+	}
+	return m.Roles, nil
 }
 
 func machineLogsCommand() *cobra.Command {
@@ -150,25 +182,22 @@ func machineLogsCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "logs MACHINE [ROLE]", Short: "Show what a machine's roles have logged", Args: cobra.RangeArgs(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			l, err := openLab(cmd)
+			l, err := openLab(cmd, env.Open)
 			if err != nil {
 				return err
 			}
-			if err := hasMachine(l, args[0]); err != nil {
+			m, err := findMachine(l, args[0])
+			if err != nil {
 				return err
 			}
-			for _, m := range l.Machines {
-				if m.Name != args[0] {
-					continue
-				}
-				for i, r := range m.Roles {
-					if len(args) == 2 && args[1] != r.Name {
-						continue
-					}
-					last := len(args) == 2 || i == len(m.Roles)-1
-					if err := logfile.Follow(cmd.Context(), l.LogPath(m.Name, r.Name), 0, follow && last, cmd.OutOrStdout()); err != nil {
-						return err
-					}
+			roles, err := rolesOf(m, strings.Join(args[1:], ""))
+			if err != nil {
+				return err
+			}
+			for i, r := range roles {
+				last := i == len(roles)-1
+				if err := logfile.Follow(cmd.Context(), l.LogPath(m.Name, r.Name), 0, follow && last, cmd.OutOrStdout()); err != nil {
+					return err
 				}
 			}
 			return nil

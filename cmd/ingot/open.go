@@ -8,7 +8,7 @@ import (
 
 // openCloud prepares the connections to an environment's machines.
 func openCloud(name string) (*cloud, error) {
-	e, err := env.Open(name)
+	e, err := env.OpenUp(name)
 	if err != nil {
 		return nil, err
 	}

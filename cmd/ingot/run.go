@@ -108,7 +108,7 @@ func (c *cloud) run(cmd *cobra.Command, o runOptions, spec *types.MicroVMSpec) (
 	if err := pull(boot, host, p, o.pull, spec); err != nil {
 		return err
 	}
-	vm, err := create(boot, host, spec)
+	vm, err := c.create(ctx, host, spec)
 	if err != nil {
 		return err
 	}
@@ -191,12 +191,36 @@ func pull(ctx context.Context, host *hostClient, p *progress, policy string, spe
 	return pullAll(ctx, host, p, policy, slices.Compact(list))
 }
 
-func create(ctx context.Context, host *hostClient, spec *types.MicroVMSpec) (microVM, error) {
+// create makes a microVM. An interrupt does not reach it: nobody would know whether
+// there is one now.
+func (c *cloud) create(ctx context.Context, host *hostClient, spec *types.MicroVMSpec) (microVM, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUp)
+	defer cancel()
 	r, err := host.CreateMicroVM(ctx, &v1alpha1.CreateMicroVMRequest{Microvm: spec})
 	if err != nil {
 		return microVM{}, fmt.Errorf("create %s/%s on %s: %w", spec.GetNamespace(), spec.GetId(), host.Name, err)
 	}
-	return microVM{r.GetMicrovm(), host}, nil
+	vm := microVM{r.GetMicrovm(), host}
+	return vm, c.yield(ctx, vm)
+}
+
+// yield deletes a new microVM again if another host has one of its name that came
+// first: two that ask for the same name at the same time get two hosts.
+func (c *cloud) yield(ctx context.Context, vm microVM) error {
+	all, err := c.list(ctx, vm.GetSpec().GetNamespace())
+	if err != nil {
+		return nil // choose has said who is silent
+	}
+	for _, other := range all {
+		if other.GetSpec().GetId() == vm.GetSpec().GetId() && other.uid() < vm.uid() {
+			err := fmt.Errorf("create %s: %w on %s", vm, errdefs.ErrAlreadyExists, other.host.Name)
+			if failed := remove(ctx, vm); failed != nil {
+				err = fmt.Errorf("%w; delete it again on %s: %w", err, vm.host.Name, failed)
+			}
+			return err
+		}
+	}
+	return nil
 }
 
 // up waits until a microVM runs, its agent answers and it has an address, or

@@ -149,7 +149,14 @@ func (c *cloud) ssh(ctx context.Context, vm microVM, user string, command []stri
 	default:
 		return fmt.Errorf("log in to %s: the key cannot be put in its place (code %d)", vm, code)
 	}
-	ip := address(vm.MicroVM, nil)
+	// It may have had no address when it was found.
+	if vm, err = c.find(ctx, vm.uid()); err != nil {
+		return err
+	}
+	ip := address(vm.MicroVM, c.leases(ctx))
+	if ip == "" { // which would mean this machine
+		return &noSSH{vm.String() + " has no address"}
+	}
 	conn, err := (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "tcp", net.JoinHostPort(ip, "22"))
 	if err != nil {
 		return &noSSH{fmt.Sprintf("%s cannot be reached from here (%v)", vm, err)}

@@ -66,10 +66,11 @@ func testKilled(t *testing.T, program string) {
 	}
 
 	k.twoAtOnce()
+	loops := k.loops()
 
 	kills = k.killThrough(*upDownEvery/4, "down")
 	t.Logf("down was killed before it got through: %s", strings.Join(kills, ", "))
-	k.nothingLeft(uids...)
+	k.nothingLeft(loops, uids...)
 }
 
 // victim is one environment that is killed.
@@ -182,8 +183,19 @@ func (k *victim) twoAtOnce() {
 	}
 }
 
+// loops are the inodes of the environment's files that are loop devices, as a pattern.
+// The kernel has their paths as they are inside the machines.
+func (k *victim) loops() string {
+	k.t.Helper()
+	out, err := exec.Command("sh", "-c", "find /var/lib/ingot/"+killEnv+" -type f -size +16M -printf '%i\\n' | grep -xFf - /dev/fd/3 3<<END\n$(losetup -n -O BACK-INO -a | tr -d ' ')\nEND").Output()
+	if err != nil || len(out) == 0 {
+		k.t.Fatalf("the environment has no loop device: %v", err)
+	}
+	return strings.Join(strings.Fields(string(out)), "|")
+}
+
 // nothingLeft looks for traces of the environment.
-func (k *victim) nothingLeft(uids ...string) {
+func (k *victim) nothingLeft(loops string, uids ...string) {
 	k.t.Helper()
 	look := func(what, script string) {
 		k.t.Helper()
@@ -192,10 +204,10 @@ func (k *victim) nothingLeft(uids ...string) {
 			k.t.Errorf("%s left behind:\n%s", what, out)
 		}
 	}
-	look("files", "ls -d /run/ingot/"+killEnv+"* /var/lib/ingot/*"+killEnv+" 2>/dev/null")
+	look("files", "ls -d /run/ingot/"+killEnv+"* /var/lib/ingot/*"+killEnv+" /var/lib/ingot/.*"+killEnv+" 2>/dev/null")
 	look("interfaces", "ip -o link | grep ingot-"+killEnv+"; ip route | grep ingot-"+killEnv)
 	look("mounts", "grep '/"+killEnv+"[/ ]' /proc/self/mountinfo")
-	look("loop devices", "losetup -n -O BACK-FILE -a | grep /var/lib/ingot/"+killEnv)
+	look("loop devices", "losetup -n -O BACK-INO -a | grep -wE '"+loops+"'")
 	look("nftables", "nft list tables | grep ingot-"+killEnv)
 	look("supervisors", "pgrep -a -f 'lab supervise /run/ingot/"+killEnv+"$'")
 	for _, uid := range uids {

@@ -124,6 +124,16 @@ func Open(name string) (Env, error) {
 	return e, nil
 }
 
+// OpenUp is Open, of an environment that is up: after a reboot its files are there,
+// but nobody is at its addresses, or somebody else is.
+func OpenUp(name string) (Env, error) {
+	e, err := Open(name)
+	if err == nil && !e.Lab("").Up() {
+		return Env{}, fmt.Errorf("environment %s is down: `%s` brings it up: %w", name, upCommand(name), errdefs.ErrUnavailable)
+	}
+	return e, err
+}
+
 // readKept reads a file that save has written.
 func readKept(path string, b []byte) (Env, error) {
 	var version struct{ Format int }

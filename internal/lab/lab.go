@@ -188,6 +188,17 @@ type RoleState struct {
 	Log      string    `json:"log"`
 }
 
+// Up says whether any of the machines is there.
+func (l *Lab) Up() bool {
+	return slices.ContainsFunc(l.Machines, func(m Machine) bool {
+		ns, err := link.OpenNamespace(l.pin(m.Name))
+		if err == nil {
+			ns.Close()
+		}
+		return err == nil
+	})
+}
+
 // States says how the machines and their roles are.
 func (l *Lab) States() []State {
 	var states []State
