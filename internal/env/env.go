@@ -305,7 +305,7 @@ func (m Machine) hostEndpoint() netip.AddrPort { return netip.AddrPortFrom(m.Add
 // Inspection is the environment as package inspect wants it.
 func (e Env) Inspection(c Conns) inspect.Environment {
 	h := e.Hub()
-	i := inspect.Environment{Name: e.Name, Here: e.here, Outside: outside, Hub: inspect.Machine{Name: h.Name, Address: h.Address, Endpoint: e.hubEndpoint().String(), Conn: c.Hub}}
+	i := inspect.Environment{Name: e.Name, Here: e.here, Outside: outside, Hear: hear, Hub: inspect.Machine{Name: h.Name, Address: h.Address, Endpoint: e.hubEndpoint().String(), Conn: c.Hub}}
 	for _, m := range e.Hosts() {
 		i.Hosts = append(i.Hosts, inspect.Machine{Name: m.Name, Address: m.Address, Endpoint: m.hostEndpoint().String(), Conn: c.Hosts[m.Name]})
 	}

@@ -93,3 +93,35 @@ func TestAnotherSubnetIsSaid(t *testing.T) {
 	}()
 	<-done
 }
+
+// TestHear has somebody ping this machine, which has a network for itself.
+func TestHear(t *testing.T) {
+	need.Root(t)
+	need.NetNS(t)
+	need.Binary(t, "ping")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			t.Error(err)
+			return
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		heard, err := hear(ctx)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		if out, err := exec.Command("sh", "-ec", "ip link set lo up; ping -c 1 -W 2 -I 127.0.0.7 127.0.0.1").CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+		for range 2 {
+			if from := heard(); len(from) != 1 || from[0] != netip.MustParseAddr("127.0.0.7") {
+				t.Errorf("from %v", from)
+			}
+		}
+	}()
+	<-done
+}

@@ -37,6 +37,9 @@ type Environment struct {
 	// Outside, if not nil, finds an address to which packets of the hub's take its
 	// default route, and which answers; the zero value if there is none.
 	Outside func(context.Context) netip.Addr
+	// Hear, if not nil, listens at that address until the context ends. What it returns
+	// says from which addresses echo requests have come.
+	Hear func(context.Context) (func() []netip.Addr, error)
 }
 
 // Status is how a check ended.
@@ -80,6 +83,8 @@ type Report struct {
 // Run inspects env once. When ctx ends, what has not answered has failed.
 func Run(ctx context.Context, env Environment) Report {
 	start := time.Now()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	s := newSurvey(ctx, env)
 	steps := []step{s.hubStep()}
 	if env.Here != nil {

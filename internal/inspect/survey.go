@@ -29,6 +29,7 @@ type survey struct {
 	hosts []*hostSurvey
 	// outside is where packets are to get, beyond the hub's uplink if there is such a place.
 	outside func() (netip.Addr, error)
+	heard   func() []netip.Addr // from whom it was reached; may be nil
 }
 
 type hubSurvey struct {
@@ -62,6 +63,9 @@ func newSurvey(ctx context.Context, env Environment) *survey {
 		}
 		return env.Outside(ctx), nil
 	})
+	if env.Hear != nil {
+		s.heard, _ = env.Hear(ctx) // without it a packet only shows that there is a way
+	}
 	for _, m := range env.Hosts {
 		h := &hostSurvey{Machine: m, client: v1.NewHostClient(m.Conn), vms: v1alpha1.NewMicroVMClient(m.Conn)}
 		h.facts = once(ctx, func(ctx context.Context) (*v1.HostFacts, error) {

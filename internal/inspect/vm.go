@@ -330,9 +330,33 @@ func (s *survey) pingFromGuest(ctx context.Context, h *hostSurvey, to netip.Addr
 		case code != 0:
 			return fail(fmt.Sprintf("%s does not reach %s: %s", vmName(vm), to, cmp.Or(summary(out), fmt.Sprintf("ping ended with %d", code))))
 		}
-		return pass(fmt.Sprintf("%s reached %s in %s", vmName(vm), to, quick(time.Since(start))))
+		return s.masqueraded(vm, fmt.Sprintf("%s reached %s in %s", vmName(vm), to, quick(time.Since(start))))
 	}
 	return skip(why)
+}
+
+// masqueraded looks as whom a microVM has reached what is outside. This machine
+// knows the way back to the segment, so that a packet with the guest's own address
+// is answered all the same; the rest of the world would not.
+func (s *survey) masqueraded(vm *types.MicroVM, detail string) finding {
+	if s.heard == nil {
+		return pass(detail)
+	}
+	from := s.heard()
+	for _, a := range from {
+		if slices.Contains(vm.GetStatus().GetAddresses(), a.String()) {
+			return fail(fmt.Sprintf("%s, but as %s, its own address, which nobody masquerades", detail, a))
+		}
+	}
+	hub, _ := s.hub.facts()
+	for _, i := range hub.GetInterfaces() {
+		for _, a := range i.GetAddresses() {
+			if p, err := netip.ParsePrefix(a); err == nil && i.GetName() == hub.GetNat().GetOutside() && slices.Contains(from, p.Addr()) {
+				return pass(fmt.Sprintf("%s as %s", detail, p.Addr()))
+			}
+		}
+	}
+	return pass(detail)
 }
 
 // summary is ping's own: "1 packets transmitted, 0 packets received, …", or all
