@@ -82,9 +82,18 @@ func onMachine(t *testing.T) bool {
 // newMachine sets the host up and starts it.
 func newMachine(t *testing.T) *testMachine {
 	t.Helper()
+	return newMachineOn(t, func(string) {})
+}
+
+// newMachineOn has the host's files in a directory that prepare has made ready.
+func newMachineOn(t *testing.T, prepare func(dir string)) *testMachine {
+	t.Helper()
 	m := &testMachine{dir: t.TempDir()}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		t.Fatal(err)
+	}
+	prepare(m.dir)
 	for _, err := range []error{
-		unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
 		unix.Mount("proc", "/proc", "proc", 0, ""),
 		unix.Mount("tmpfs", "/run", "tmpfs", 0, ""),
 		link.Up("lo"),

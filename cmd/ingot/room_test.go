@@ -2,6 +2,9 @@ package main
 
 import (
 	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -82,6 +85,75 @@ func TestRoom(t *testing.T) {
 		t.Fatal(err)
 	}
 	await(t, "the file system to give the room back", func() bool { full, _ := facts(); return full == "" })
+	m.remove(t, m.create(t, "later"))
+	m.remove(t, uid)
+	m.expectNothing(t)
+}
+
+// TestRoomBeneath fills the file system that a sparse pool lies on, with data and
+// with names, while the pool itself has room.
+func TestRoomBeneath(t *testing.T) {
+	need.Time(t)
+	if !onMachine(t) {
+		return
+	}
+	need.Binary(t, "mkfs.ext4")
+	disk := filepath.Join(t.TempDir(), "disk") // sparse, and so are the files on it
+	m := newMachineOn(t, func(dir string) {
+		out, err := exec.Command("sh", "-ec", "truncate -s 6G $0; mkfs.ext4 -q -N 14000 $0; mount -o loop $0 $1", disk, dir).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	})
+	uid := m.create(t, "early")
+	m.await(t, uid, "running")
+	refused := func(words string) {
+		t.Helper()
+		r, err := m.host.Facts(t.Context(), &emptypb.Empty{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(r.Pool.Full, words) {
+			t.Errorf("full: %q, want %q", r.Pool.Full, words)
+		}
+		_, err = m.vms.CreateMicroVM(t.Context(), &v1alpha1.CreateMicroVMRequest{Microvm: spec("late")})
+		if status.Code(err) != codes.ResourceExhausted || !strings.Contains(err.Error(), words) {
+			t.Errorf("create: %v", err)
+		}
+		if p := m.phase(t, uid); p != "running" {
+			t.Errorf("the one that was there is %s", p)
+		}
+	}
+	filler := m.dir + "/filler"
+	f, err := os.Create(filler)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var s unix.Statfs_t
+	if err := unix.Statfs(m.dir, &s); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Fallocate(int(f.Fd()), 0, 0, int64(s.Bavail)*s.Bsize-4<<20); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	refused("the file system beneath")
+	if err := os.Remove(filler); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filler, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for i := range s.Ffree - 500 {
+		if err := os.Symlink("nowhere", filler+"/"+strconv.FormatUint(i, 10)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	refused("files only")
+	if err := os.RemoveAll(filler); err != nil {
+		t.Fatal(err)
+	}
 	m.remove(t, m.create(t, "later"))
 	m.remove(t, uid)
 	m.expectNothing(t)

@@ -487,6 +487,36 @@ func TestARoleIsRestartedWhenItsFilesChange(t *testing.T) {
 	}
 }
 
+// TestThisMachinesNetworkCannotGetIn sends from a neighbour of this machine's, which
+// routes it as it would for anybody.
+func TestThisMachinesNetworkCannotGetIn(t *testing.T) {
+	l := newLab(t)
+	ensure(t, l, true)
+	away := func() {
+		exec.Command("ip", "netns", "delete", "labtest-lan").Run()
+		exec.Command("ip", "link", "delete", "labtest-end").Run()
+	}
+	away()
+	t.Cleanup(away)
+	sh(t, exec.Command("sh", "-ec", `ip netns add labtest-lan
+		ip link add labtest-end type veth peer name eth0 netns labtest-lan
+		ip address add 203.0.113.1/30 dev labtest-end; ip link set labtest-end up
+		echo 1 >/proc/sys/net/ipv4/conf/labtest-end/forwarding
+		ip -n labtest-lan address add 203.0.113.2/30 dev eth0; ip -n labtest-lan link set eth0 up
+		ip -n labtest-lan route add 192.168.77.0/25 via 203.0.113.1
+		ip netns exec labtest-lan ping -c 1 -W 5 203.0.113.1`))
+	reach := func() error {
+		return exec.Command("ip", "netns", "exec", "labtest-lan", "ping", "-c", "1", "-W", "1", "192.168.77.3").Run()
+	}
+	if reach() == nil {
+		t.Error("the network of this machine reaches a host of the lab")
+	}
+	sh(t, exec.Command("nft", "delete", "table", "ip", l.Device()))
+	if err := reach(); err != nil {
+		t.Errorf("without the lab's rules: %v: this test shows nothing", err)
+	}
+}
+
 // TestNoLabHoldsOnToAnother takes a lab down beside one that was made after it: its
 // namespaces end, and with them what somebody has joined to them.
 func TestNoLabHoldsOnToAnother(t *testing.T) {
