@@ -52,7 +52,7 @@ check: ## format, vet, staticcheck, layout, arm64
 
 bench: build ## measure what docs/benchmarks.md shows
 	@scripts/packages run test
-	$(GO) run ./bench
+	PATH="$$PATH:$$($(GO) env GOROOT)/bin" $(GO) run ./bench
 
 fuzz: ## run every fuzz target for FUZZTIME
 	@for target in $$(grep -rl 'func Fuzz' --include='*_test.go' . | xargs -n1 dirname | sort -u); do \
