@@ -331,7 +331,7 @@ func (e Env) here(ctx context.Context) []inspect.Check {
 		rules.Status = inspect.Fail
 		rules.Detail = "nftables table " + l.Device() + " lacks: " + strings.Join(missing, ", ") + "; `ingot up` sets it again"
 	}
-	all := []inspect.Check{supervisor, rules}
+	all := []inspect.Check{supervisor, rules, e.checkFiles()}
 	p, err := e.patient("", true)
 	if err != nil {
 		return append(all, inspect.Check{Name: "doctor", Status: inspect.Warn, Detail: err.Error()})
