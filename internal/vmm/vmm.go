@@ -75,9 +75,6 @@ type Config struct {
 	// Spawned, if not nil, is told of the hypervisor's process as soon as it is
 	// there, and found again by Attach: before it answers, and before Start returns.
 	Spawned func(pid int)
-	// Cgroup, if not empty, is a cgroup directory's path that the process is put
-	// into before it runs.
-	Cgroup string
 }
 
 // Disk is one virtio block device.

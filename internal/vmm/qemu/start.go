@@ -150,15 +150,11 @@ func (l *launch) meet(ctx context.Context, p *process, conn net.Conn) error {
 	return q.close()
 }
 
-// spawn makes the process: of its own session, user and cgroup.
+// spawn makes the process, of its own session and user.
 func (l *launch) spawn(binary string, argv []string) (*process, error) {
 	attr := &syscall.SysProcAttr{Setsid: true}
 	if l.c.User != 0 {
 		attr.Credential = &syscall.Credential{Uid: uint32(l.c.User), Gid: uint32(l.c.User), Groups: l.d.groups()}
-	}
-	join, err := l.cgroup(attr)
-	if err != nil {
-		return nil, err
 	}
 	child, err := os.StartProcess(binary, argv, &os.ProcAttr{
 		Dir: "/", Env: []string{"PATH=/usr/bin:/bin"}, Files: l.files, Sys: attr,
@@ -174,12 +170,6 @@ func (l *launch) spawn(binary string, argv []string) (*process, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := join(p.pid); err != nil {
-		p.signal(unix.SIGKILL)
-		p.wait()
-		p.close()
-		return nil, err
-	}
 	return p, nil
 }
 
@@ -191,31 +181,6 @@ func hold(child *os.Process) (*process, error) {
 		child.Wait()
 	}
 	return p, err
-}
-
-// cgroup makes the new process be born in its cgroup; with cgroup v1, where
-// that can't be asked for, it is moved there at once.
-func (l *launch) cgroup(attr *syscall.SysProcAttr) (join func(pid int) error, err error) {
-	join = func(int) error { return nil }
-	if l.c.Cgroup == "" {
-		return join, nil
-	}
-	f, err := os.Open(l.c.Cgroup)
-	if err != nil {
-		return nil, fmt.Errorf("open cgroup: %w", err)
-	}
-	l.close = append(l.close, f)
-	var s unix.Statfs_t
-	if err := unix.Fstatfs(int(f.Fd()), &s); err != nil {
-		return nil, fmt.Errorf("open cgroup: %w", err)
-	}
-	if s.Type == unix.CGROUP2_SUPER_MAGIC {
-		attr.UseCgroupFD, attr.CgroupFD = true, int(f.Fd())
-		return join, nil
-	}
-	return func(pid int) error {
-		return os.WriteFile(filepath.Join(l.c.Cgroup, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0)
-	}, nil
 }
 
 // groups is what QEMU's user needs to open /dev/kvm: the group that owns it.

@@ -33,7 +33,6 @@ func (s suite) failedStart(t *testing.T) {
 		"not a tap":     func(c *vmm.Config) { c.NICs = []vmm.NIC{{ID: "eth0", File: blank(t), MAC: mac}} },
 		"closed disk":   func(c *vmm.Config) { c.Disks = []vmm.Disk{{ID: "root", File: closed}} },
 		"no disk":       func(c *vmm.Config) { c.Disks = []vmm.Disk{{ID: "root"}} },
-		"no cgroup":     func(c *vmm.Config) { c.Cgroup = "/nonexistent" },
 		"too many CPUs": func(c *vmm.Config) { c.VCPU = 100000 },
 	} {
 		t.Run(name, func(t *testing.T) {
