@@ -10,6 +10,8 @@ VERSION = $(shell git describe --tags --always --dirty 2>/dev/null || echo devel
 # Packages that share memory between goroutines and build quickly with the race detector.
 RACE = ./internal/agent ./internal/boot ./internal/dhcp ./internal/dns ./internal/lab ./internal/logfile ./internal/metadata \
 	./internal/nat ./internal/pki ./internal/rpc ./internal/run ./internal/vm ./internal/wire
+# Without it each process waits for a second before it ends.
+RACING = CGO_ENABLED=1 GORACE=atexit_sleep_ms=0
 FUZZTIME = 10s
 
 .DEFAULT_GOAL = help
@@ -40,8 +42,8 @@ test: ## run all tests
 	@scripts/packages run test
 	@$(MAKE) --no-print-directory build
 	$(GO) test -p 1 -timeout 20m ./...
-	CGO_ENABLED=1 $(GO) test -p 1 -race -short -timeout 10m $(RACE)
-	CGO_ENABLED=1 $(GO) test -race -short -timeout 10m -run 'TestMachine|TestRestart' ./cmd/ingot
+	$(RACING) $(GO) test -p 1 -race -short -timeout 10m $(RACE)
+	$(RACING) $(GO) test -race -short -timeout 10m -run 'TestMachine|TestRestart' ./cmd/ingot
 
 check: ## format, vet, staticcheck, layout, arm64
 	@bad=$$(gofmt -l $$(git ls-files '*.go')); test -z "$$bad" || { echo "not gofmt'd: $$bad"; exit 1; }
