@@ -42,7 +42,7 @@ test: ## run all tests
 	@scripts/packages run test
 	@$(MAKE) --no-print-directory build
 	$(GO) test -p 1 -timeout 20m ./...
-	$(RACING) $(GO) test -p 1 -race -short -timeout 10m $(RACE)
+	$(RACING) $(GO) test -race -short -timeout 10m $(RACE)
 	$(RACING) $(GO) test -race -short -timeout 10m -run 'TestMachine|TestRestart' ./cmd/ingot
 
 check: ## format, vet, staticcheck, layout, arm64
