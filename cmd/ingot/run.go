@@ -24,6 +24,8 @@ import (
 const (
 	// cleanUp is how long a microVM of --rm may take to go.
 	cleanUp = time.Minute
+	// mostStarts is how often a microVM may end before it is given up.
+	mostStarts = 3
 	// farewell is how long its guest is asked before.
 	farewell = 2 * time.Second
 )
@@ -255,6 +257,9 @@ func up(ctx context.Context, vm microVM, p *progress) (microVM, error) {
 		case "deleting":
 			return vm, errors.New("somebody deletes it")
 		default:
+			if st.GetRestarts() >= mostStarts {
+				return vm, fmt.Errorf("it has ended %d times before it was up: %s", st.GetRestarts(), st.GetReason())
+			}
 			p.say(stepWords(st))
 		}
 	}
@@ -268,7 +273,7 @@ func stepWords(st *types.MicroVMStatus) (step, detail string) {
 	}
 	name, detail, _ := strings.Cut(st.GetStep(), " ")
 	step = map[string]string{
-		"pull": "prepare the images", "unpack": "prepare the images", "volume": "make the volume", "network": "make the interfaces", "boot": "boot",
+		"pull": "prepare the images", "unpack": "prepare the images", "volume": "make the volume", "network": "make the interfaces", "turn": "wait until others have booted", "boot": "boot",
 	}[name]
 	return cmp.Or(step, st.GetStep(), state(st)), detail
 }

@@ -62,6 +62,15 @@ func (v *instance) boot(ctx context.Context) error {
 	if prepared.Initrd, err = v.extendInitrd(prepared.Initrd, archive); err != nil {
 		return err
 	}
+	if err := v.host.turns.take(ctx, func() { step("turn") }); err != nil {
+		return err
+	}
+	began := false
+	defer func() {
+		if !began {
+			v.host.turns.giveBack()
+		}
+	}()
 	config := vmm.Config{
 		UID: spec.UID, Dir: v.dir, User: v.user, VCPU: spec.VCPU, Memory: spec.Memory,
 		Kernel: prepared.Kernel, Initrd: prepared.Initrd, Cmdline: cmdline, Agent: true,
@@ -85,6 +94,11 @@ func (v *instance) boot(ctx context.Context) error {
 		return fmt.Errorf("start %s: %w", driver.Name(), err)
 	}
 	v.running(m)
+	began = true
+	v.host.running.Go(func() {
+		defer v.host.turns.giveBack()
+		v.booted(m)
+	})
 	v.note(ctx)
 	return nil
 }

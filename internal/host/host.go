@@ -52,6 +52,7 @@ type Host struct {
 	c     Config
 	ready chan struct{}
 	began time.Time
+	turns turns
 
 	logs    *logfile.Keeper // from Run on
 	running sync.WaitGroup
@@ -66,7 +67,7 @@ type Host struct {
 // New makes a host.
 func New(c Config) *Host {
 	return &Host{
-		c: c, ready: make(chan struct{}), began: time.Now(), vms: map[string]*instance{}, making: map[string]int{},
+		c: c, ready: make(chan struct{}), began: time.Now(), turns: newTurns(c.Drivers), vms: map[string]*instance{}, making: map[string]int{},
 	}
 }
 
