@@ -168,10 +168,7 @@ func (s *Server) answer(ctx context.Context, from net.Addr, q *dns.Msg) *dns.Msg
 	if m := s.local(q); m != nil {
 		return m
 	}
-	key := question{name: strings.ToLower(q.Question[0].Name), kind: q.Question[0].Qtype, class: q.Question[0].Qclass, cd: q.CheckingDisabled}
-	if o := q.IsEdns0(); o != nil {
-		key.edns, key.do = true, o.Do()
-	}
+	key := questionOf(q)
 	if m := s.lookup(key, q); m != nil {
 		return m
 	}
@@ -189,6 +186,15 @@ func (s *Server) answer(ctx context.Context, from net.Addr, q *dns.Msg) *dns.Msg
 	s.keep(key, m)
 	m.Id = q.Id
 	return m
+}
+
+// questionOf is what an answer is kept by.
+func questionOf(q *dns.Msg) question {
+	key := question{name: strings.ToLower(q.Question[0].Name), kind: q.Question[0].Qtype, class: q.Question[0].Qclass, cd: q.CheckingDisabled}
+	if o := q.IsEdns0(); o != nil {
+		key.edns, key.do = true, o.Do()
+	}
+	return key
 }
 
 // upward is a question as the upstreams get it. The answer will be others', too:
