@@ -17,6 +17,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"ingot/internal/need"
 )
 
 // port is a virtio-serial port as a guest sees it: hosts come and go, a write
@@ -257,9 +259,7 @@ func TestExecErrors(t *testing.T) {
 }
 
 func TestExecUser(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	need.Root(t)
 	c := newGuest(t).connect(t)
 	for user, want := range map[string]string{"nobody": "65534:65534", "7:8": "7:8", "": "0:0", "daemon:tty": "1:5"} {
 		cmd := sh("echo $(id -u):$(id -g)")

@@ -91,11 +91,7 @@ func TestEmptyRecordIsNone(t *testing.T) {
 func TestPowerCut(t *testing.T) {
 	for _, kind := range []string{"ext4", "xfs", "btrfs"} {
 		t.Run(kind, func(t *testing.T) {
-			if kind == "btrfs" { // the project does not ask for its tools
-				if _, err := exec.LookPath("mkfs.btrfs"); err != nil {
-					t.Skip(err)
-				}
-			}
+			need.Binary(t, "mkfs."+kind)
 			disk, mnt := mountDisk(t, kind)
 			root, cut := filepath.Join(mnt, "vm"), disk+".cut"
 			os.Mkdir(root, 0o700)
