@@ -36,7 +36,7 @@ of a running one at its next start. A disk never shrinks. ` + naming,
 					return fmt.Errorf("resize %s on %s: %w", vm, vm.host.Name, err)
 				}
 				if r.GetMicrovm().GetStatus().GetPhase() == "running" {
-					fmt.Fprintf(cmd.ErrOrStderr(), "it has the new size from its next start on: ingot stop %s && ingot start %s\n", vm, vm)
+					fmt.Fprintf(cmd.ErrOrStderr(), "it has the new size from its next start on: ingot vm stop %s && ingot vm start %s\n", vm, vm)
 				}
 				fmt.Fprintln(cmd.OutOrStdout(), vm)
 				return nil

@@ -15,6 +15,9 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/api/services/microvm/v1alpha1"
@@ -116,7 +119,7 @@ func (c *cloud) run(cmd *cobra.Command, o runOptions, spec *types.MicroVMSpec) (
 	}
 	if o.rm {
 		defer func() {
-			if failed := farewellTo(ctx, vm); failed != nil && err == nil {
+			if failed := c.farewellTo(ctx, vm); failed != nil && err == nil {
 				err = failed
 			} else if failed != nil { // the command's own exit code is worth more
 				fmt.Fprintln(os.Stderr, "ingot:", explain(failed))
@@ -127,13 +130,22 @@ func (c *cloud) run(cmd *cobra.Command, o runOptions, spec *types.MicroVMSpec) (
 		if cause := context.Cause(boot); boot.Err() != nil && ctx.Err() == nil {
 			err = cause
 		}
-		return fmt.Errorf("boot %s on %s: %w (`ingot logs %s` shows its boot log)", vm, host.Name, err, vm)
+		hint := fmt.Sprintf("`ingot logs %s` shows its boot log", vm)
+		if !o.rm {
+			hint += fmt.Sprintf(", `ingot rm %s` removes it", vm)
+		}
+		return fmt.Errorf("boot %s on %s: %w (%s)", vm, host.Name, err, hint)
 	}
 	ip := address(vm.MicroVM, nil)
 	switch {
 	case o.attached():
 		p.line("%s is up on %s at %s", vm, host.Name, ip)
-		return attach(ctx, vm, o.start(vm))
+		err := attach(ctx, vm, o.start(vm))
+		var code exitCode
+		if !o.rm && (err == nil || errors.As(err, &code)) {
+			settle(ctx, vm)
+		}
+		return err
 	case state(vm.GetStatus()) == "stopped": // a process that was quicker than we
 		fmt.Fprintln(cmd.OutOrStdout(), vm)
 		fmt.Fprintf(os.Stderr, "next: ingot logs %s\n", vm)
@@ -143,6 +155,21 @@ func (c *cloud) run(cmd *cobra.Command, o runOptions, spec *types.MicroVMSpec) (
 	fmt.Fprintf(cmd.OutOrStdout(), "%s %s\n", vm, ip)
 	fmt.Fprintf(os.Stderr, "next: ingot exec %s -- sh\n", vm)
 	return nil
+}
+
+// settle waits until a microVM whose process has ended has ended too, so that what
+// is asked of it next is not asked of a guest that powers off. One whose image has an
+// init of its own goes on.
+func settle(ctx context.Context, vm microVM) {
+	ctx, cancel := context.WithTimeout(ctx, farewell)
+	defer cancel()
+	watch, err := vm.host.Watch(ctx, &ingotv1.WatchRequest{Uid: vm.uid()})
+	for err == nil && state(vm.GetStatus()) == "running" {
+		var r *ingotv1.WatchResponse
+		if r, err = watch.Recv(); err == nil {
+			vm.MicroVM = r.GetMicrovm()
+		}
+	}
 }
 
 // ended is the end of a microVM's own process as ours.
@@ -216,7 +243,7 @@ func (c *cloud) yield(ctx context.Context, vm microVM) error {
 	for _, other := range all {
 		if other.GetSpec().GetId() == vm.GetSpec().GetId() && other.uid() < vm.uid() {
 			err := fmt.Errorf("create %s: %w on %s", vm, errdefs.ErrAlreadyExists, other.host.Name)
-			if failed := remove(ctx, vm); failed != nil {
+			if failed := c.remove(ctx, vm); failed != nil {
 				err = fmt.Errorf("%w; delete it again on %s: %w", err, vm.host.Name, failed)
 			}
 			return err
@@ -236,6 +263,12 @@ func up(ctx context.Context, vm microVM, p *progress) (microVM, error) {
 	}
 	for {
 		r, err := watch.Recv()
+		if status.Code(err) == codes.Unavailable && ctx.Err() == nil {
+			p.say("wait for the host's daemon", "")
+			if watch, err = vm.host.Watch(ctx, &ingotv1.WatchRequest{Uid: vm.uid()}, grpc.WaitForReady(true)); err == nil {
+				continue
+			}
+		}
 		if err != nil {
 			return vm, err
 		}
@@ -279,13 +312,13 @@ func stepWords(st *types.MicroVMStatus) (step, detail string) {
 }
 
 // farewellTo stops and deletes a microVM of --rm, also when ctx has ended.
-func farewellTo(ctx context.Context, vm microVM) error {
+func (c *cloud) farewellTo(ctx context.Context, vm microVM) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUp)
 	defer cancel()
 	if err := stop(ctx, vm, farewell); err != nil && !gone(err) {
 		fmt.Fprintf(os.Stderr, "ingot: stop %s: %s\n", vm, explain(err))
 	}
-	if err := remove(ctx, vm); err != nil && !gone(err) {
+	if err := c.remove(ctx, vm); err != nil && !gone(err) {
 		return fmt.Errorf("delete %s on %s: %w", vm, vm.host.Name, err)
 	}
 	return nil

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	ingotv1 "ingot/api/ingot/v1"
@@ -170,8 +172,10 @@ func vmStopCommand() *cobra.Command {
 }
 
 func stop(ctx context.Context, vm microVM, timeout time.Duration) error {
-	_, err := vm.host.Stop(ctx, &ingotv1.StopRequest{Uid: vm.uid(), Timeout: durationpb.New(timeout)})
-	return err
+	return patiently(ctx, func() error {
+		_, err := vm.host.Stop(ctx, &ingotv1.StopRequest{Uid: vm.uid(), Timeout: durationpb.New(timeout)})
+		return err
+	})
 }
 
 func rmCommand() *cobra.Command {
@@ -183,18 +187,47 @@ func rmCommand() *cobra.Command {
 		ValidArgsFunction: completeVMs,
 		RunE: inCloud(func(cmd *cobra.Command, c *cloud, args []string) error {
 			return c.each(cmd, args, "delete", func(ctx context.Context, vm microVM) error {
-				if err := remove(ctx, vm); err != nil {
-					return err
-				}
-				c.releaseLeases(ctx, vm)
-				return nil
+				return c.remove(ctx, vm)
 			})
 		}),
 	}
 }
 
-// remove deletes a microVM and returns when nothing of it is left.
-func remove(ctx context.Context, vm microVM) error {
+// remove deletes a microVM and returns when nothing of it is left, its addresses
+// included.
+func (c *cloud) remove(ctx context.Context, vm microVM) error {
+	err := patiently(ctx, func() error { return destroy(ctx, vm) })
+	if err == nil || gone(err) {
+		c.releaseLeases(ctx, vm)
+	}
+	return err
+}
+
+// patiently does something again while the host's daemon is away: one that was
+// killed is started again.
+func patiently(ctx context.Context, f func() error) error {
+	patience := time.After(daemonPatience)
+	for {
+		err := f()
+		if status.Code(err) != codes.Unavailable {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-patience:
+			return err
+		case <-time.After(daemonPause):
+		}
+	}
+}
+
+const (
+	daemonPatience = 10 * time.Second
+	daemonPause    = 200 * time.Millisecond
+)
+
+func destroy(ctx context.Context, vm microVM) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	// The watch begins first: what is gone already cannot be watched any more.

@@ -213,7 +213,7 @@ var fileKeys = map[string]string{
 // checkSpec holds a microVM to what hosts will hold it to.
 func (d *Declaration) checkSpec(m *mistakes, key string, one MicroVM) {
 	if d.has(key + ".spec") {
-		for _, other := range []string{"image", "kernel", "driver", "cpus", "memory", "command", "env", "labels", "restart"} {
+		for _, other := range []string{"image", "kernel", "driver", "cpus", "memory", "disk", "command", "env", "labels", "restart"} {
 			if d.has(key + "." + other) {
 				m.add(key+"."+other, "it can't stand beside spec, which has it in its own words")
 			}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"ingot/internal/kvm"
 	"ingot/internal/lab"
 )
 
@@ -28,6 +29,9 @@ func Down(ctx context.Context, name string, out io.Writer) error {
 	err = errors.Join(err, lock.Release())
 	if lock, err := lockMachine(ctx); err == nil { // an `up` that was killed leaves its file
 		lock.Release()
+	}
+	if left, err := others(name); err == nil && len(left) == 0 {
+		os.Remove(kvm.CacheFile)
 	}
 	os.Remove(RunRoot) // both only if they are empty: other environments keep them
 	os.Remove(Root)

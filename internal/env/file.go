@@ -325,6 +325,10 @@ func resolved(n *yaml.Node) *yaml.Node {
 
 func isNull(n *yaml.Node) bool { return n.Kind == yaml.ScalarNode && n.Tag == "!!null" }
 
+// longestValue is how much of a value is told: the file may be another one than
+// was meant, and have secrets in it.
+const longestValue = 30
+
 func kind(n *yaml.Node) string {
 	switch n.Kind {
 	case yaml.MappingNode:
@@ -332,6 +336,9 @@ func kind(n *yaml.Node) string {
 	case yaml.SequenceNode:
 		return "a list"
 	case yaml.ScalarNode:
+		if len(n.Value) > longestValue {
+			return strconv.Quote(n.Value[:longestValue] + "…")
+		}
 		return strconv.Quote(n.Value)
 	}
 	return "something else"

@@ -27,7 +27,6 @@ import (
 	"ingot/internal/image"
 	"ingot/internal/link"
 	"ingot/internal/logfile"
-	"ingot/internal/pool"
 	"ingot/internal/vm"
 	"ingot/internal/vmm"
 )
@@ -287,7 +286,11 @@ func (h *Host) create(s vm.Spec) (*instance, error) {
 	if v, err := h.find(s.UID); err == nil {
 		return v, v.same(s)
 	}
-	if err := h.room(); err != nil {
+	var asked vm.MiB
+	for _, volume := range append([]vm.Volume{s.Root}, s.Volumes...) {
+		asked += volume.Size
+	}
+	if err := h.roomFor(asked); err != nil {
 		return nil, err
 	}
 	s.UID = cmp.Or(s.UID, ulid.Make().String())
@@ -340,18 +343,6 @@ func (h *Host) reserve(uid string) (user int, err error) {
 	h.making[uid] = user
 	h.running.Add(1)
 	return user, nil
-}
-
-// room says whether there is room for one more microVM's volumes.
-func (h *Host) room() error {
-	if h.c.Pool == "" {
-		return nil
-	}
-	f, err := pool.ReadFacts(h.c.Pool)
-	if err != nil {
-		return err
-	}
-	return f.Full()
 }
 
 // suit makes a spec one that this host can run, or says why it can't.

@@ -68,7 +68,7 @@ func checkMemory(f *v1.HostFacts) finding {
 
 func checkContainerd(c *v1.ContainerdFacts) finding {
 	if !c.GetServing() {
-		return fail(fmt.Sprintf("%s does not answer: %s", c.GetSocket(), cmp.Or(c.GetError(), "it is not running")))
+		return fail(fmt.Sprintf("%s does not answer: %s", cmp.Or(c.GetSocket(), "its socket"), cmp.Or(c.GetError(), "it is not running")))
 	}
 	return pass(fmt.Sprintf("version %s on %s", c.GetVersion(), c.GetSocket()),
 		"unit: containerd.service", "socket: "+c.GetSocket(), "namespace: "+c.GetNamespace(), "snapshotter: "+c.GetSnapshotter())

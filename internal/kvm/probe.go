@@ -13,15 +13,15 @@ import (
 
 const (
 	device = "/dev/kvm"
-	// cacheFile holds the verdict for as long as machine and kernel stay the same.
-	cacheFile = "/run/ingot/kvm.json"
+	// CacheFile holds the verdict for as long as machine and kernel stay the same.
+	CacheFile = "/run/ingot/kvm.json"
 	// budget is what the guest may take. On a CPU it needs less than 5 ms.
 	budget = 500 * time.Millisecond
 )
 
 // Probe answers, from the cache if this kernel was asked before in this run of
 // the machine. An answer that depends on who asks is not kept.
-func Probe() Verdict { return cached(cacheFile, identity(), probe) }
+func Probe() Verdict { return cached(CacheFile, identity(), probe) }
 
 // identity is what a verdict holds for.
 func identity() string {
