@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -124,6 +125,24 @@ func TestLocalNames(t *testing.T) {
 
 // A client that asks without end has no more descriptors than its share, says
 // little in the log, and knows nothing of what the upstream is asked.
+// record is a log that is read while the server goes on writing.
+type record struct {
+	mu   sync.Mutex // guards text
+	text bytes.Buffer
+}
+
+func (r *record) Write(b []byte) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.text.Write(b)
+}
+
+func (r *record) String() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.text.String()
+}
+
 func TestOneClientCantUseAllUp(t *testing.T) {
 	const id, many = 7, 100
 	var asked, known atomic.Int32
@@ -142,7 +161,7 @@ func TestOneClientCantUseAllUp(t *testing.T) {
 	})}
 	go up.ActivateAndServe()
 	t.Cleanup(func() { up.Shutdown() })
-	var log bytes.Buffer
+	var log record
 	at := serve(t, dns.Config{
 		Upstreams: []string{c.LocalAddr().String()}, Domain: "lab.internal", Log: slog.New(slog.NewTextHandler(&log, nil)),
 		Lookup: func(string) (netip.Addr, bool) { return netip.MustParseAddr("192.168.10.3"), true },
