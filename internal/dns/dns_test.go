@@ -21,14 +21,24 @@ import (
 	"ingot/internal/dns"
 )
 
+// freePort is one that nobody has, neither over UDP nor over TCP.
 func freePort(t *testing.T) netip.AddrPort {
 	t.Helper()
-	c, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	for range 100 {
+		c, err := net.ListenPacket("udp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := netip.MustParseAddrPort(c.LocalAddr().String())
+		l, err := net.Listen("tcp", at.String())
+		c.Close()
+		if err == nil {
+			l.Close()
+			return at
+		}
 	}
-	defer c.Close()
-	return netip.MustParseAddrPort(c.LocalAddr().String())
+	t.Fatal("no port is free over both UDP and TCP")
+	return netip.AddrPort{}
 }
 
 // upstream is a real DNS server that knows one name and counts its questions.
@@ -67,7 +77,12 @@ func serve(t *testing.T, c dns.Config) string {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- s.Run(ctx) }()
-	<-s.Ready()
+	select {
+	case <-s.Ready():
+	case err := <-ended:
+		cancel()
+		t.Fatalf("serve at %s: %v", at, err)
+	}
 	t.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != nil {
