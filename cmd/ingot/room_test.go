@@ -62,6 +62,12 @@ func TestRoom(t *testing.T) {
 	if full, low := facts(); full != "" || low != "" {
 		t.Errorf("at first: %q, %q", full, low)
 	}
+	large, disk := spec("large"), int32(1<<20) // 1 TiB
+	large.RootVolume.SizeInMb = &disk
+	_, err = m.vms.CreateMicroVM(t.Context(), &v1alpha1.CreateMicroVMRequest{Microvm: large})
+	if status.Code(err) != codes.ResourceExhausted || !strings.Contains(err.Error(), "MiB left") {
+		t.Errorf("create of a disk that the pool has no room for: %v", err)
+	}
 	leave(60)
 	if full, low := facts(); full != "" || low == "" {
 		t.Errorf("nearly full: %q, %q", full, low)

@@ -186,9 +186,7 @@ func rmCommand() *cobra.Command {
 		Args:              cobra.MinimumNArgs(1),
 		ValidArgsFunction: completeVMs,
 		RunE: inCloud(func(cmd *cobra.Command, c *cloud, args []string) error {
-			return c.each(cmd, args, "delete", func(ctx context.Context, vm microVM) error {
-				return c.remove(ctx, vm)
-			})
+			return c.each(cmd, args, "delete", c.remove)
 		}),
 	}
 }
@@ -227,6 +225,7 @@ const (
 	daemonPause    = 200 * time.Millisecond
 )
 
+// destroy is one try to remove a microVM.
 func destroy(ctx context.Context, vm microVM) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

@@ -147,6 +147,10 @@ func TestMistakes(t *testing.T) {
 			"10: microvms[2].spec: kernel.image: is required",
 			"10: microvms[2].spec: kernel.filename: is required",
 			"10: microvms[2].spec: root_volume.source: is required"}},
+		{"a disk beside a spec", vms + "- name: a\n  disk: 8G\n  spec: {kernel: {image: kernel, filename: boot/vmlinux}, vcpu: 1, memoryInMb: 128, rootVolume: {id: root, source: {containerSource: x}}}\n", []string{
+			"4: microvms[0].disk: it can't stand beside spec, which has it in its own words"}},
+		{"a secret of another file", "format: " + strings.Repeat("s", 31) + "\n", []string{
+			`1: format: it must be a number, and is "` + strings.Repeat("s", 30) + `…"`}},
 		{"an id in a spec", vms + "- name: a\n  spec: {id: c}\n", []string{"4: microvms[0].spec: id, namespace and uid don't belong here: name and namespace stand beside it"}},
 		{"macvtap on the hub", "format: 2\nmachines: [{name: one, roles: [hub, host]}]\nmicrovms:\n- name: a\n  host: one\n  spec: {kernel: {image: kernel, filename: boot/vmlinux}, root_volume: {id: root, source: {container_source: busybox}}, interfaces: [{device_id: eth1, type: MACVTAP}]}\n", []string{
 			"6: microvms[0].spec: interfaces[0]: one is the hub too, which a macvtap guest of its own can't reach: use TAP"}},
