@@ -25,6 +25,10 @@ var ErrClosed = errors.New("agent connection closed")
 // ended the session.
 var ErrReset = errors.New("guest agent ended the session")
 
+// ErrUnknown is the error of a lasting command that the guest does not know, or no
+// longer.
+var ErrUnknown = errors.New("the guest knows of no such command: it has not started, or has ended")
+
 // ErrDetached is what a server's stream returns from Read, once, when the host
 // has gone. The next Read waits for the next host.
 var ErrDetached = errors.New("host detached")
@@ -69,6 +73,17 @@ type Command struct {
 	Main bool   `json:"main,omitempty"`
 	Rows uint16 `json:"rows,omitempty"`
 	Cols uint16 `json:"cols,omitempty"`
+	// ID makes it a lasting command, which another conversation can take up under
+	// this name: what it writes is kept until it is confirmed, at most a window of
+	// each output, and so is its end. It waits for a host for some minutes, and is
+	// then hung up on. An ID is never given twice.
+	ID string `json:"id,omitempty"`
+}
+
+// Resumption is where a lasting command is taken up: what had come from it.
+type Resumption struct {
+	Stdout uint64 `json:"stdout"` // bytes since its start
+	Stderr uint64 `json:"stderr"`
 }
 
 // Error is what the guest's agent answered instead of doing what it was asked.
@@ -86,11 +101,18 @@ type (
 		Command *Command `json:"command,omitempty"`
 		Stdin   bool     `json:"stdin,omitempty"`
 		Reboot  bool     `json:"reboot,omitempty"`
+		// Resume takes a lasting command up that was started before, and starts none.
+		Resume *Resumption `json:"resume,omitempty"`
 	}
 	result struct {
-		Code  int    `json:"code"`
-		Error string `json:"error,omitempty"`
-		Info  *Info  `json:"info,omitempty"`
+		Code    int    `json:"code"`
+		Error   string `json:"error,omitempty"`
+		Unknown bool   `json:"unknown,omitempty"` // ErrUnknown
+		Info    *Info  `json:"info,omitempty"`
+	}
+	joined struct {
+		Stdin uint64 `json:"stdin"` // bytes that had come for the command
+		Room  int    `json:"room"`  // how many more may come
 	}
 	control struct {
 		Signal int    `json:"signal,omitempty"`
@@ -107,4 +129,5 @@ type (
 	}
 )
 
-const version = 1
+// version is the conversation's. From 2 on a guest knows lasting commands.
+const version = 2

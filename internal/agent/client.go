@@ -25,6 +25,7 @@ type Client struct {
 	mu      sync.Mutex
 	session uint32
 	epoch   string        // of the server that welcomed us; empty until then
+	version int           // that server's
 	ready   chan struct{} // closed once welcomed
 	last    uint32        // the newest stream
 	streams map[uint32]*stream
@@ -33,9 +34,12 @@ type Client struct {
 
 // stream is the client's side of one request.
 type stream struct {
-	stdin  *credit
-	out    [2]*inbox // stdout, stderr
-	answer chan answer
+	session uint32
+	stdin   *credit
+	out     [2]*inbox // stdout, stderr
+	lasting bool
+	joined  chan uint64 // of a lasting command: what its stdin has had
+	answer  chan answer
 }
 
 type answer struct {
@@ -146,6 +150,9 @@ func (c *Client) askOnce(ctx context.Context, r request) (result, error) {
 }
 
 func (a answer) error() error {
+	if a.err == nil && a.result.Unknown {
+		return ErrUnknown
+	}
 	if a.err == nil && a.result.Error != "" {
 		return &Error{Code: a.result.Code, Text: a.result.Error}
 	}
@@ -167,8 +174,16 @@ func (c *Client) open(ctx context.Context, r request) (uint32, *stream, error) {
 		}
 		if c.epoch != "" {
 			defer c.mu.Unlock()
+			s := &stream{
+				session: c.session, stdin: newCredit(), out: [2]*inbox{newInbox(), newInbox()}, joined: make(chan uint64, 1), answer: make(chan answer, 1),
+				lasting: r.Command != nil && r.Command.ID != "" && c.version >= 2,
+			}
+			if s.lasting {
+				s.stdin.left = 0 // until the command is joined
+			} else if r.Resume != nil {
+				return 0, nil, ErrUnknown
+			}
 			c.last++
-			s := &stream{stdin: newCredit(), out: [2]*inbox{newInbox(), newInbox()}, answer: make(chan answer, 1)}
 			c.streams[c.last] = s
 			c.out.send(frame{session: c.session, stream: c.last, kind: kindOpen, payload: payload})
 			return c.last, s, nil
@@ -271,12 +286,12 @@ func (c *Client) handle(f frame) {
 	case kindWelcome:
 		var g greeting
 		if json.Unmarshal(f.payload, &g) == nil && g.Epoch != "" && c.epoch == "" {
-			c.epoch = g.Epoch
+			c.epoch, c.version = g.Epoch, g.Version
 			close(c.ready)
 		}
 	case kindEvent:
 		c.event(f)
-	case kindData, kindEOF, kindCredit, kindResult:
+	case kindData, kindEOF, kindCredit, kindJoined, kindResult:
 		if s := c.streams[f.stream]; s != nil {
 			c.deliver(f, s)
 		}
@@ -336,6 +351,15 @@ func (c *Client) deliver(f frame, s *stream) {
 	switch f.kind {
 	case kindCredit:
 		s.stdin.grant(f.payload)
+	case kindJoined:
+		var j joined
+		if json.Unmarshal(f.payload, &j) == nil && j.Room >= 0 {
+			s.stdin.add(min(j.Room, window))
+			select {
+			case s.joined <- j.Stdin:
+			default: // once is enough
+			}
+		}
 	case kindResult:
 		var r result
 		if err := json.Unmarshal(f.payload, &r); err != nil {

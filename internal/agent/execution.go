@@ -1,10 +1,13 @@
 package agent
 
 import (
+	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -12,24 +15,51 @@ import (
 
 // execution is a command that the server runs for a host.
 type execution struct {
-	s       *Server
-	session uint32
-	stream  uint32
-	in      *inbox
-	out     [2]*credit // stdout, stderr
-	cancel  chan struct{}
-	once    sync.Once
-	main    bool
+	s      *Server
+	id     string // of a lasting one
+	in     *inbox
+	cancel chan struct{} // closed once nobody wants it any more
+	main   bool
 
-	mu       sync.Mutex
+	mu       sync.Mutex // guards what follows
+	room     sync.Cond  // there is room in an output, or canceled
+	link     *link      // nil while nobody is there for it
+	out      [2]output  // stdout, stderr
+	canceled bool
 	process  *Process // nil until started
 	terminal *os.File // with a TTY
 	early    []control
+	end      *result
+	alone    *time.Timer // of a lasting one that has nobody, or has ended
 }
 
-// grace is what a command has between the hang-up of its terminal and its end,
-// when its host has gone.
+// link is the stream on which a host has an execution.
+type link struct {
+	out             *outbox
+	session, stream uint32
+}
+
+func (l *link) send(k kind, channel uint8, payload []byte) {
+	l.out.send(frame{session: l.session, stream: l.stream, kind: k, channel: channel, payload: payload})
+}
+
+// grace is what a command has between being hung up on and its end.
 const grace = 2 * time.Second
+
+// patience is how long a lasting command waits for somebody to take it up.
+type patience struct {
+	client time.Duration // while its host is there; for its end to be confirmed, too
+	others time.Duration // after another host has come
+	host   time.Duration // while none is there
+}
+
+var patient = patience{client: 10 * time.Second, others: 30 * time.Second, host: 5 * time.Minute}
+
+func newExecution(s *Server, cmd Command, l *link) *execution {
+	x := &execution{s: s, id: cmd.ID, in: newInbox(), cancel: make(chan struct{}), link: l}
+	x.room.L = &x.mu
+	return x
+}
 
 // pipes are one command's streams: the command's own ends and ours.
 type pipes struct {
@@ -70,15 +100,31 @@ func newPipes(cmd Command) (*pipes, error) {
 }
 
 // run starts the command, moves its bytes, and reports its end.
-func (x *execution) run(out *outbox, cmd Command, hasStdin bool) {
-	r := x.execute(out, cmd, hasStdin)
-	x.s.finished(x, r)
+func (x *execution) run(cmd Command, hasStdin bool) {
+	r := x.execute(cmd, hasStdin)
+	x.finish(r)
+	x.s.remove(x)
 	if x.main && x.s.h.Ended != nil {
 		x.s.h.Ended(r.Code)
 	}
 }
 
-func (x *execution) execute(out *outbox, cmd Command, hasStdin bool) result {
+// finish reports the end. That of a lasting command is kept until it is confirmed.
+func (x *execution) finish(r result) {
+	x.mu.Lock()
+	x.end = &r
+	x.send(kindResult, 0, encode(r))
+	kept := x.id != "" && !x.canceled
+	if kept && x.link != nil {
+		x.await(x.s.patience.client)
+	}
+	x.mu.Unlock()
+	if kept {
+		<-x.cancel
+	}
+}
+
+func (x *execution) execute(cmd Command, hasStdin bool) result {
 	if x.s.h.Command != nil {
 		var err error
 		if cmd, err = x.s.h.Command(cmd); err != nil {
@@ -111,10 +157,10 @@ func (x *execution) execute(out *outbox, cmd Command, hasStdin bool) result {
 	if !hasStdin {
 		x.in.end(io.EOF)
 	}
-	input.Go(func() { x.feed(out, p.in, cmd.TTY) })
+	input.Go(func() { x.feed(p.in, cmd.TTY) })
 	for i, f := range p.out {
 		if f != nil {
-			copies.Go(func() { x.drain(out, f, i) })
+			copies.Go(func() { x.drain(f, i) })
 		}
 	}
 	x.wait(process)
@@ -173,12 +219,96 @@ func (x *execution) wait(process *Process) {
 	}
 }
 
-// abandon ends the command for want of a host.
+// abandon ends the command for want of somebody who wants it, or forgets its end.
 func (x *execution) abandon() {
-	x.once.Do(func() { close(x.cancel) })
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.canceled {
+		return
+	}
+	x.canceled = true
+	x.room.Broadcast()
+	close(x.cancel)
 	x.in.end(io.EOF)
-	for _, c := range x.out {
-		c.fail(ErrDetached)
+}
+
+// await gives somebody d to come for a lasting command; x.mu is held.
+func (x *execution) await(d time.Duration) {
+	if x.alone != nil {
+		x.alone.Stop()
+	}
+	x.alone = time.AfterFunc(d, func() {
+		x.mu.Lock()
+		taken := x.link != nil && x.end == nil
+		x.mu.Unlock()
+		if !taken {
+			x.abandon()
+		}
+	})
+}
+
+// leave is told that nobody is there for the command any more. One that lasts has d
+// to be taken up.
+func (x *execution) leave(d time.Duration) {
+	if x.id == "" {
+		defer x.abandon()
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.link = nil
+	if x.id != "" {
+		x.await(d)
+	}
+}
+
+// join gives a lasting command to the stream l, whose client has had so much of its
+// output. The stream that had it before is told.
+func (x *execution) join(l *link, from Resumption) error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.canceled {
+		return ErrUnknown
+	}
+	had := [2]uint64{from.Stdout, from.Stderr}
+	for i, n := range had {
+		if !x.out[i].has(n) {
+			return fmt.Errorf("%w: its output is there from byte %d on, and byte %d was asked for", ErrUnknown, x.out[i].start, n)
+		}
+	}
+	x.send(kindResult, 0, encode(result{Code: 126, Error: "somebody else has taken the command up"}))
+	x.link = l
+	if x.alone != nil {
+		x.alone.Stop()
+	}
+	x.send(kindJoined, 0, encode(x.in.rejoined()))
+	for i, n := range had {
+		out := &x.out[i]
+		out.confirm(n - out.start)
+		for b := range slices.Chunk(out.buf, maxPayload) {
+			x.send(kindData, uint8(stdout+i), b)
+		}
+		if out.ended {
+			x.send(kindEOF, uint8(stdout+i), nil)
+		}
+	}
+	if x.end != nil {
+		x.send(kindResult, 0, encode(*x.end))
+		x.await(x.s.patience.client)
+	}
+	x.room.Broadcast()
+	return nil
+}
+
+func (x *execution) hasEnded() bool {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.end != nil
+}
+
+// send sends a frame if somebody is there for it; x.mu is held.
+func (x *execution) send(k kind, channel uint8, payload []byte) {
+	if x.link != nil {
+		x.link.send(k, channel, payload)
 	}
 }
 
@@ -192,8 +322,11 @@ func (x *execution) handle(f frame) {
 	case kindEOF:
 		x.in.end(io.EOF)
 	case kindCredit:
-		if f.channel == stdout || f.channel == stderr {
-			x.out[f.channel-stdout].grant(f.payload)
+		if i := int(f.channel) - stdout; (i == 0 || i == 1) && len(f.payload) == 4 {
+			x.mu.Lock()
+			defer x.mu.Unlock()
+			x.out[i].confirm(uint64(binary.BigEndian.Uint32(f.payload)))
+			x.room.Broadcast()
 		}
 	case kindCancel:
 		x.abandon()
@@ -232,7 +365,7 @@ func (x *execution) apply(c control) {
 }
 
 // feed gives the command its input. A terminal's end of input is ^D.
-func (x *execution) feed(out *outbox, w *os.File, tty bool) {
+func (x *execution) feed(w *os.File, tty bool) {
 	buf := make([]byte, maxPayload)
 	for {
 		n, err := x.in.read(buf)
@@ -248,55 +381,10 @@ func (x *execution) feed(out *outbox, w *os.File, tty bool) {
 			x.in.end(err)
 			return // the command reads no more, or is gone
 		}
+		x.mu.Lock()
 		if c := x.in.used(n); c != nil {
-			out.send(frame{session: x.session, stream: x.stream, kind: kindCredit, channel: stdin, payload: c})
+			x.send(kindCredit, stdin, c)
 		}
+		x.mu.Unlock()
 	}
-}
-
-// drain sends the command's output. What has no host to go to is read all the
-// same: the process of a guest does not stand still for want of a listener. After the command's end, which the read
-// deadline tells, it sends what is left in the pipe and does not wait for
-// children that keep it open.
-func (x *execution) drain(out *outbox, r *os.File, i int) {
-	buf := make([]byte, maxPayload)
-	read := r.Read
-	for {
-		n, err := read(buf)
-		for b := buf[:n]; len(b) > 0; {
-			m, err := x.out[i].take(len(b))
-			if err == nil {
-				err = out.data(frame{session: x.session, stream: x.stream, kind: kindData, channel: uint8(stdout + i), payload: b[:m]})
-			}
-			if err != nil && !x.main {
-				return
-			}
-			if err != nil {
-				break
-			}
-			b = b[m:]
-		}
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			read = func(b []byte) (int, error) { return readNow(r, b) }
-		} else if err != nil {
-			out.send(frame{session: x.session, stream: x.stream, kind: kindEOF, channel: uint8(stdout + i)})
-			return
-		}
-	}
-}
-
-// readNow reads what is there, whatever the deadline.
-func readNow(r *os.File, b []byte) (int, error) {
-	raw, err := r.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	n := 0
-	if cerr := raw.Control(func(fd uintptr) { n, err = syscall.Read(int(fd), b) }); cerr != nil {
-		return 0, cerr
-	}
-	if n <= 0 && err == nil {
-		err = io.EOF
-	}
-	return max(n, 0), err
 }

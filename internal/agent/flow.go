@@ -155,10 +155,14 @@ func (c *credit) grant(payload []byte) {
 	if len(payload) != 4 {
 		return
 	}
-	n := binary.BigEndian.Uint32(payload)
+	c.add(int(min(binary.BigEndian.Uint32(payload), window)))
+}
+
+// add gives n more, which is no more than a window.
+func (c *credit) add(n int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.left = int(min(uint32(window), uint32(c.left)+min(n, window)))
+	c.left = min(window, c.left+n)
 	c.wake.Broadcast()
 }
 
@@ -177,8 +181,10 @@ type inbox struct {
 	wake sync.Cond
 	buf  []byte
 	err  error // io.EOF after the channel's end
-	// consumed counts what was read since credit was last given for it.
-	consumed int
+	// consumed counts what was dealt with since credit was last given for it, held
+	// what was not yet, and total all that came.
+	consumed, held int
+	total          uint64
 }
 
 func newInbox() *inbox {
@@ -198,6 +204,8 @@ func (i *inbox) push(b []byte) bool {
 		return false
 	}
 	i.buf = append(i.buf, b...)
+	i.held += len(b)
+	i.total += uint64(len(b))
 	i.wake.Broadcast()
 	return true
 }
@@ -231,6 +239,7 @@ func (i *inbox) read(p []byte) (int, error) {
 func (i *inbox) used(n int) []byte {
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	i.held -= n
 	i.consumed += n
 	if i.consumed < window/4 {
 		return nil
@@ -238,4 +247,12 @@ func (i *inbox) used(n int) []byte {
 	b := binary.BigEndian.AppendUint32(nil, uint32(i.consumed))
 	i.consumed = 0
 	return b
+}
+
+// rejoined starts the count of credit anew, for a sender that does not know it.
+func (i *inbox) rejoined() joined {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.consumed = 0
+	return joined{Stdin: i.total, Room: window - i.held}
 }

@@ -36,9 +36,11 @@ const (
 	kindCredit  // payload: 4 bytes, how much more the other side may send
 	kindControl // client: signal, window size
 	kindResult  // server: the stream's last frame
-	kindCancel  // client: end the stream's command
+	kindCancel  // client: end the stream's command, or forget its end
 	kindEvent
 	kindAck
+	kindJoined // server: the stream is a lasting command's from now on
+	kindDetach // client: nobody is there for the stream's lasting command
 )
 
 const (

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"sync"
 )
@@ -27,30 +28,41 @@ type Handler struct {
 }
 
 // Server is the guest's end of the conversation. It has one host at a time; a
-// new one ends what the last one left running.
+// new one ends what the last one left running, but for the lasting commands.
 type Server struct {
-	h     Handler
-	epoch string
+	h        Handler
+	epoch    string
+	patience patience
 
 	mu      sync.Mutex
 	out     *outbox // nil while not serving
 	session uint32  // 0: no host
-	execs   map[uint32]*execution
+	streams map[uint32]*execution
+	execs   map[*execution]bool // all, also those that have no stream
+	past    []string            // the lasting ones that were forgotten last
 	ready   bool
 	state   []report // the newest of each kind
 	seq     uint64
 	acked   uint64
 	changed chan struct{} // closed at the next ack or end of session
 	running sync.WaitGroup
-	main    sync.WaitGroup // is not waited for: Main outlives the conversation
+	lasting sync.WaitGroup // is not waited for: they and Main outlive the conversation
 }
 
-// maxExecs bounds the commands that run at once for a host.
-const maxExecs = 64
+const (
+	// maxExecs bounds the commands that run at once for a host.
+	maxExecs = 64
+	// maxPast is how many IDs of lasting commands are remembered, so that one is not
+	// run twice.
+	maxPast = 256
+)
 
 // NewServer makes a server; Serve gives it a stream.
 func NewServer(h Handler) *Server {
-	return &Server{h: h, epoch: rand.Text(), execs: map[uint32]*execution{}, changed: make(chan struct{})}
+	return &Server{
+		h: h, epoch: rand.Text(), patience: patient,
+		streams: map[uint32]*execution{}, execs: map[*execution]bool{}, changed: make(chan struct{}),
+	}
 }
 
 // Serve talks to the hosts at the other end of conn, one after the other, until
@@ -77,6 +89,11 @@ func (s *Server) Serve(conn io.ReadWriter) error {
 		case err != nil:
 			s.mu.Lock()
 			s.drop()
+			if errors.Is(err, io.EOF) { // nobody will come any more
+				for x := range s.execs {
+					x.abandon()
+				}
+			}
 			s.mu.Unlock()
 			out.close(ErrClosed)
 			s.running.Wait()
@@ -140,7 +157,8 @@ func (s *Server) report(r report) {
 	s.out.send(frame{session: s.session, kind: kindEvent, payload: encode(r)})
 }
 
-// drop ends the commands of a host that has gone; s.mu is held.
+// drop ends the commands of a host that has gone, or has them wait for the next one;
+// s.mu is held.
 func (s *Server) drop() {
 	if s.session == 0 {
 		return
@@ -148,9 +166,9 @@ func (s *Server) drop() {
 	s.session = 0
 	s.wake()
 	s.out.purge()
-	for id, x := range s.execs {
-		x.abandon()
-		delete(s.execs, id)
+	clear(s.streams)
+	for x := range s.execs {
+		x.leave(s.patience.host)
 	}
 }
 
@@ -180,8 +198,13 @@ func (s *Server) handle(f frame) {
 			s.acked = max(s.acked, min(r.Seq, s.seq))
 			s.wake()
 		}
+	case kindDetach:
+		if x := s.streams[f.stream]; x != nil {
+			delete(s.streams, f.stream)
+			x.leave(s.patience.client)
+		}
 	case kindData, kindEOF, kindCredit, kindControl, kindCancel:
-		if x := s.execs[f.stream]; x != nil {
+		if x := s.streams[f.stream]; x != nil {
 			x.handle(f)
 		}
 	}
@@ -193,6 +216,9 @@ func (s *Server) welcome(f frame) {
 		return
 	}
 	s.drop()
+	for x := range s.execs {
+		x.leave(s.patience.others)
+	}
 	s.session = f.session
 	s.out.send(frame{session: s.session, kind: kindWelcome, payload: encode(greeting{Version: version, Epoch: s.epoch})})
 	for _, r := range s.state {
@@ -217,20 +243,10 @@ func (s *Server) open(f frame) {
 			return
 		}
 		s.answer(f.stream, result{})
-	case r.Op == "exec" && r.Command != nil && s.execs[f.stream] == nil:
-		if len(s.execs) >= maxExecs {
-			s.answer(f.stream, result{Code: 126, Error: "too many commands at once"})
-			return
+	case r.Op == "exec" && r.Command != nil && s.streams[f.stream] == nil:
+		if err := s.exec(f.stream, r); err != nil {
+			s.answer(f.stream, result{Code: 126, Error: err.Error(), Unknown: errors.Is(err, ErrUnknown)})
 		}
-		x := &execution{s: s, session: s.session, stream: f.stream, in: newInbox(),
-			out: [2]*credit{newCredit(), newCredit()}, cancel: make(chan struct{})}
-		s.execs[f.stream] = x
-		out := s.out
-		life := &s.running
-		if r.Command.Main {
-			life = &s.main
-		}
-		life.Go(func() { x.run(out, *r.Command, r.Stdin) })
 	default:
 		s.answer(f.stream, result{Code: 126, Error: "unknown request " + r.Op})
 	}
@@ -240,12 +256,59 @@ func (s *Server) answer(stream uint32, r result) {
 	s.out.send(frame{session: s.session, stream: stream, kind: kindResult, payload: encode(r)})
 }
 
-// finished sends a command's result, unless its host has gone.
-func (s *Server) finished(x *execution, r result) {
+// exec takes up the lasting command that is asked for, or starts a command; s.mu is
+// held.
+func (s *Server) exec(stream uint32, r request) error {
+	l := &link{out: s.out, session: s.session, stream: stream}
+	running := 0
+	for x := range s.execs {
+		if r.Command.ID != "" && x.id == r.Command.ID {
+			return s.join(x, l, r.Resume)
+		}
+		if !x.hasEnded() {
+			running++
+		}
+	}
+	switch {
+	case r.Resume != nil, slices.Contains(s.past, r.Command.ID):
+		return ErrUnknown
+	case running >= maxExecs || len(s.execs) >= 4*maxExecs:
+		return errors.New("too many commands at once")
+	}
+	x := newExecution(s, *r.Command, l)
+	s.streams[stream] = x
+	s.execs[x] = true
+	if x.id != "" {
+		l.send(kindJoined, 0, encode(x.in.rejoined()))
+	}
+	life := &s.running
+	if x.id != "" || r.Command.Main {
+		life = &s.lasting
+	}
+	life.Go(func() { x.run(*r.Command, r.Stdin) })
+	return nil
+}
+
+func (s *Server) join(x *execution, l *link, from *Resumption) error {
+	if from == nil { // a start that nobody has heard of
+		from = &Resumption{}
+	}
+	if err := x.join(l, *from); err != nil {
+		return err
+	}
+	maps.DeleteFunc(s.streams, func(_ uint32, other *execution) bool { return other == x })
+	s.streams[l.stream] = x
+	return nil
+}
+
+// remove forgets a command.
+func (s *Server) remove(x *execution) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.execs[x.stream] == x {
-		delete(s.execs, x.stream)
-		s.answer(x.stream, r)
+	delete(s.execs, x)
+	maps.DeleteFunc(s.streams, func(_ uint32, other *execution) bool { return other == x })
+	if x.id != "" {
+		s.past = append(s.past, x.id)
+		s.past = s.past[max(0, len(s.past)-maxPast):]
 	}
 }

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -18,30 +19,49 @@ type Session struct {
 	code    int
 	err     error
 
-	mu       sync.Mutex
-	writeErr error // the first of Stdout and Stderr
+	mu        sync.Mutex
+	writeErr  error     // the first of Stdout and Stderr
+	confirmed [2]uint64 // of a lasting one
 }
 
 // Exec starts a command in the guest. Its input is in, which may be nil; a Read
 // from it that is in progress when the command ends is the caller's to end. With
 // a TTY all output is out's. Either writer may be nil. A writer that stands still
-// stops this command only. When ctx ends, the command is killed.
+// stops this command only. When ctx ends, the command is killed; a lasting one is let
+// go.
 func (c *Client) Exec(ctx context.Context, cmd Command, in io.Reader, out, errOut io.Writer) (*Session, error) {
-	if len(cmd.Args) == 0 && !cmd.Main {
+	return c.exec(ctx, request{Op: "exec", Command: &cmd, Stdin: in != nil}, in, out, errOut)
+}
+
+// Resume takes up a lasting command that was started before. Its output comes from
+// where from says; its input goes on after what Joined says.
+func (c *Client) Resume(ctx context.Context, cmd Command, from Resumption, in io.Reader, out, errOut io.Writer) (*Session, error) {
+	return c.exec(ctx, request{Op: "exec", Command: &cmd, Stdin: in != nil, Resume: &from}, in, out, errOut)
+}
+
+func (c *Client) exec(ctx context.Context, r request, in io.Reader, out, errOut io.Writer) (*Session, error) {
+	if len(r.Command.Args) == 0 && !r.Command.Main {
 		return nil, errors.New("run in the guest: no command")
 	}
-	id, s, err := c.open(ctx, request{Op: "exec", Command: &cmd, Stdin: in != nil})
+	id, s, err := c.open(ctx, r)
 	if err != nil {
 		return nil, fmt.Errorf("run in the guest: %w", err)
 	}
 	x := &Session{c: c, id: id, s: s, done: make(chan struct{})}
+	if r.Resume != nil {
+		x.confirmed = [2]uint64{r.Resume.Stdout, r.Resume.Stderr}
+	}
 	x.outputs.Go(func() { x.copyOut(out, stdout) })
 	x.outputs.Go(func() { x.copyOut(errOut, stderr) })
 	if in != nil {
 		go x.copyIn(in) // ends with in, or at its first Read after the command's end
 	}
+	farewell := kindCancel
+	if s.lasting {
+		farewell = kindDetach
+	}
 	stop := context.AfterFunc(ctx, func() {
-		c.tell(id, kindCancel, 0, nil)
+		c.tell(id, farewell, 0, nil)
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		delete(c.streams, id)
@@ -76,6 +96,54 @@ func (x *Session) Wait() (int, error) {
 // Done is closed when Wait would not block.
 func (x *Session) Done() <-chan struct{} { return x.done }
 
+// Lasting says whether another conversation can take the command up: it was asked for
+// so, and the guest is able to.
+func (x *Session) Lasting() bool { return x.s.lasting }
+
+// Joined waits until the guest has a lasting command, and says how many bytes of input
+// that has had.
+func (x *Session) Joined(ctx context.Context) (stdin uint64, err error) {
+	select {
+	case n := <-x.s.joined:
+		return n, nil
+	case <-x.done:
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+	select {
+	case n := <-x.s.joined: // it was quick
+		return n, nil
+	default:
+		_, err := x.Wait()
+		return 0, err
+	}
+}
+
+// Confirm says how much of a lasting command's output has arrived where it was to go,
+// in bytes since its start: the guest forgets it and may send more.
+func (x *Session) Confirm(stdoutBytes, stderrBytes uint64) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for i, n := range []uint64{stdoutBytes, stderrBytes} {
+		if n <= x.confirmed[i] {
+			continue
+		}
+		more := min(n-x.confirmed[i], window)
+		x.confirmed[i] += more
+		x.c.tell(x.id, kindCredit, uint8(stdout+i), binary.BigEndian.AppendUint32(nil, uint32(more)))
+	}
+}
+
+// Release ends a lasting command that still runs, and has the guest forget one that
+// has ended.
+func (x *Session) Release() {
+	x.c.mu.Lock()
+	defer x.c.mu.Unlock()
+	if x.c.session == x.s.session {
+		x.c.out.send(frame{session: x.s.session, stream: x.id, kind: kindCancel})
+	}
+}
+
 // Resize tells the command its terminal's new size.
 func (x *Session) Resize(rows, cols uint16) {
 	x.c.tell(x.id, kindControl, 0, encode(control{Rows: rows, Cols: cols}))
@@ -100,7 +168,7 @@ func (x *Session) copyOut(w io.Writer, channel uint8) {
 				w = nil // the rest is dropped, so that the command can end
 			}
 		}
-		if c := in.used(n); c != nil {
+		if c := in.used(n); c != nil && !x.s.lasting { // of a lasting one, Confirm tells
 			x.c.tell(x.id, kindCredit, channel, c)
 		}
 	}
@@ -129,7 +197,9 @@ func (x *Session) copyIn(in io.Reader) {
 			b = b[m:]
 		}
 		if err != nil {
-			x.c.tell(x.id, kindEOF, stdin, nil)
+			if errors.Is(err, io.EOF) || !x.s.lasting { // that of a lasting one may go on elsewhere
+				x.c.tell(x.id, kindEOF, stdin, nil)
+			}
 			return
 		}
 	}
