@@ -33,8 +33,8 @@ func (deafHost) Exec(stream ingotv1.Host_ExecServer) error {
 	return stream.Context().Err()
 }
 
-// serveExec serves a host's Exec, and calls it.
-func serveExec(t *testing.T, ctx context.Context, host ingotv1.HostServer) *execStream {
+// serveHost serves a host on a socket.
+func serveHost(t *testing.T, host ingotv1.HostServer) *hostClient {
 	t.Helper()
 	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
 	if err != nil {
@@ -53,11 +53,12 @@ func serveExec(t *testing.T, ctx context.Context, host ingotv1.HostServer) *exec
 		server.Stop()
 		serving.Wait()
 	})
-	stream, err := ingotv1.NewHostClient(conn).Exec(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return newExecStream(stream)
+	return &hostClient{HostClient: ingotv1.NewHostClient(conn)}
+}
+
+// onHost is a command on a host.
+func onHost(host *hostClient) *remote {
+	return newRemote(microVM{host: host}, &ingotv1.ExecStart{Args: []string{"cat"}, Stdin: true})
 }
 
 // Whatever stands still, some signals give a command up.
@@ -71,10 +72,10 @@ func TestExecIsGivenUp(t *testing.T) {
 	defer zero.Close()
 	ctx, giveUp := context.WithCancelCause(t.Context())
 	defer giveUp(nil)
-	s := serveExec(t, ctx, deafHost{})
+	s := onHost(serveHost(t, deafHost{}))
 	signals := make(chan os.Signal, mostSignals)
-	all.Go(func() { s.sendAll(ctx) })
-	all.Go(func() { s.stdin(ctx, zero, false, nil) })
+	all.Go(func() { s.run(ctx, io.Discard, io.Discard) })
+	all.Go(func() { s.stdin(ctx, zero, nil) })
 	// Until nothing more passes.
 	for was := -1; len(s.typed) < cap(s.typed) || was != len(s.typed); time.Sleep(50 * time.Millisecond) {
 		was = len(s.typed)
@@ -82,7 +83,7 @@ func TestExecIsGivenUp(t *testing.T) {
 	for range mostSignals {
 		signals <- syscall.SIGINT
 	}
-	all.Go(func() { s.signals(ctx, signals, false, func() { giveUp(errIgnored) }) })
+	all.Go(func() { s.signals(ctx, signals, func() { giveUp(errIgnored) }) })
 	select {
 	case <-ctx.Done():
 	case <-time.After(20 * time.Second):
@@ -130,12 +131,11 @@ func TestExecInput(t *testing.T) {
 	defer all.Wait()
 	defer cancel()
 	host := &echoHost{}
-	s := serveExec(t, ctx, host)
-	all.Go(func() { s.sendAll(ctx) })
+	s := onHost(serveHost(t, host))
 	data := bytes.Repeat([]byte("0123456789abcde\n"), 128<<10) // 2 MiB
-	all.Go(func() { s.stdin(ctx, bytes.NewReader(data), false, nil) })
+	all.Go(func() { s.stdin(ctx, bytes.NewReader(data), nil) })
 	var out bytes.Buffer
-	code, err := s.receive(&out, io.Discard)
+	code, err := s.run(ctx, &out, io.Discard)
 	if err != nil || code != 3 || !bytes.Equal(out.Bytes(), data) {
 		t.Errorf("code %d, %d of %d bytes came back: %v", code, out.Len(), len(data), err)
 	}

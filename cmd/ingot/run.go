@@ -255,46 +255,55 @@ func (c *cloud) yield(ctx context.Context, vm microVM) error {
 // up waits until a microVM runs, its agent answers and it has an address, or
 // its process has ended already.
 func up(ctx context.Context, vm microVM, p *progress) (microVM, error) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	watch, err := vm.host.Watch(ctx, &ingotv1.WatchRequest{Uid: vm.uid()})
-	if err != nil {
-		return vm, err
-	}
-	for {
-		r, err := watch.Recv()
-		if status.Code(err) == codes.Unavailable && ctx.Err() == nil {
-			p.say("wait for the host's daemon", "")
-			if watch, err = vm.host.Watch(ctx, &ingotv1.WatchRequest{Uid: vm.uid()}, grpc.WaitForReady(true)); err == nil {
-				continue
-			}
-		}
-		if err != nil {
-			return vm, err
-		}
-		vm.MicroVM = r.GetMicrovm()
+	return observe(ctx, vm, func() { p.say("wait for the host's daemon", "") }, func(vm microVM) (bool, error) {
 		st := vm.GetStatus()
 		switch state(st) {
 		case "running":
 			if address(vm.MicroVM, nil) != "" && st.GetAgentReady() {
-				return vm, nil
+				return true, nil
 			}
 			p.say("wait for the address", "")
 		case "failed":
-			return vm, errors.New(st.GetReason())
+			return false, errors.New(st.GetReason())
 		case "stopped":
 			if st.GetStartedAt() == nil {
-				return vm, errors.New("somebody stopped it")
+				return false, errors.New("somebody stopped it")
 			}
-			return vm, nil
+			return true, nil
 		case "deleting":
-			return vm, errors.New("somebody deletes it")
+			return false, errors.New("somebody deletes it")
 		default:
 			if st.GetRestarts() >= mostStarts {
-				return vm, fmt.Errorf("it has ended %d times before it was up: %s", st.GetRestarts(), st.GetReason())
+				return false, fmt.Errorf("it has ended %d times before it was up: %s", st.GetRestarts(), st.GetReason())
 			}
 			p.say(stepWords(st))
 		}
+		return false, nil
+	})
+}
+
+// observe shows what is so of a microVM, and each change, until see has seen enough. A
+// daemon that goes meanwhile is waited for.
+func observe(ctx context.Context, vm microVM, gone func(), see func(microVM) (enough bool, err error)) (microVM, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	for {
+		watch, err := vm.host.Watch(ctx, &ingotv1.WatchRequest{Uid: vm.uid()}, grpc.WaitForReady(true))
+		for err == nil {
+			var r *ingotv1.WatchResponse
+			if r, err = watch.Recv(); err != nil {
+				break
+			}
+			vm.MicroVM = r.GetMicrovm()
+			enough, err := see(vm)
+			if enough || err != nil {
+				return vm, err
+			}
+		}
+		if c := status.Code(err); c != codes.Unavailable && c != codes.Canceled || ctx.Err() != nil {
+			return vm, err
+		}
+		gone()
 	}
 }
 

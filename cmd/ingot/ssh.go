@@ -177,15 +177,8 @@ func (c *cloud) ssh(ctx context.Context, vm microVM, user string, command []stri
 
 // ask runs a command in a guest for its output and code.
 func ask(ctx context.Context, vm microVM, start *ingotv1.ExecStart, stdout *bytes.Buffer) (int, error) {
-	stream, err := vm.host.Exec(ctx)
-	if err == nil {
-		err = stream.Send(&ingotv1.ExecRequest{Payload: &ingotv1.ExecRequest_Start{Start: start}})
-	}
-	if err != nil {
-		return 0, fmt.Errorf("ask the agent of %s: %w", vm, err)
-	}
 	var stderr bytes.Buffer
-	code, err := newExecStream(stream).receive(stdout, &stderr)
+	code, err := newRemote(vm, start).run(ctx, stdout, &stderr)
 	if err != nil {
 		return 0, fmt.Errorf("ask the agent of %s: %w", vm, err)
 	}

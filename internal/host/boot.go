@@ -288,6 +288,7 @@ func (v *instance) hear() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.agent = client
+	v.show() // some may wait for it
 }
 
 // lost ends a conversation that the other side has ended.

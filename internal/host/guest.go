@@ -14,18 +14,34 @@ import (
 	"ingot/internal/logfile"
 )
 
-// Agent is the conversation with a running microVM's agent, once it is ready.
-func (h *Host) Agent(uid string) (*agent.Client, error) {
+// Agent is the conversation with a running microVM's agent, once it is ready. A daemon
+// that has just started, or has lost it, is given until ctx ends to take it up again.
+func (h *Host) Agent(ctx context.Context, uid string) (*agent.Client, error) {
 	v, err := h.find(uid)
 	if err != nil {
 		return nil, err
 	}
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if v.agent == nil || !v.status.AgentReady {
-		return nil, fmt.Errorf("microvm is not ready (state: %s): %w", v.status.Phase, errdefs.ErrFailedPrecondition)
+	views, stop := v.subscribe()
+	defer stop()
+	for {
+		v.mu.Lock()
+		client, status := v.agent, v.status
+		v.mu.Unlock()
+		if !status.AgentReady {
+			return nil, fmt.Errorf("microvm is not ready (state: %s): %w", status.Phase, errdefs.ErrFailedPrecondition)
+		}
+		if client != nil {
+			return client, nil
+		}
+		select {
+		case _, there := <-views:
+			if !there {
+				return nil, fmt.Errorf("reach the guest's agent: the microVM was deleted: %w", errdefs.ErrNotFound)
+			}
+		case <-ctx.Done():
+			return nil, fmt.Errorf("reach the guest's agent: %w", ctx.Err())
+		}
 	}
-	return v.agent, nil
 }
 
 // console is the serial console of a running microVM, shared by its viewers.

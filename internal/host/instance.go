@@ -212,6 +212,11 @@ func (v *instance) set(change func(*vm.Status)) {
 func (v *instance) tell() {
 	v.status.Version++
 	v.dirty = true
+	v.show()
+}
+
+// show sends around what is so now. The caller holds v.mu.
+func (v *instance) show() {
 	w := v.viewLocked()
 	for ch := range v.watchers {
 		select {

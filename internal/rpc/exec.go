@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -22,7 +23,7 @@ func (s *hostService) Exec(stream ingotv1.Host_ExecServer) error {
 	if start == nil || len(start.GetArgs()) == 0 && !start.GetMain() {
 		return fmt.Errorf("exec: first message must be a start message with uid and args set: %w", errdefs.ErrInvalidArgument)
 	}
-	client, err := s.Host.Agent(start.GetUid())
+	client, err := s.Host.Agent(stream.Context(), start.GetUid())
 	if err != nil {
 		return err
 	}
@@ -48,10 +49,7 @@ func (s *hostService) runCommand(stream ingotv1.Host_ExecServer, client *agent.C
 	}
 	ctx, cancel := context.WithCancel(stream.Context())
 	defer cancel()
-	session, err := client.Exec(ctx, agent.Command{
-		Args: start.GetArgs(), Env: start.GetEnv(), Dir: start.GetWorkingDir(), User: start.GetUser(), TTY: start.GetTty(),
-		Main: start.GetMain(), Rows: uint16(start.GetSize().GetRows()), Cols: uint16(start.GetSize().GetColumns()),
-	}, stdin,
+	session, err := begin(ctx, client, start, stdin,
 		writer(func(p []byte) error {
 			return send(&ingotv1.ExecResponse{Payload: &ingotv1.ExecResponse_Stdout{Stdout: p}})
 		}),
@@ -59,9 +57,18 @@ func (s *hostService) runCommand(stream ingotv1.Host_ExecServer, client *agent.C
 			return send(&ingotv1.ExecResponse{Payload: &ingotv1.ExecResponse_Stderr{Stderr: p}})
 		}))
 	if err != nil {
-		return err
+		return told(err)
 	}
-	s.hear(func() { receive(stream, session, typed) })
+	left := make(chan struct{})
+	s.hear(func() {
+		defer close(left)
+		receive(stream, session, typed)
+	})
+	if start.GetId() != "" {
+		if err := join(ctx, session, send); err != nil {
+			return err
+		}
+	}
 	code, err := session.Wait()
 	var refused *agent.Error
 	if errors.As(err, &refused) { // the agent's no is told as a shell's: in words, and by its code
@@ -69,9 +76,54 @@ func (s *hostService) runCommand(stream ingotv1.Host_ExecServer, client *agent.C
 		err = send(&ingotv1.ExecResponse{Payload: &ingotv1.ExecResponse_Stderr{Stderr: []byte(refused.Text + "\n")}})
 	}
 	if err != nil {
-		return err
+		return told(err)
 	}
-	return send(&ingotv1.ExecResponse{Payload: &ingotv1.ExecResponse_ExitCode{ExitCode: int32(code)}})
+	err = send(&ingotv1.ExecResponse{Payload: &ingotv1.ExecResponse_ExitCode{ExitCode: int32(code)}})
+	if err == nil && session.Lasting() {
+		select { // until the client has it, and the guest may forget it
+		case <-left:
+		case <-time.After(lastWord):
+		}
+	}
+	return err
+}
+
+// lastWord is how long a client may take to say that it has an exit code.
+const lastWord = 5 * time.Second
+
+// begin starts a command, or takes a lasting one up.
+func begin(ctx context.Context, client *agent.Client, start *ingotv1.ExecStart, stdin io.Reader, stdout, stderr io.Writer) (*agent.Session, error) {
+	cmd := agent.Command{
+		ID: start.GetId(), Args: start.GetArgs(), Env: start.GetEnv(), Dir: start.GetWorkingDir(), User: start.GetUser(), TTY: start.GetTty(),
+		Main: start.GetMain(), Rows: uint16(start.GetSize().GetRows()), Cols: uint16(start.GetSize().GetColumns()),
+	}
+	if had := start.GetResume(); had != nil {
+		return client.Resume(ctx, cmd, agent.Resumption{Stdout: had.GetStdout(), Stderr: had.GetStderr()}, stdin, stdout, stderr)
+	}
+	return client.Exec(ctx, cmd, stdin, stdout, stderr)
+}
+
+// join tells the client that the guest has its lasting command.
+func join(ctx context.Context, session *agent.Session, send func(*ingotv1.ExecResponse) error) error {
+	joined := &ingotv1.ExecJoined{Lasting: session.Lasting()}
+	if session.Lasting() {
+		var err error
+		if joined.Stdin, err = session.Joined(ctx); err != nil {
+			return nil // the command's end says why
+		}
+	}
+	return send(&ingotv1.ExecResponse{Payload: &ingotv1.ExecResponse_Joined{Joined: joined}})
+}
+
+// told gives an error of the conversation the meaning that it has for a client.
+func told(err error) error {
+	switch {
+	case errors.Is(err, agent.ErrUnknown):
+		return fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
+	case errors.Is(err, agent.ErrReset), errors.Is(err, agent.ErrClosed):
+		return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
+	}
+	return err
 }
 
 // receive passes on what the client sends while the command runs.
@@ -79,7 +131,10 @@ func receive(stream ingotv1.Host_ExecServer, session *agent.Session, typed *typi
 	for {
 		r, err := stream.Recv()
 		if err != nil {
-			typed.end(io.EOF)
+			if errors.Is(err, io.EOF) && session.Lasting() {
+				session.Release()
+			}
+			typed.end(err)
 			return
 		}
 		switch p := r.GetPayload().(type) {
@@ -91,6 +146,8 @@ func receive(stream ingotv1.Host_ExecServer, session *agent.Session, typed *typi
 			session.Resize(uint16(p.Resize.GetRows()), uint16(p.Resize.GetColumns()))
 		case *ingotv1.ExecRequest_Signal:
 			session.Signal(int(p.Signal))
+		case *ingotv1.ExecRequest_Received:
+			session.Confirm(p.Received.GetStdout(), p.Received.GetStderr())
 		}
 	}
 }

@@ -5,17 +5,21 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"path/filepath"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/internal/agent"
+	"ingot/internal/wire"
 )
 
 // guest is the service with one microVM, of which there is only the agent, whose
@@ -53,7 +57,7 @@ func serve(t *testing.T) (ingotv1.HostClient, net.Conn) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := grpc.NewServer(grpc.WaitForHandlers(true))
+	s := grpc.NewServer(append(wire.ServerOptions("", slog.New(slog.DiscardHandler)), grpc.WaitForHandlers(true))...)
 	ingotv1.RegisterHostServer(s, g)
 	var all sync.WaitGroup
 	all.Go(func() { server.Serve(inside) })
@@ -218,5 +222,84 @@ func TestConsoleEnds(t *testing.T) {
 	console.Close() // the microVM has ended
 	if _, err := stream.Recv(); !errors.Is(err, io.EOF) {
 		t.Errorf("error %v, want the end", err)
+	}
+}
+
+// lasting asks for a lasting command, again if had is not nil.
+func lasting(t *testing.T, host ingotv1.HostClient, id string, had *ingotv1.ExecReceived, args ...string) (ingotv1.Host_ExecClient, context.CancelFunc) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(soon(t))
+	stream, err := host.Exec(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := &ingotv1.ExecStart{Id: id, Args: args, Stdin: true, Resume: had}
+	if err := stream.Send(&ingotv1.ExecRequest{Payload: &ingotv1.ExecRequest_Start{Start: start}}); err != nil {
+		t.Fatal(err)
+	}
+	return stream, cancel
+}
+
+// A lasting command goes on without its client, and comes to the one that asks next,
+// until that has heard its end.
+func TestLasting(t *testing.T) {
+	host, _ := serve(t)
+	args := []string{"sh", "-c", "while read x; do echo got $x; done; exit 3"}
+	stream, leave := lasting(t, host, "one", nil, args...)
+	if err := stream.Send(typed([]byte("a\nb\n"))); err != nil {
+		t.Fatal(err)
+	}
+	var out []byte
+	for string(out) != "got a\ngot b\n" {
+		r, err := stream.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, r.GetStdout()...)
+	}
+	leave()
+	// Of the last line it is as if it had not come.
+	stream, leave = lasting(t, host, "one", &ingotv1.ExecReceived{Stdout: 6}, args...)
+	defer leave()
+	out = out[:6]
+	for {
+		r, err := stream.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch p := r.GetPayload().(type) {
+		case *ingotv1.ExecResponse_Joined:
+			if p.Joined.GetStdin() != 4 || !p.Joined.GetLasting() {
+				t.Errorf("joined: %v", p.Joined)
+			}
+			if err := stream.Send(typed([]byte("c\n"))); err != nil {
+				t.Fatal(err)
+			}
+			if err := stream.Send(&ingotv1.ExecRequest{Payload: &ingotv1.ExecRequest_StdinEof{StdinEof: true}}); err != nil {
+				t.Fatal(err)
+			}
+			continue
+		case *ingotv1.ExecResponse_Stdout:
+			out = append(out, p.Stdout...)
+			continue
+		case *ingotv1.ExecResponse_ExitCode:
+			if p.ExitCode != 3 || string(out) != "got a\ngot b\ngot c\n" {
+				t.Errorf("code %d, output %q", p.ExitCode, out)
+			}
+		default:
+			continue
+		}
+		break
+	}
+	if err := stream.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Recv(); !errors.Is(err, io.EOF) {
+		t.Errorf("error %v, want the end", err)
+	}
+	stream, leave = lasting(t, host, "one", &ingotv1.ExecReceived{}, args...)
+	defer leave()
+	if r, err := stream.Recv(); !errdefs.IsNotFound(errgrpc.ToNative(err)) {
+		t.Errorf("once more: %v, %v", r, err)
 	}
 }

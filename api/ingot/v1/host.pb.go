@@ -650,6 +650,7 @@ type ExecRequest struct {
 	//	*ExecRequest_StdinEof
 	//	*ExecRequest_Resize
 	//	*ExecRequest_Signal
+	//	*ExecRequest_Received
 	Payload       isExecRequest_Payload `protobuf_oneof:"payload"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -737,6 +738,15 @@ func (x *ExecRequest) GetSignal() int32 {
 	return 0
 }
 
+func (x *ExecRequest) GetReceived() *ExecReceived {
+	if x != nil {
+		if x, ok := x.Payload.(*ExecRequest_Received); ok {
+			return x.Received
+		}
+	}
+	return nil
+}
+
 type isExecRequest_Payload interface {
 	isExecRequest_Payload()
 }
@@ -761,6 +771,11 @@ type ExecRequest_Signal struct {
 	Signal int32 `protobuf:"varint,5,opt,name=signal,proto3,oneof"`
 }
 
+type ExecRequest_Received struct {
+	// Of a lasting command: how much of its output has come, from time to time.
+	Received *ExecReceived `protobuf:"bytes,6,opt,name=received,proto3,oneof"`
+}
+
 func (*ExecRequest_Start) isExecRequest_Payload() {}
 
 func (*ExecRequest_Stdin) isExecRequest_Payload() {}
@@ -770,6 +785,60 @@ func (*ExecRequest_StdinEof) isExecRequest_Payload() {}
 func (*ExecRequest_Resize) isExecRequest_Payload() {}
 
 func (*ExecRequest_Signal) isExecRequest_Payload() {}
+
+func (*ExecRequest_Received) isExecRequest_Payload() {}
+
+type ExecReceived struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Stdout        uint64                 `protobuf:"varint,1,opt,name=stdout,proto3" json:"stdout,omitempty"` // bytes since the command's start
+	Stderr        uint64                 `protobuf:"varint,2,opt,name=stderr,proto3" json:"stderr,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExecReceived) Reset() {
+	*x = ExecReceived{}
+	mi := &file_ingot_v1_host_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExecReceived) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExecReceived) ProtoMessage() {}
+
+func (x *ExecReceived) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExecReceived.ProtoReflect.Descriptor instead.
+func (*ExecReceived) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ExecReceived) GetStdout() uint64 {
+	if x != nil {
+		return x.Stdout
+	}
+	return 0
+}
+
+func (x *ExecReceived) GetStderr() uint64 {
+	if x != nil {
+		return x.Stderr
+	}
+	return 0
+}
 
 type ExecStart struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
@@ -783,14 +852,25 @@ type ExecStart struct {
 	Size       *WindowSize            `protobuf:"bytes,8,opt,name=size,proto3" json:"size,omitempty"`
 	// The microVM's own process, which waits for this (see Process.attach): its
 	// end is the microVM's. args are not read then.
-	Main          bool `protobuf:"varint,9,opt,name=main,proto3" json:"main,omitempty"`
+	Main bool `protobuf:"varint,9,opt,name=main,proto3" json:"main,omitempty"`
+	// An id, never used before, makes the command a lasting one: it goes on without its
+	// client, which can take it up again with the same id and resume, after the client's
+	// connection or the daemon was lost. The guest keeps what received does not confirm,
+	// at most 64 KiB of each output, and the command waits for that to be confirmed. It
+	// is hung up on 10 seconds after its client has gone, or 5 minutes after the daemon
+	// has. The half-close of the stream is the end of interest: it ends a command that
+	// runs, and after exit_code lets the guest forget it.
+	Id string `protobuf:"bytes,10,opt,name=id,proto3" json:"id,omitempty"`
+	// The command was started before, and so much of its output has come. The answer is
+	// NotFound if the guest knows it no longer.
+	Resume        *ExecReceived `protobuf:"bytes,11,opt,name=resume,proto3" json:"resume,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ExecStart) Reset() {
 	*x = ExecStart{}
-	mi := &file_ingot_v1_host_proto_msgTypes[13]
+	mi := &file_ingot_v1_host_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -802,7 +882,7 @@ func (x *ExecStart) String() string {
 func (*ExecStart) ProtoMessage() {}
 
 func (x *ExecStart) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[13]
+	mi := &file_ingot_v1_host_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -815,7 +895,7 @@ func (x *ExecStart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStart.ProtoReflect.Descriptor instead.
 func (*ExecStart) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{13}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ExecStart) GetUid() string {
@@ -881,6 +961,20 @@ func (x *ExecStart) GetMain() bool {
 	return false
 }
 
+func (x *ExecStart) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ExecStart) GetResume() *ExecReceived {
+	if x != nil {
+		return x.Resume
+	}
+	return nil
+}
+
 type WindowSize struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Rows          uint32                 `protobuf:"varint,1,opt,name=rows,proto3" json:"rows,omitempty"`
@@ -891,7 +985,7 @@ type WindowSize struct {
 
 func (x *WindowSize) Reset() {
 	*x = WindowSize{}
-	mi := &file_ingot_v1_host_proto_msgTypes[14]
+	mi := &file_ingot_v1_host_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -903,7 +997,7 @@ func (x *WindowSize) String() string {
 func (*WindowSize) ProtoMessage() {}
 
 func (x *WindowSize) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[14]
+	mi := &file_ingot_v1_host_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -916,7 +1010,7 @@ func (x *WindowSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WindowSize.ProtoReflect.Descriptor instead.
 func (*WindowSize) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{14}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *WindowSize) GetRows() uint32 {
@@ -941,6 +1035,7 @@ type ExecResponse struct {
 	//	*ExecResponse_Stderr
 	//	*ExecResponse_ExitCode
 	//	*ExecResponse_StdinTaken
+	//	*ExecResponse_Joined
 	Payload       isExecResponse_Payload `protobuf_oneof:"payload"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -948,7 +1043,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[15]
+	mi := &file_ingot_v1_host_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -960,7 +1055,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[15]
+	mi := &file_ingot_v1_host_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -973,7 +1068,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{15}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ExecResponse) GetPayload() isExecResponse_Payload {
@@ -1019,6 +1114,15 @@ func (x *ExecResponse) GetStdinTaken() uint32 {
 	return 0
 }
 
+func (x *ExecResponse) GetJoined() *ExecJoined {
+	if x != nil {
+		if x, ok := x.Payload.(*ExecResponse_Joined); ok {
+			return x.Joined
+		}
+	}
+	return nil
+}
+
 type isExecResponse_Payload interface {
 	isExecResponse_Payload()
 }
@@ -1042,6 +1146,11 @@ type ExecResponse_StdinTaken struct {
 	StdinTaken uint32 `protobuf:"varint,4,opt,name=stdin_taken,json=stdinTaken,proto3,oneof"`
 }
 
+type ExecResponse_Joined struct {
+	// The guest has the lasting command. Sent once.
+	Joined *ExecJoined `protobuf:"bytes,5,opt,name=joined,proto3,oneof"`
+}
+
 func (*ExecResponse_Stdout) isExecResponse_Payload() {}
 
 func (*ExecResponse_Stderr) isExecResponse_Payload() {}
@@ -1049,6 +1158,61 @@ func (*ExecResponse_Stderr) isExecResponse_Payload() {}
 func (*ExecResponse_ExitCode) isExecResponse_Payload() {}
 
 func (*ExecResponse_StdinTaken) isExecResponse_Payload() {}
+
+func (*ExecResponse_Joined) isExecResponse_Payload() {}
+
+type ExecJoined struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Stdin uint64                 `protobuf:"varint,1,opt,name=stdin,proto3" json:"stdin,omitempty"` // bytes of stdin that have come to the guest: go on after them
+	// Whether it can be taken up again: guests of older images can't do that.
+	Lasting       bool `protobuf:"varint,2,opt,name=lasting,proto3" json:"lasting,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExecJoined) Reset() {
+	*x = ExecJoined{}
+	mi := &file_ingot_v1_host_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExecJoined) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExecJoined) ProtoMessage() {}
+
+func (x *ExecJoined) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExecJoined.ProtoReflect.Descriptor instead.
+func (*ExecJoined) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ExecJoined) GetStdin() uint64 {
+	if x != nil {
+		return x.Stdin
+	}
+	return 0
+}
+
+func (x *ExecJoined) GetLasting() bool {
+	if x != nil {
+		return x.Lasting
+	}
+	return false
+}
 
 type PullRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1062,7 +1226,7 @@ type PullRequest struct {
 
 func (x *PullRequest) Reset() {
 	*x = PullRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[16]
+	mi := &file_ingot_v1_host_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1074,7 +1238,7 @@ func (x *PullRequest) String() string {
 func (*PullRequest) ProtoMessage() {}
 
 func (x *PullRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[16]
+	mi := &file_ingot_v1_host_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1087,7 +1251,7 @@ func (x *PullRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullRequest.ProtoReflect.Descriptor instead.
 func (*PullRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{16}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PullRequest) GetImage() string {
@@ -1115,7 +1279,7 @@ type PullResponse struct {
 
 func (x *PullResponse) Reset() {
 	*x = PullResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[17]
+	mi := &file_ingot_v1_host_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1127,7 +1291,7 @@ func (x *PullResponse) String() string {
 func (*PullResponse) ProtoMessage() {}
 
 func (x *PullResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[17]
+	mi := &file_ingot_v1_host_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1140,7 +1304,7 @@ func (x *PullResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullResponse.ProtoReflect.Descriptor instead.
 func (*PullResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{17}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PullResponse) GetOffset() int64 {
@@ -1172,7 +1336,7 @@ type ListImagesRequest struct {
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[18]
+	mi := &file_ingot_v1_host_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1184,7 +1348,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[18]
+	mi := &file_ingot_v1_host_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1197,7 +1361,7 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{18}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{20}
 }
 
 type ListImagesResponse struct {
@@ -1209,7 +1373,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[19]
+	mi := &file_ingot_v1_host_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1221,7 +1385,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[19]
+	mi := &file_ingot_v1_host_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1234,7 +1398,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{19}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ListImagesResponse) GetImages() []*HeldImage {
@@ -1258,7 +1422,7 @@ type HeldImage struct {
 
 func (x *HeldImage) Reset() {
 	*x = HeldImage{}
-	mi := &file_ingot_v1_host_proto_msgTypes[20]
+	mi := &file_ingot_v1_host_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1270,7 +1434,7 @@ func (x *HeldImage) String() string {
 func (*HeldImage) ProtoMessage() {}
 
 func (x *HeldImage) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[20]
+	mi := &file_ingot_v1_host_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1283,7 +1447,7 @@ func (x *HeldImage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldImage.ProtoReflect.Descriptor instead.
 func (*HeldImage) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{20}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *HeldImage) GetName() string {
@@ -1331,7 +1495,7 @@ type RemoveImagesRequest struct {
 
 func (x *RemoveImagesRequest) Reset() {
 	*x = RemoveImagesRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[21]
+	mi := &file_ingot_v1_host_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1343,7 +1507,7 @@ func (x *RemoveImagesRequest) String() string {
 func (*RemoveImagesRequest) ProtoMessage() {}
 
 func (x *RemoveImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[21]
+	mi := &file_ingot_v1_host_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1356,7 +1520,7 @@ func (x *RemoveImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImagesRequest.ProtoReflect.Descriptor instead.
 func (*RemoveImagesRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{21}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RemoveImagesRequest) GetImages() []string {
@@ -1383,7 +1547,7 @@ type RemoveImagesResponse struct {
 
 func (x *RemoveImagesResponse) Reset() {
 	*x = RemoveImagesResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[22]
+	mi := &file_ingot_v1_host_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1395,7 +1559,7 @@ func (x *RemoveImagesResponse) String() string {
 func (*RemoveImagesResponse) ProtoMessage() {}
 
 func (x *RemoveImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[22]
+	mi := &file_ingot_v1_host_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1408,7 +1572,7 @@ func (x *RemoveImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImagesResponse.ProtoReflect.Descriptor instead.
 func (*RemoveImagesResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{22}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RemoveImagesResponse) GetImages() []*HeldImage {
@@ -1456,7 +1620,7 @@ type HostFacts struct {
 
 func (x *HostFacts) Reset() {
 	*x = HostFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[23]
+	mi := &file_ingot_v1_host_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1468,7 +1632,7 @@ func (x *HostFacts) String() string {
 func (*HostFacts) ProtoMessage() {}
 
 func (x *HostFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[23]
+	mi := &file_ingot_v1_host_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1481,7 +1645,7 @@ func (x *HostFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostFacts.ProtoReflect.Descriptor instead.
 func (*HostFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{23}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *HostFacts) GetHostname() string {
@@ -1650,7 +1814,7 @@ type RecordFacts struct {
 
 func (x *RecordFacts) Reset() {
 	*x = RecordFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[24]
+	mi := &file_ingot_v1_host_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1662,7 +1826,7 @@ func (x *RecordFacts) String() string {
 func (*RecordFacts) ProtoMessage() {}
 
 func (x *RecordFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[24]
+	mi := &file_ingot_v1_host_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1675,7 +1839,7 @@ func (x *RecordFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecordFacts.ProtoReflect.Descriptor instead.
 func (*RecordFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{24}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *RecordFacts) GetPath() string {
@@ -1705,7 +1869,7 @@ type DriverFacts struct {
 
 func (x *DriverFacts) Reset() {
 	*x = DriverFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[25]
+	mi := &file_ingot_v1_host_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1717,7 +1881,7 @@ func (x *DriverFacts) String() string {
 func (*DriverFacts) ProtoMessage() {}
 
 func (x *DriverFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[25]
+	mi := &file_ingot_v1_host_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1730,7 +1894,7 @@ func (x *DriverFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DriverFacts.ProtoReflect.Descriptor instead.
 func (*DriverFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{25}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DriverFacts) GetName() string {
@@ -1789,7 +1953,7 @@ type ContainerdFacts struct {
 
 func (x *ContainerdFacts) Reset() {
 	*x = ContainerdFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[26]
+	mi := &file_ingot_v1_host_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1801,7 +1965,7 @@ func (x *ContainerdFacts) String() string {
 func (*ContainerdFacts) ProtoMessage() {}
 
 func (x *ContainerdFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[26]
+	mi := &file_ingot_v1_host_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1814,7 +1978,7 @@ func (x *ContainerdFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerdFacts.ProtoReflect.Descriptor instead.
 func (*ContainerdFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{26}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ContainerdFacts) GetSocket() string {
@@ -1924,7 +2088,7 @@ type PoolFacts struct {
 
 func (x *PoolFacts) Reset() {
 	*x = PoolFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[27]
+	mi := &file_ingot_v1_host_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1936,7 +2100,7 @@ func (x *PoolFacts) String() string {
 func (*PoolFacts) ProtoMessage() {}
 
 func (x *PoolFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[27]
+	mi := &file_ingot_v1_host_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1949,7 +2113,7 @@ func (x *PoolFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolFacts.ProtoReflect.Descriptor instead.
 func (*PoolFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{27}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *PoolFacts) GetPath() string {
@@ -2024,7 +2188,7 @@ type InterfaceFacts struct {
 
 func (x *InterfaceFacts) Reset() {
 	*x = InterfaceFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[28]
+	mi := &file_ingot_v1_host_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2036,7 +2200,7 @@ func (x *InterfaceFacts) String() string {
 func (*InterfaceFacts) ProtoMessage() {}
 
 func (x *InterfaceFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[28]
+	mi := &file_ingot_v1_host_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2049,7 +2213,7 @@ func (x *InterfaceFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InterfaceFacts.ProtoReflect.Descriptor instead.
 func (*InterfaceFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{28}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *InterfaceFacts) GetName() string {
@@ -2146,14 +2310,18 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\x04data\x18\x02 \x01(\fH\x00R\x04dataB\t\n" +
 	"\apayload\"%\n" +
 	"\x0fConsoleResponse\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data\"\xc6\x01\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\xfc\x01\n" +
 	"\vExecRequest\x12+\n" +
 	"\x05start\x18\x01 \x01(\v2\x13.ingot.v1.ExecStartH\x00R\x05start\x12\x16\n" +
 	"\x05stdin\x18\x02 \x01(\fH\x00R\x05stdin\x12\x1d\n" +
 	"\tstdin_eof\x18\x03 \x01(\bH\x00R\bstdinEof\x12.\n" +
 	"\x06resize\x18\x04 \x01(\v2\x14.ingot.v1.WindowSizeH\x00R\x06resize\x12\x18\n" +
-	"\x06signal\x18\x05 \x01(\x05H\x00R\x06signalB\t\n" +
-	"\apayload\"\xb4\x02\n" +
+	"\x06signal\x18\x05 \x01(\x05H\x00R\x06signal\x124\n" +
+	"\breceived\x18\x06 \x01(\v2\x16.ingot.v1.ExecReceivedH\x00R\breceivedB\t\n" +
+	"\apayload\">\n" +
+	"\fExecReceived\x12\x16\n" +
+	"\x06stdout\x18\x01 \x01(\x04R\x06stdout\x12\x16\n" +
+	"\x06stderr\x18\x02 \x01(\x04R\x06stderr\"\xf4\x02\n" +
 	"\tExecStart\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x12\n" +
 	"\x04args\x18\x02 \x03(\tR\x04args\x12.\n" +
@@ -2164,21 +2332,29 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\x03tty\x18\x06 \x01(\bR\x03tty\x12\x14\n" +
 	"\x05stdin\x18\a \x01(\bR\x05stdin\x12(\n" +
 	"\x04size\x18\b \x01(\v2\x14.ingot.v1.WindowSizeR\x04size\x12\x12\n" +
-	"\x04main\x18\t \x01(\bR\x04main\x1a6\n" +
+	"\x04main\x18\t \x01(\bR\x04main\x12\x0e\n" +
+	"\x02id\x18\n" +
+	" \x01(\tR\x02id\x12.\n" +
+	"\x06resume\x18\v \x01(\v2\x16.ingot.v1.ExecReceivedR\x06resume\x1a6\n" +
 	"\bEnvEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\":\n" +
 	"\n" +
 	"WindowSize\x12\x12\n" +
 	"\x04rows\x18\x01 \x01(\rR\x04rows\x12\x18\n" +
-	"\acolumns\x18\x02 \x01(\rR\acolumns\"\x8f\x01\n" +
+	"\acolumns\x18\x02 \x01(\rR\acolumns\"\xbf\x01\n" +
 	"\fExecResponse\x12\x18\n" +
 	"\x06stdout\x18\x01 \x01(\fH\x00R\x06stdout\x12\x18\n" +
 	"\x06stderr\x18\x02 \x01(\fH\x00R\x06stderr\x12\x1d\n" +
 	"\texit_code\x18\x03 \x01(\x05H\x00R\bexitCode\x12!\n" +
 	"\vstdin_taken\x18\x04 \x01(\rH\x00R\n" +
-	"stdinTakenB\t\n" +
-	"\apayload\";\n" +
+	"stdinTaken\x12.\n" +
+	"\x06joined\x18\x05 \x01(\v2\x14.ingot.v1.ExecJoinedH\x00R\x06joinedB\t\n" +
+	"\apayload\"<\n" +
+	"\n" +
+	"ExecJoined\x12\x14\n" +
+	"\x05stdin\x18\x01 \x01(\x04R\x05stdin\x12\x18\n" +
+	"\alasting\x18\x02 \x01(\bR\alasting\";\n" +
 	"\vPullRequest\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x12\x16\n" +
 	"\x06policy\x18\x02 \x01(\tR\x06policy\"T\n" +
@@ -2304,7 +2480,7 @@ func file_ingot_v1_host_proto_rawDescGZIP() []byte {
 	return file_ingot_v1_host_proto_rawDescData
 }
 
-var file_ingot_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_ingot_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_ingot_v1_host_proto_goTypes = []any{
 	(*StartRequest)(nil),          // 0: ingot.v1.StartRequest
 	(*StartResponse)(nil),         // 1: ingot.v1.StartResponse
@@ -2319,76 +2495,81 @@ var file_ingot_v1_host_proto_goTypes = []any{
 	(*ConsoleRequest)(nil),        // 10: ingot.v1.ConsoleRequest
 	(*ConsoleResponse)(nil),       // 11: ingot.v1.ConsoleResponse
 	(*ExecRequest)(nil),           // 12: ingot.v1.ExecRequest
-	(*ExecStart)(nil),             // 13: ingot.v1.ExecStart
-	(*WindowSize)(nil),            // 14: ingot.v1.WindowSize
-	(*ExecResponse)(nil),          // 15: ingot.v1.ExecResponse
-	(*PullRequest)(nil),           // 16: ingot.v1.PullRequest
-	(*PullResponse)(nil),          // 17: ingot.v1.PullResponse
-	(*ListImagesRequest)(nil),     // 18: ingot.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),    // 19: ingot.v1.ListImagesResponse
-	(*HeldImage)(nil),             // 20: ingot.v1.HeldImage
-	(*RemoveImagesRequest)(nil),   // 21: ingot.v1.RemoveImagesRequest
-	(*RemoveImagesResponse)(nil),  // 22: ingot.v1.RemoveImagesResponse
-	(*HostFacts)(nil),             // 23: ingot.v1.HostFacts
-	(*RecordFacts)(nil),           // 24: ingot.v1.RecordFacts
-	(*DriverFacts)(nil),           // 25: ingot.v1.DriverFacts
-	(*ContainerdFacts)(nil),       // 26: ingot.v1.ContainerdFacts
-	(*PoolFacts)(nil),             // 27: ingot.v1.PoolFacts
-	(*InterfaceFacts)(nil),        // 28: ingot.v1.InterfaceFacts
-	nil,                           // 29: ingot.v1.ExecStart.EnvEntry
-	(*types.MicroVM)(nil),         // 30: flintlock.types.MicroVM
-	(*durationpb.Duration)(nil),   // 31: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 32: google.protobuf.Timestamp
-	(*emptypb.Empty)(nil),         // 33: google.protobuf.Empty
+	(*ExecReceived)(nil),          // 13: ingot.v1.ExecReceived
+	(*ExecStart)(nil),             // 14: ingot.v1.ExecStart
+	(*WindowSize)(nil),            // 15: ingot.v1.WindowSize
+	(*ExecResponse)(nil),          // 16: ingot.v1.ExecResponse
+	(*ExecJoined)(nil),            // 17: ingot.v1.ExecJoined
+	(*PullRequest)(nil),           // 18: ingot.v1.PullRequest
+	(*PullResponse)(nil),          // 19: ingot.v1.PullResponse
+	(*ListImagesRequest)(nil),     // 20: ingot.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),    // 21: ingot.v1.ListImagesResponse
+	(*HeldImage)(nil),             // 22: ingot.v1.HeldImage
+	(*RemoveImagesRequest)(nil),   // 23: ingot.v1.RemoveImagesRequest
+	(*RemoveImagesResponse)(nil),  // 24: ingot.v1.RemoveImagesResponse
+	(*HostFacts)(nil),             // 25: ingot.v1.HostFacts
+	(*RecordFacts)(nil),           // 26: ingot.v1.RecordFacts
+	(*DriverFacts)(nil),           // 27: ingot.v1.DriverFacts
+	(*ContainerdFacts)(nil),       // 28: ingot.v1.ContainerdFacts
+	(*PoolFacts)(nil),             // 29: ingot.v1.PoolFacts
+	(*InterfaceFacts)(nil),        // 30: ingot.v1.InterfaceFacts
+	nil,                           // 31: ingot.v1.ExecStart.EnvEntry
+	(*types.MicroVM)(nil),         // 32: flintlock.types.MicroVM
+	(*durationpb.Duration)(nil),   // 33: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 34: google.protobuf.Timestamp
+	(*emptypb.Empty)(nil),         // 35: google.protobuf.Empty
 }
 var file_ingot_v1_host_proto_depIdxs = []int32{
-	30, // 0: ingot.v1.StartResponse.microvm:type_name -> flintlock.types.MicroVM
-	31, // 1: ingot.v1.StopRequest.timeout:type_name -> google.protobuf.Duration
-	30, // 2: ingot.v1.StopResponse.microvm:type_name -> flintlock.types.MicroVM
-	30, // 3: ingot.v1.ResizeResponse.microvm:type_name -> flintlock.types.MicroVM
-	30, // 4: ingot.v1.WatchResponse.microvm:type_name -> flintlock.types.MicroVM
-	13, // 5: ingot.v1.ExecRequest.start:type_name -> ingot.v1.ExecStart
-	14, // 6: ingot.v1.ExecRequest.resize:type_name -> ingot.v1.WindowSize
-	29, // 7: ingot.v1.ExecStart.env:type_name -> ingot.v1.ExecStart.EnvEntry
-	14, // 8: ingot.v1.ExecStart.size:type_name -> ingot.v1.WindowSize
-	20, // 9: ingot.v1.ListImagesResponse.images:type_name -> ingot.v1.HeldImage
-	32, // 10: ingot.v1.HeldImage.used_at:type_name -> google.protobuf.Timestamp
-	31, // 11: ingot.v1.RemoveImagesRequest.unused_for:type_name -> google.protobuf.Duration
-	20, // 12: ingot.v1.RemoveImagesResponse.images:type_name -> ingot.v1.HeldImage
-	31, // 13: ingot.v1.HostFacts.uptime:type_name -> google.protobuf.Duration
-	25, // 14: ingot.v1.HostFacts.drivers:type_name -> ingot.v1.DriverFacts
-	26, // 15: ingot.v1.HostFacts.containerd:type_name -> ingot.v1.ContainerdFacts
-	27, // 16: ingot.v1.HostFacts.pool:type_name -> ingot.v1.PoolFacts
-	28, // 17: ingot.v1.HostFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
-	32, // 18: ingot.v1.HostFacts.boot_time:type_name -> google.protobuf.Timestamp
-	24, // 19: ingot.v1.HostFacts.broken_records:type_name -> ingot.v1.RecordFacts
-	0,  // 20: ingot.v1.Host.Start:input_type -> ingot.v1.StartRequest
-	2,  // 21: ingot.v1.Host.Stop:input_type -> ingot.v1.StopRequest
-	4,  // 22: ingot.v1.Host.Resize:input_type -> ingot.v1.ResizeRequest
-	6,  // 23: ingot.v1.Host.Watch:input_type -> ingot.v1.WatchRequest
-	8,  // 24: ingot.v1.Host.Logs:input_type -> ingot.v1.LogsRequest
-	10, // 25: ingot.v1.Host.Console:input_type -> ingot.v1.ConsoleRequest
-	12, // 26: ingot.v1.Host.Exec:input_type -> ingot.v1.ExecRequest
-	33, // 27: ingot.v1.Host.Facts:input_type -> google.protobuf.Empty
-	16, // 28: ingot.v1.Host.Pull:input_type -> ingot.v1.PullRequest
-	18, // 29: ingot.v1.Host.ListImages:input_type -> ingot.v1.ListImagesRequest
-	21, // 30: ingot.v1.Host.RemoveImages:input_type -> ingot.v1.RemoveImagesRequest
-	1,  // 31: ingot.v1.Host.Start:output_type -> ingot.v1.StartResponse
-	3,  // 32: ingot.v1.Host.Stop:output_type -> ingot.v1.StopResponse
-	5,  // 33: ingot.v1.Host.Resize:output_type -> ingot.v1.ResizeResponse
-	7,  // 34: ingot.v1.Host.Watch:output_type -> ingot.v1.WatchResponse
-	9,  // 35: ingot.v1.Host.Logs:output_type -> ingot.v1.LogsResponse
-	11, // 36: ingot.v1.Host.Console:output_type -> ingot.v1.ConsoleResponse
-	15, // 37: ingot.v1.Host.Exec:output_type -> ingot.v1.ExecResponse
-	23, // 38: ingot.v1.Host.Facts:output_type -> ingot.v1.HostFacts
-	17, // 39: ingot.v1.Host.Pull:output_type -> ingot.v1.PullResponse
-	19, // 40: ingot.v1.Host.ListImages:output_type -> ingot.v1.ListImagesResponse
-	22, // 41: ingot.v1.Host.RemoveImages:output_type -> ingot.v1.RemoveImagesResponse
-	31, // [31:42] is the sub-list for method output_type
-	20, // [20:31] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	32, // 0: ingot.v1.StartResponse.microvm:type_name -> flintlock.types.MicroVM
+	33, // 1: ingot.v1.StopRequest.timeout:type_name -> google.protobuf.Duration
+	32, // 2: ingot.v1.StopResponse.microvm:type_name -> flintlock.types.MicroVM
+	32, // 3: ingot.v1.ResizeResponse.microvm:type_name -> flintlock.types.MicroVM
+	32, // 4: ingot.v1.WatchResponse.microvm:type_name -> flintlock.types.MicroVM
+	14, // 5: ingot.v1.ExecRequest.start:type_name -> ingot.v1.ExecStart
+	15, // 6: ingot.v1.ExecRequest.resize:type_name -> ingot.v1.WindowSize
+	13, // 7: ingot.v1.ExecRequest.received:type_name -> ingot.v1.ExecReceived
+	31, // 8: ingot.v1.ExecStart.env:type_name -> ingot.v1.ExecStart.EnvEntry
+	15, // 9: ingot.v1.ExecStart.size:type_name -> ingot.v1.WindowSize
+	13, // 10: ingot.v1.ExecStart.resume:type_name -> ingot.v1.ExecReceived
+	17, // 11: ingot.v1.ExecResponse.joined:type_name -> ingot.v1.ExecJoined
+	22, // 12: ingot.v1.ListImagesResponse.images:type_name -> ingot.v1.HeldImage
+	34, // 13: ingot.v1.HeldImage.used_at:type_name -> google.protobuf.Timestamp
+	33, // 14: ingot.v1.RemoveImagesRequest.unused_for:type_name -> google.protobuf.Duration
+	22, // 15: ingot.v1.RemoveImagesResponse.images:type_name -> ingot.v1.HeldImage
+	33, // 16: ingot.v1.HostFacts.uptime:type_name -> google.protobuf.Duration
+	27, // 17: ingot.v1.HostFacts.drivers:type_name -> ingot.v1.DriverFacts
+	28, // 18: ingot.v1.HostFacts.containerd:type_name -> ingot.v1.ContainerdFacts
+	29, // 19: ingot.v1.HostFacts.pool:type_name -> ingot.v1.PoolFacts
+	30, // 20: ingot.v1.HostFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
+	34, // 21: ingot.v1.HostFacts.boot_time:type_name -> google.protobuf.Timestamp
+	26, // 22: ingot.v1.HostFacts.broken_records:type_name -> ingot.v1.RecordFacts
+	0,  // 23: ingot.v1.Host.Start:input_type -> ingot.v1.StartRequest
+	2,  // 24: ingot.v1.Host.Stop:input_type -> ingot.v1.StopRequest
+	4,  // 25: ingot.v1.Host.Resize:input_type -> ingot.v1.ResizeRequest
+	6,  // 26: ingot.v1.Host.Watch:input_type -> ingot.v1.WatchRequest
+	8,  // 27: ingot.v1.Host.Logs:input_type -> ingot.v1.LogsRequest
+	10, // 28: ingot.v1.Host.Console:input_type -> ingot.v1.ConsoleRequest
+	12, // 29: ingot.v1.Host.Exec:input_type -> ingot.v1.ExecRequest
+	35, // 30: ingot.v1.Host.Facts:input_type -> google.protobuf.Empty
+	18, // 31: ingot.v1.Host.Pull:input_type -> ingot.v1.PullRequest
+	20, // 32: ingot.v1.Host.ListImages:input_type -> ingot.v1.ListImagesRequest
+	23, // 33: ingot.v1.Host.RemoveImages:input_type -> ingot.v1.RemoveImagesRequest
+	1,  // 34: ingot.v1.Host.Start:output_type -> ingot.v1.StartResponse
+	3,  // 35: ingot.v1.Host.Stop:output_type -> ingot.v1.StopResponse
+	5,  // 36: ingot.v1.Host.Resize:output_type -> ingot.v1.ResizeResponse
+	7,  // 37: ingot.v1.Host.Watch:output_type -> ingot.v1.WatchResponse
+	9,  // 38: ingot.v1.Host.Logs:output_type -> ingot.v1.LogsResponse
+	11, // 39: ingot.v1.Host.Console:output_type -> ingot.v1.ConsoleResponse
+	16, // 40: ingot.v1.Host.Exec:output_type -> ingot.v1.ExecResponse
+	25, // 41: ingot.v1.Host.Facts:output_type -> ingot.v1.HostFacts
+	19, // 42: ingot.v1.Host.Pull:output_type -> ingot.v1.PullResponse
+	21, // 43: ingot.v1.Host.ListImages:output_type -> ingot.v1.ListImagesResponse
+	24, // 44: ingot.v1.Host.RemoveImages:output_type -> ingot.v1.RemoveImagesResponse
+	34, // [34:45] is the sub-list for method output_type
+	23, // [23:34] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_ingot_v1_host_proto_init() }
@@ -2406,12 +2587,14 @@ func file_ingot_v1_host_proto_init() {
 		(*ExecRequest_StdinEof)(nil),
 		(*ExecRequest_Resize)(nil),
 		(*ExecRequest_Signal)(nil),
+		(*ExecRequest_Received)(nil),
 	}
-	file_ingot_v1_host_proto_msgTypes[15].OneofWrappers = []any{
+	file_ingot_v1_host_proto_msgTypes[16].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
 		(*ExecResponse_StdinTaken)(nil),
+		(*ExecResponse_Joined)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -2419,7 +2602,7 @@ func file_ingot_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ingot_v1_host_proto_rawDesc), len(file_ingot_v1_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   30,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
