@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -34,6 +35,7 @@ type client struct {
 	uid    string // empty: there is none
 	phase  string // promised; empty: the last call was not answered
 	calls  int
+	made   []string
 	// leaving is set once a delete was asked for and not answered.
 	leaving bool
 }
@@ -49,7 +51,11 @@ func TestKilledUnderLoad(t *testing.T) {
 	m := newMachine(t)
 	ctx, stop := context.WithCancel(t.Context())
 	var clients []*client
-	var all sync.WaitGroup
+	var all, watching sync.WaitGroup
+	defer watching.Wait()
+	watch, unwatch := context.WithCancel(t.Context())
+	defer unwatch()
+	w := m.watch(watch, t, &watching, &ingotv1.WatchRequest{})
 	for i := range 6 {
 		c := &client{m: m, name: fmt.Sprint("load-", i), random: rand.New(rand.NewPCG(*killSeed, uint64(i)))}
 		clients = append(clients, c)
@@ -95,26 +101,64 @@ func TestKilledUnderLoad(t *testing.T) {
 		}
 	}
 	t.Logf("killed %v under %d calls", killed, calls)
-	await(t, "all to settle", func() bool {
-		want = 0
+	for _, vm := range m.list(t) { // who was killed often may wait for a minute
+		phase := ""
+		await := func() bool { phase = m.phase(t, vm.Spec.GetUid()); return phase == "running" || phase == "stopped" || phase == "" }
+		for deadline := time.Now().Add(90 * time.Second); !await(); time.Sleep(5 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%s does not settle: %v", vm.Spec.GetUid(), m.status(t, vm.Spec.GetUid()))
+			}
+		}
+		if phase == "running" {
+			want++
+		}
+	}
+	if n := len(m.hypervisors()); n != want {
+		t.Errorf("%d hypervisors for %d microVMs that run", n, want)
+	}
+	await(t, "the watch to see it", func() bool {
 		for _, vm := range m.list(t) {
-			switch vm.Status.GetPhase() {
-			case "running":
-				want++
-			case "stopped":
-			default:
+			if seen := w.of(vm.Spec.GetUid()); len(seen) == 0 || seen[len(seen)-1] != vm.Status.GetPhase() {
 				return false
 			}
 		}
 		return true
 	})
-	if n := len(m.hypervisors()); n != want {
-		t.Errorf("%d hypervisors for %d microVMs that run", n, want)
-	}
 	for _, vm := range m.list(t) {
 		m.remove(t, vm.Spec.GetUid())
 	}
+	w.expectLives(t, clients)
 	m.expectNothing(t)
+}
+
+// expectLives finds for each microVM that was made one beginning, one end, and nothing
+// before or after that.
+func (w *watcher) expectLives(t *testing.T, clients []*client) {
+	t.Helper()
+	made := map[string]bool{}
+	for _, c := range clients {
+		for _, uid := range c.made {
+			made[uid] = true
+		}
+	}
+	w.mu.Lock()
+	for _, e := range w.seen {
+		made[e.GetMicrovm().GetSpec().GetUid()] = true
+	}
+	w.mu.Unlock()
+	for uid := range made {
+		await(t, "the watch to see the end of "+uid, func() bool { seen := w.of(uid); return len(seen) > 0 && seen[len(seen)-1] == "deleted" })
+		for i, word := range w.of(uid) {
+			if first := i == 0; first != (word == "created") {
+				t.Errorf("%s: %q", uid, w.of(uid))
+				break
+			}
+		}
+		if seen := w.of(uid); slices.Index(seen, "deleted") != len(seen)-1 {
+			t.Errorf("%s: %q", uid, seen)
+		}
+	}
+	t.Logf("%d events of %d microVMs were seen", len(w.seen), len(made))
 }
 
 // step makes one call, and looks whether the last promise was kept.
@@ -126,6 +170,7 @@ func (c *client) step(t *testing.T, ctx context.Context) {
 		r, err := c.m.vms.CreateMicroVM(call, &v1alpha1.CreateMicroVMRequest{Microvm: spec(c.name)}, grpc.WaitForReady(true))
 		if err == nil {
 			c.uid, c.phase, c.leaving = r.Microvm.Spec.GetUid(), "running", false
+			c.made = append(c.made, c.uid)
 		} else {
 			c.expectCut(t, "create", err)
 		}

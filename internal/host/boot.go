@@ -93,7 +93,7 @@ func (v *instance) boot(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("start %s: %w", driver.Name(), err)
 	}
-	v.running(m)
+	v.running(m, vm.Running)
 	began = true
 	v.host.running.Go(func() {
 		defer v.host.turns.giveBack()
@@ -191,7 +191,7 @@ func (v *instance) guard(n vm.Interface) error {
 // serveMetadata answers the guest on its metadata interface, and writes down what
 // it is told.
 func (v *instance) serveMetadata(ctx context.Context) error {
-	spec := v.spec
+	spec := v.view().Spec
 	data := boot.Metadata(spec)
 	text, err := json.MarshalIndent(map[string]any{"latest": data}, "", " ")
 	if err != nil {
@@ -256,12 +256,12 @@ func (v *instance) open(spec vm.Spec, prepared image.Prepared, links map[string]
 
 // running notes that the hypervisor runs, and listens to the guest's agent. How
 // often it has failed, and why, is shown until it has run for a while.
-func (v *instance) running(m vmm.Machine) {
+func (v *instance) running(m vmm.Machine, phase vm.Phase) {
 	v.mu.Lock()
 	v.machine, v.mistakes = m, 0
 	v.mu.Unlock()
 	v.set(func(s *vm.Status) {
-		s.Phase, s.Step, s.PID, s.StartedAt, s.RetryAt = vm.Running, "", m.PID(), m.Started(), time.Time{}
+		s.Phase, s.Step, s.PID, s.StartedAt, s.RetryAt = phase, "", m.PID(), m.Started(), time.Time{}
 		if s.Retry == 0 {
 			s.Reason = ""
 		}

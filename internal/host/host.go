@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"path/filepath"
@@ -53,20 +54,24 @@ type Host struct {
 	began time.Time
 	turns turns
 
+	events  *journal
 	logs    *logfile.Keeper // from Run on
 	running sync.WaitGroup
 
 	mu     sync.Mutex // guards what follows; no disk is waited for under it
 	ctx    context.Context
 	vms    map[string]*instance
-	making map[string]int // the users of microVMs that are being recorded, by uid
+	keys   map[string]string // uids by the key that they were asked for with
+	users  map[int]bool      // that hypervisors have
+	making map[string]bool   // uids and keys of microVMs that are being recorded
 	broken []Broken
 }
 
 // New makes a host.
 func New(c Config) *Host {
 	return &Host{
-		c: c, ready: make(chan struct{}), began: time.Now(), turns: newTurns(c.Drivers), vms: map[string]*instance{}, making: map[string]int{},
+		c: c, ready: make(chan struct{}), began: time.Now(), turns: newTurns(c.Drivers), events: newJournal(c.StateDir, c.Log), vms: map[string]*instance{},
+		keys: map[string]string{}, users: map[int]bool{}, making: map[string]bool{},
 	}
 }
 
@@ -94,14 +99,33 @@ func (h *Host) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	last, err := h.events.open()
+	if err != nil {
+		return fmt.Errorf("open the journal of events: %w", err)
+	}
+	writing, written := context.WithCancel(context.WithoutCancel(ctx))
+	var writer sync.WaitGroup
+	defer writer.Wait()
+	defer written()
+	writer.Go(func() { h.events.run(writing) })
 	h.mu.Lock()
-	h.ctx = ctx
 	for _, r := range records {
 		if h.vms[r.Spec.UID] != nil {
 			broken = append(broken, Broken{filepath.Join(r.Dir, recordName), errors.New("another record has this uid")})
 			continue
 		}
-		h.keep(r, false)
+		v := newInstance(h, r)
+		if e := last[r.Spec.UID]; e.Status.Version > v.status.Version { // the daemon before was killed
+			v.status, v.noted = e.Status, notable(e.Status)
+		}
+		h.register(v)
+	}
+	h.mu.Unlock()
+	h.catchUp(last)
+	h.mu.Lock()
+	h.ctx = ctx
+	for _, v := range h.vms {
+		h.begin(v)
 	}
 	h.mu.Unlock()
 	h.report(broken...)
@@ -134,20 +158,43 @@ func (h *Host) Broken() []Broken {
 	return slices.Clone(h.broken)
 }
 
-// keep starts a microVM's goroutine. The caller holds h.mu.
+// keep starts to keep a microVM that was not there before. The caller holds h.mu.
 func (h *Host) keep(r record, fresh bool) *instance {
 	v := newInstance(h, r)
 	v.looked = fresh
-	h.vms[r.Spec.UID] = v
+	h.register(v)
+	h.events.add(Created, v.view())
+	h.begin(v)
+	return v
+}
+
+// register lets a microVM be found. The caller holds h.mu.
+func (h *Host) register(v *instance) {
+	h.vms[v.spec.UID] = v
+	h.users[v.user] = true
+	if v.key != "" {
+		h.keys[v.key] = v.spec.UID
+	}
+}
+
+func (h *Host) forget(v *instance) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.vms, v.spec.UID)
+	delete(h.users, v.user)
+	if v.key != "" {
+		delete(h.keys, v.key)
+	}
+}
+
+// begin starts a microVM's goroutine. The caller holds h.mu.
+func (h *Host) begin(v *instance) {
 	h.running.Go(func() {
 		if v.run(h.ctx) {
-			h.mu.Lock()
-			delete(h.vms, r.Spec.UID)
-			h.mu.Unlock()
+			h.forget(v)
 			v.finish()
 		}
 	})
-	return v
 }
 
 // sweepLinks removes the taps that a killed daemon has left. Those of a microVM
@@ -265,9 +312,10 @@ type View struct {
 }
 
 // Create records a microVM, which is on disk when Create returns, and starts it
-// in the background. A spec with the uid of one that is there returns that one,
-// if it is the same.
-func (h *Host) Create(ctx context.Context, s vm.Spec) (View, error) {
+// in the background. A spec with the uid of one that is there, or asked for with the
+// key that it was asked for with, returns that one, if it is the same. The key may be
+// empty.
+func (h *Host) Create(ctx context.Context, s vm.Spec, key string) (View, error) {
 	s.Normalize()
 	if err := s.Validate(); err != nil {
 		return View{}, err
@@ -275,15 +323,15 @@ func (h *Host) Create(ctx context.Context, s vm.Spec) (View, error) {
 	if err := h.suit(&s); err != nil {
 		return View{}, err
 	}
-	v, err := h.create(s)
+	v, err := h.create(s, key)
 	if err != nil {
 		return View{}, fmt.Errorf("create microVM %s/%s: %w", s.Namespace, s.Name, err)
 	}
 	return v.view(), nil
 }
 
-func (h *Host) create(s vm.Spec) (*instance, error) {
-	if v, err := h.find(s.UID); err == nil {
+func (h *Host) create(s vm.Spec, key string) (*instance, error) {
+	if v := h.asked(s.UID, key); v != nil {
 		return v, v.same(s)
 	}
 	var asked vm.MiB
@@ -296,22 +344,34 @@ func (h *Host) create(s vm.Spec) (*instance, error) {
 	s.UID = cmp.Or(s.UID, ulid.Make().String())
 	s.CreatedAt = time.Now().UTC()
 	addMACs(&s)
-	user, err := h.reserve(s.UID)
+	user, err := h.reserve(s.UID, key)
 	if err != nil {
 		return nil, err
 	}
 	defer h.running.Done()
-	r := record{Format: recordFormat, Spec: s, User: user, Dir: place(h.root(), s)}
+	r := record{Format: recordFormat, Spec: s, User: user, Key: key, Asked: digest(s), Dir: place(h.root(), s)}
 	if err = r.create(); err != nil {
 		r.remove() // nobody is told of it
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	delete(h.making, s.UID)
+	delete(h.making, making(key))
 	if err != nil {
+		delete(h.users, user)
 		return nil, err
 	}
 	return h.keep(r, true), nil
+}
+
+// asked is the microVM that was asked for by a uid or a key, or nil.
+func (h *Host) asked(uid, key string) *instance {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if v := h.vms[uid]; v != nil {
+		return v
+	}
+	return h.vms[h.keys[key]]
 }
 
 // addMACs gives each interface the address that follows from the uid.
@@ -323,27 +383,35 @@ func addMACs(s *vm.Spec) {
 	}
 }
 
-// reserve takes a uid, and a user for it. The host does not end before Done is
-// called on h.running.
-func (h *Host) reserve(uid string) (user int, err error) {
+// reserve takes a uid and a key, and a user for them. The host does not end before
+// Done is called on h.running.
+func (h *Host) reserve(uid, key string) (user int, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.ctx == nil || h.ctx.Err() != nil {
 		return 0, fmt.Errorf("the daemon is not ready: %w", errdefs.ErrUnavailable)
 	}
-	if _, ok := h.making[uid]; ok || h.vms[uid] != nil {
+	if h.making[uid] || h.vms[uid] != nil {
 		return 0, fmt.Errorf("uid %s is being created: %w", uid, errdefs.ErrUnavailable)
+	}
+	if key != "" && (h.making[making(key)] || h.keys[key] != "") {
+		return 0, fmt.Errorf("what was asked for with key %s is being created: %w", key, errdefs.ErrUnavailable)
 	}
 	for _, b := range h.broken {
 		if filepath.Base(filepath.Dir(b.Path)) == uid {
 			return 0, fmt.Errorf("read %s: %w: %w", b.Path, b.Err, errdefs.ErrFailedPrecondition)
 		}
 	}
-	user = h.freeUser(uid)
-	h.making[uid] = user
+	h.making[uid] = true
+	if key != "" {
+		h.making[making(key)] = true
+	}
 	h.running.Add(1)
-	return user, nil
+	return h.freeUser(uid), nil
 }
+
+// making is a key among the uids of what is being made.
+func making(key string) string { return "key/" + key }
 
 // suit makes a spec one that this host can run, or says why it can't.
 func (h *Host) suit(s *vm.Spec) error {
@@ -389,20 +457,14 @@ func (h *Host) suit(s *vm.Spec) error {
 // not know of each other's.
 const firstUser, users = 700000, 1 << 30
 
-// freeUser is a microVM's. The caller holds h.mu.
+// freeUser takes one. The caller holds h.mu.
 func (h *Host) freeUser(uid string) int {
-	taken := map[int]bool{}
-	for _, v := range h.vms {
-		taken[v.user] = true
-	}
-	for _, user := range h.making {
-		taken[user] = true
-	}
 	sum := sha256.Sum256([]byte(uid))
 	user := firstUser + int(binary.BigEndian.Uint32(sum[:])%users)
-	for taken[user] {
+	for h.users[user] {
 		user++
 	}
+	h.users[user] = true
 	return user
 }
 
@@ -432,16 +494,17 @@ func (h *Host) Get(uid string) (View, error) {
 	return v.view(), nil
 }
 
+// all are the microVMs that are there.
+func (h *Host) all() []*instance {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Collect(maps.Values(h.vms))
+}
+
 // List returns the microVMs of a namespace and name, either empty for all, oldest first.
 func (h *Host) List(namespace, name string) []View {
-	h.mu.Lock()
-	all := make([]*instance, 0, len(h.vms))
-	for _, v := range h.vms {
-		all = append(all, v)
-	}
-	h.mu.Unlock()
 	var views []View
-	for _, v := range all {
+	for _, v := range h.all() {
 		w := v.view()
 		if (namespace == "" || w.Spec.Namespace == namespace) && (name == "" || w.Spec.Name == name) {
 			views = append(views, w)

@@ -1,7 +1,7 @@
 package host
 
 import (
-	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -44,9 +45,12 @@ type instance struct {
 	host *Host
 	log  *slog.Logger
 	wake chan struct{}
-	spec vm.Spec // as it was created: only its volumes' sizes change, in the record; these three never do
+	spec vm.Spec // as this daemon found it: sizes of volumes, labels and metadata change, in the record
 	dir  string
 	user int
+	key  string
+
+	retell atomic.Bool // the metadata has changed
 
 	// Of the goroutine.
 	metadata *metadata.Server
@@ -64,6 +68,7 @@ type instance struct {
 	machine   vmm.Machine // only the goroutine changes it
 	record    record
 	status    vm.Status
+	noted     vm.Status          // as the journal of events has it
 	dirty     bool               // the status is not on disk
 	mistakes  int                // tries in a row that failed by a mistake
 	interrupt context.CancelFunc // ends the try in progress
@@ -78,10 +83,12 @@ func newInstance(h *Host, r record) *instance {
 	if r.Stopped || r.Deleting {
 		status.Retry, status.RetryAt = 0, time.Time{} // that was before it was asked for
 	}
-	return &instance{
-		host: h, spec: r.Spec, dir: r.Dir, user: r.User, record: r, told: r.Stopped, status: status, wake: make(chan struct{}, 1), watchers: map[chan View]bool{},
+	v := &instance{
+		host: h, spec: r.Spec, dir: r.Dir, user: r.User, key: r.Key, record: r, told: r.Stopped, status: status, wake: make(chan struct{}, 1), watchers: map[chan View]bool{},
 		log: h.c.Log.With("vm", r.Spec.Namespace+"/"+r.Spec.Name, "uid", r.Spec.UID),
 	}
+	v.noted = notable(v.view().Status)
+	return v
 }
 
 // lease is the name under which containerd keeps what this microVM uses.
@@ -118,22 +125,17 @@ func (v *instance) viewLocked() View {
 // same says whether a spec is the microVM's, but for what the host has added.
 func (v *instance) same(s vm.Spec) error {
 	v.mu.Lock()
-	deleting := v.record.Deleting
+	deleting, asked := v.record.Deleting, cmp.Or(v.record.Asked, digest(v.record.Spec))
 	v.mu.Unlock()
 	if deleting {
-		return fmt.Errorf("microvm %s is being deleted: %w", s.UID, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("microvm %s is being deleted: %w", v.spec.UID, errdefs.ErrFailedPrecondition)
 	}
-	s.CreatedAt = v.spec.CreatedAt
+	s.UID = v.spec.UID
 	addMACs(&s)
-	a, err := json.Marshal(s)
-	if err != nil {
-		return err
+	if digest(s) != asked {
+		return fmt.Errorf("microvm %s is there, and is another one: %w", v.spec.UID, errdefs.ErrAlreadyExists)
 	}
-	b, err := json.Marshal(v.spec)
-	if err == nil && !bytes.Equal(a, b) {
-		err = fmt.Errorf("microvm %s is there, and is another one: %w", s.UID, errdefs.ErrAlreadyExists)
-	}
-	return err
+	return nil
 }
 
 // want changes what is wanted of the microVM, on disk, and tells its goroutine.
@@ -213,6 +215,11 @@ func (v *instance) tell() {
 	v.status.Version++
 	v.dirty = true
 	v.show()
+	w := v.viewLocked()
+	if n := notable(w.Status); !reflect.DeepEqual(n, v.noted) {
+		v.noted = n
+		v.host.events.add(Changed, w)
+	}
 }
 
 // show sends around what is so now. The caller holds v.mu.
@@ -268,6 +275,7 @@ func (v *instance) finish() {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.gone = true
+	v.host.events.add(Deleted, v.viewLocked())
 	for ch := range v.watchers {
 		close(ch)
 	}
@@ -452,7 +460,7 @@ func (v *instance) adopt(ctx context.Context, d vmm.Driver, m vmm.Machine) {
 			s.Driver, s.Accelerator, s.Links = d.Name(), d.Facts().Accelerator, links
 		})
 	}
-	v.running(m)
+	v.running(m, v.phaseOf(ctx, m))
 	for _, n := range v.spec.Interfaces { // also of a daemon that guarded none
 		if err := v.guard(n); err != nil {
 			v.log.Error("guard interface", "err", err)
@@ -464,6 +472,26 @@ func (v *instance) adopt(ctx context.Context, d vmm.Driver, m vmm.Machine) {
 	if err := v.serveMetadata(ctx); err != nil {
 		v.log.Error("serve metadata", "err", err)
 	}
+}
+
+// phaseOf is Running, unless an earlier daemon had its CPUs stand still.
+func (v *instance) phaseOf(ctx context.Context, m vmm.Machine) vm.Phase {
+	v.mu.Lock()
+	may := v.record.Paused || v.status.Phase == vm.Paused
+	v.mu.Unlock()
+	if !may {
+		return vm.Running
+	}
+	ctx, cancel := context.WithTimeout(ctx, askTime)
+	defer cancel()
+	state, err := m.State(ctx)
+	if err != nil {
+		v.log.Warn("ask whether it is paused", "err", err)
+	}
+	if state == vmm.Paused {
+		return vm.Paused
+	}
+	return vm.Running
 }
 
 // ended decides what follows from a hypervisor's end.
@@ -486,6 +514,9 @@ func (v *instance) ended(exit vmm.Exit) {
 		stop = policy == vm.RestartNever
 	}
 	v.log.Info("microVM ended", "cause", exit.Cause, "detail", exit.Detail)
+	if err := v.change(func(r *record) error { r.Paused = false; return nil }); err != nil {
+		v.log.Error("record that it is not paused", "err", err)
+	}
 	if stop && !asked {
 		// It is recorded, so that the next daemon does not start it either.
 		err := v.change(func(r *record) error { r.Stopped = true; return nil })
@@ -538,6 +569,11 @@ func (v *instance) act(ctx context.Context) (deleted bool) {
 	v.mu.Lock()
 	want, status := v.record, v.status
 	v.mu.Unlock()
+	if v.metadata != nil && v.retell.CompareAndSwap(true, false) {
+		if err := v.serveMetadata(ctx); err != nil {
+			v.log.Error("serve metadata", "err", err)
+		}
+	}
 	switch {
 	case !v.looked: // it may run: nothing is safe to do
 	case status.RetryAt.After(time.Now()):
@@ -547,8 +583,17 @@ func (v *instance) act(ctx context.Context) (deleted bool) {
 			return false
 		}
 		return true
+	case want.Stopped && want.Again && v.machine == nil:
+		if err := v.change(func(r *record) error { return r.again() }); err != nil {
+			v.failed(fmt.Errorf("restart: %w", err))
+			return false
+		}
+		v.told = false
+		v.start(ctx)
 	case want.Stopped:
 		v.halt(ctx, want)
+	case v.machine != nil && want.Paused != (status.Phase == vm.Paused):
+		v.pause(ctx, want.Paused)
 	case v.machine == nil && status.Phase != vm.Failed:
 		v.start(ctx)
 	}
@@ -649,6 +694,9 @@ func (v *instance) halt(ctx context.Context, want record) {
 		return
 	}
 	v.told = true
+	if v.view().Status.Phase == vm.Paused { // or it could not hear what it is asked
+		v.pause(ctx, false)
+	}
 	v.set(func(s *vm.Status) { s.Phase = vm.Stopping })
 	if !want.StopBy.IsZero() {
 		v.stopBy = want.StopBy

@@ -105,7 +105,6 @@ func TestUsersDifferBetweenHosts(t *testing.T) {
 	if one == other || one < firstUser {
 		t.Errorf("users %d and %d", one, other)
 	}
-	a.making["x"] = one
 	if again := a.freeUser("01ARZ3NDEKTSV4RRFFQ69G5FAV"); again == one {
 		t.Errorf("user %d twice", one)
 	}
@@ -171,7 +170,7 @@ func TestStalledDisk(t *testing.T) {
 	writers.Go(func() {
 		s := testRecord("", "new").Spec
 		s.UID, s.Kernel.Path = "", "vmlinux"
-		if _, err := h.Create(ctx, s); err != nil {
+		if _, err := h.Create(ctx, s, ""); err != nil {
 			t.Error(err)
 		}
 	})

@@ -22,7 +22,13 @@ type record struct {
 	Spec     vm.Spec `json:"spec"`
 	User     int     `json:"user"`
 	Stopped  bool    `json:"stopped,omitempty"` // it should not run
+	Again    bool    `json:"again,omitempty"`   // but once it does not, it should
+	Paused   bool    `json:"paused,omitempty"`  // its CPUs should stand still
 	Deleting bool    `json:"deleting,omitempty"`
+	// Key is what whoever asked for it calls the request, and Asked the digest of the
+	// spec that was asked for: asked for again, it is not made again.
+	Key   string `json:"key,omitempty"`
+	Asked string `json:"asked,omitempty"`
 	// StopBy is when the guest's time to shut down is over, also for the daemon
 	// that comes after the one that was told.
 	StopBy time.Time `json:"stop_by,omitzero"`
@@ -42,8 +48,16 @@ func (r *record) stop(stop bool) error {
 	if r.Stopped && !stop {
 		r.StartedAt = time.Now()
 	}
-	r.Stopped, r.StopBy = stop, time.Time{}
+	r.Stopped, r.Again, r.Paused, r.StopBy = stop, false, false, time.Time{}
 	return nil
+}
+
+// again says that the microVM should run, if it should still be restarted.
+func (r *record) again() error {
+	if !r.Stopped || !r.Again {
+		return nil
+	}
+	return r.stop(false)
 }
 
 const (

@@ -2,12 +2,9 @@ package rpc
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"sync"
-	"time"
 
-	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
 
 	ingotv1 "ingot/api/ingot/v1"
@@ -23,53 +20,12 @@ type hostService struct {
 	receivers sync.WaitGroup
 }
 
-func (s *hostService) Start(_ context.Context, r *ingotv1.StartRequest) (*ingotv1.StartResponse, error) {
-	v, err := s.Host.Start(r.GetUid())
-	if err != nil {
-		return nil, err
-	}
-	return &ingotv1.StartResponse{Microvm: message(v)}, nil
-}
-
-func (s *hostService) Stop(ctx context.Context, r *ingotv1.StopRequest) (*ingotv1.StopResponse, error) {
-	timeout := 30 * time.Second
-	if r.Timeout != nil {
-		timeout = r.Timeout.AsDuration()
-	}
-	v, err := s.Host.Stop(ctx, r.GetUid(), timeout)
-	if err != nil {
-		return nil, err
-	}
-	return &ingotv1.StopResponse{Microvm: message(v)}, nil
-}
-
 func (s *hostService) Resize(_ context.Context, r *ingotv1.ResizeRequest) (*ingotv1.ResizeResponse, error) {
 	v, err := s.Host.Resize(r.GetUid(), r.GetVolumeId(), vm.MiB(r.GetSizeInMb()))
 	if err != nil {
 		return nil, err
 	}
 	return &ingotv1.ResizeResponse{Microvm: message(v)}, nil
-}
-
-func (s *hostService) Watch(r *ingotv1.WatchRequest, stream ingotv1.Host_WatchServer) error {
-	views, cancel, err := s.Host.Watch(r.GetUid())
-	if err != nil {
-		return err
-	}
-	defer cancel()
-	for {
-		select {
-		case v, ok := <-views:
-			if !ok {
-				return fmt.Errorf("watch: microvm spec %s not found: %w", r.Uid, errdefs.ErrNotFound)
-			}
-			if err := stream.Send(&ingotv1.WatchResponse{Microvm: message(v)}); err != nil {
-				return err
-			}
-		case <-stream.Context().Done():
-			return context.Cause(stream.Context())
-		}
-	}
 }
 
 // writer sends what is written as messages.

@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"context"
+	"fmt"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -10,6 +11,7 @@ import (
 	"ingot/api/services/microvm/v1alpha1"
 	"ingot/api/types"
 	"ingot/internal/host"
+	"ingot/internal/vm"
 	"ingot/internal/wire"
 )
 
@@ -21,6 +23,9 @@ type microVM struct {
 
 func message(v host.View) *types.MicroVM { return wire.ToProto(v.Spec, v.Status, v.Dir) }
 
+// mostKey is how long a request's key may be.
+const mostKey = 128
+
 func (s *microVM) CreateMicroVM(ctx context.Context, r *v1alpha1.CreateMicroVMRequest) (*v1alpha1.CreateMicroVMResponse, error) {
 	if r.GetMicrovm() == nil {
 		return nil, status.Error(codes.InvalidArgument, "invalid create microvm request: MicroVMSpec required")
@@ -29,7 +34,10 @@ func (s *microVM) CreateMicroVM(ctx context.Context, r *v1alpha1.CreateMicroVMRe
 	if err != nil {
 		return nil, err
 	}
-	v, err := s.host.Create(ctx, spec)
+	if len(r.GetRequestKey()) > mostKey {
+		return nil, &vm.FieldError{Field: "request_key", Problem: fmt.Sprintf("has more than %d characters", mostKey)}
+	}
+	v, err := s.host.Create(ctx, spec, r.GetRequestKey())
 	if err != nil {
 		return nil, err
 	}

@@ -134,6 +134,7 @@ const (
 	Pending  Phase = "pending"  // recorded, or being prepared
 	Starting Phase = "starting" // the VMM is being started
 	Running  Phase = "running"
+	Paused   Phase = "paused" // its CPUs stand still
 	Stopping Phase = "stopping"
 	Stopped  Phase = "stopped" // powered off, or stopped on request
 	Failed   Phase = "failed"  // gave up

@@ -212,7 +212,7 @@ func interfaceToProto(n vm.Interface) *types.NetworkInterface {
 // is CREATED to them: its start has succeeded.
 func state(p vm.Phase) types.MicroVMStatus_MicroVMState {
 	switch p {
-	case vm.Running, vm.Stopping, vm.Stopped:
+	case vm.Running, vm.Paused, vm.Stopping, vm.Stopped:
 		return types.MicroVMStatus_CREATED
 	case vm.Failed:
 		return types.MicroVMStatus_FAILED

@@ -27,6 +27,63 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type WatchResponse_Kind int32
+
+const (
+	WatchResponse_CURRENT WatchResponse_Kind = 0 // as it is at the beginning
+	WatchResponse_SYNCED  WatchResponse_Kind = 1 // that was all; without a microVM, and only if no uid is asked for
+	WatchResponse_CREATED WatchResponse_Kind = 2
+	WatchResponse_CHANGED WatchResponse_Kind = 3
+	// All of it is gone, and of the spec only names and labels are left; or its labels
+	// are no longer as the selector wants them.
+	WatchResponse_DELETED WatchResponse_Kind = 4
+)
+
+// Enum value maps for WatchResponse_Kind.
+var (
+	WatchResponse_Kind_name = map[int32]string{
+		0: "CURRENT",
+		1: "SYNCED",
+		2: "CREATED",
+		3: "CHANGED",
+		4: "DELETED",
+	}
+	WatchResponse_Kind_value = map[string]int32{
+		"CURRENT": 0,
+		"SYNCED":  1,
+		"CREATED": 2,
+		"CHANGED": 3,
+		"DELETED": 4,
+	}
+)
+
+func (x WatchResponse_Kind) Enum() *WatchResponse_Kind {
+	p := new(WatchResponse_Kind)
+	*p = x
+	return p
+}
+
+func (x WatchResponse_Kind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (WatchResponse_Kind) Descriptor() protoreflect.EnumDescriptor {
+	return file_ingot_v1_host_proto_enumTypes[0].Descriptor()
+}
+
+func (WatchResponse_Kind) Type() protoreflect.EnumType {
+	return &file_ingot_v1_host_proto_enumTypes[0]
+}
+
+func (x WatchResponse_Kind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use WatchResponse_Kind.Descriptor instead.
+func (WatchResponse_Kind) EnumDescriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{17, 0}
+}
+
 type StartRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
@@ -211,6 +268,528 @@ func (x *StopResponse) GetMicrovm() *types.MicroVM {
 	return nil
 }
 
+type RestartRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	Timeout       *durationpb.Duration   `protobuf:"bytes,2,opt,name=timeout,proto3" json:"timeout,omitempty"` // as of Stop
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestartRequest) Reset() {
+	*x = RestartRequest{}
+	mi := &file_ingot_v1_host_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestartRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestartRequest) ProtoMessage() {}
+
+func (x *RestartRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestartRequest.ProtoReflect.Descriptor instead.
+func (*RestartRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *RestartRequest) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *RestartRequest) GetTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.Timeout
+	}
+	return nil
+}
+
+type RestartResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Microvm       *types.MicroVM         `protobuf:"bytes,1,opt,name=microvm,proto3" json:"microvm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestartResponse) Reset() {
+	*x = RestartResponse{}
+	mi := &file_ingot_v1_host_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestartResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestartResponse) ProtoMessage() {}
+
+func (x *RestartResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestartResponse.ProtoReflect.Descriptor instead.
+func (*RestartResponse) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *RestartResponse) GetMicrovm() *types.MicroVM {
+	if x != nil {
+		return x.Microvm
+	}
+	return nil
+}
+
+type PauseRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseRequest) Reset() {
+	*x = PauseRequest{}
+	mi := &file_ingot_v1_host_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseRequest) ProtoMessage() {}
+
+func (x *PauseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseRequest.ProtoReflect.Descriptor instead.
+func (*PauseRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *PauseRequest) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+type PauseResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Microvm       *types.MicroVM         `protobuf:"bytes,1,opt,name=microvm,proto3" json:"microvm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseResponse) Reset() {
+	*x = PauseResponse{}
+	mi := &file_ingot_v1_host_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseResponse) ProtoMessage() {}
+
+func (x *PauseResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseResponse.ProtoReflect.Descriptor instead.
+func (*PauseResponse) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *PauseResponse) GetMicrovm() *types.MicroVM {
+	if x != nil {
+		return x.Microvm
+	}
+	return nil
+}
+
+type ResumeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeRequest) Reset() {
+	*x = ResumeRequest{}
+	mi := &file_ingot_v1_host_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeRequest) ProtoMessage() {}
+
+func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
+func (*ResumeRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ResumeRequest) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+type ResumeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Microvm       *types.MicroVM         `protobuf:"bytes,1,opt,name=microvm,proto3" json:"microvm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResumeResponse) Reset() {
+	*x = ResumeResponse{}
+	mi := &file_ingot_v1_host_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResumeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResumeResponse) ProtoMessage() {}
+
+func (x *ResumeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResumeResponse.ProtoReflect.Descriptor instead.
+func (*ResumeResponse) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ResumeResponse) GetMicrovm() *types.MicroVM {
+	if x != nil {
+		return x.Microvm
+	}
+	return nil
+}
+
+type UpdateRequest struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Uid            string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	Labels         map[string]string      `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`     // to set
+	RemoveLabels   []string               `protobuf:"bytes,3,rep,name=remove_labels,json=removeLabels,proto3" json:"remove_labels,omitempty"`                                               // by key
+	Metadata       map[string]string      `protobuf:"bytes,4,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // to set; values are base64, as in a spec
+	RemoveMetadata []string               `protobuf:"bytes,5,rep,name=remove_metadata,json=removeMetadata,proto3" json:"remove_metadata,omitempty"`                                         // by key
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *UpdateRequest) Reset() {
+	*x = UpdateRequest{}
+	mi := &file_ingot_v1_host_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateRequest) ProtoMessage() {}
+
+func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
+func (*UpdateRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *UpdateRequest) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *UpdateRequest) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *UpdateRequest) GetRemoveLabels() []string {
+	if x != nil {
+		return x.RemoveLabels
+	}
+	return nil
+}
+
+func (x *UpdateRequest) GetMetadata() map[string]string {
+	if x != nil {
+		return x.Metadata
+	}
+	return nil
+}
+
+func (x *UpdateRequest) GetRemoveMetadata() []string {
+	if x != nil {
+		return x.RemoveMetadata
+	}
+	return nil
+}
+
+type UpdateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Microvm       *types.MicroVM         `protobuf:"bytes,1,opt,name=microvm,proto3" json:"microvm,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateResponse) Reset() {
+	*x = UpdateResponse{}
+	mi := &file_ingot_v1_host_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateResponse) ProtoMessage() {}
+
+func (x *UpdateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateResponse.ProtoReflect.Descriptor instead.
+func (*UpdateResponse) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *UpdateResponse) GetMicrovm() *types.MicroVM {
+	if x != nil {
+		return x.Microvm
+	}
+	return nil
+}
+
+type ListRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Namespace string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"` // empty: all
+	Name      string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`           // empty: all
+	// What the labels must be, all of it: key=value, key!=value, key, !key, with commas
+	// between them.
+	Selector      string `protobuf:"bytes,3,opt,name=selector,proto3" json:"selector,omitempty"`
+	PageSize      int32  `protobuf:"varint,4,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`   // 0: 1000, which is the most
+	PageToken     string `protobuf:"bytes,5,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"` // of the answer before
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListRequest) Reset() {
+	*x = ListRequest{}
+	mi := &file_ingot_v1_host_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListRequest) ProtoMessage() {}
+
+func (x *ListRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
+func (*ListRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ListRequest) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *ListRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ListRequest) GetSelector() string {
+	if x != nil {
+		return x.Selector
+	}
+	return ""
+}
+
+func (x *ListRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+type ListResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Microvms      []*types.MicroVM       `protobuf:"bytes,1,rep,name=microvms,proto3" json:"microvms,omitempty"`
+	NextPageToken string                 `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"` // empty: these were the last
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListResponse) Reset() {
+	*x = ListResponse{}
+	mi := &file_ingot_v1_host_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListResponse) ProtoMessage() {}
+
+func (x *ListResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_host_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
+func (*ListResponse) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ListResponse) GetMicrovms() []*types.MicroVM {
+	if x != nil {
+		return x.Microvms
+	}
+	return nil
+}
+
+func (x *ListResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
 type ResizeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
@@ -222,7 +801,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[4]
+	mi := &file_ingot_v1_host_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -234,7 +813,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[4]
+	mi := &file_ingot_v1_host_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -247,7 +826,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{4}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ResizeRequest) GetUid() string {
@@ -280,7 +859,7 @@ type ResizeResponse struct {
 
 func (x *ResizeResponse) Reset() {
 	*x = ResizeResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[5]
+	mi := &file_ingot_v1_host_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -292,7 +871,7 @@ func (x *ResizeResponse) String() string {
 func (*ResizeResponse) ProtoMessage() {}
 
 func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[5]
+	mi := &file_ingot_v1_host_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -305,7 +884,7 @@ func (x *ResizeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeResponse.ProtoReflect.Descriptor instead.
 func (*ResizeResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{5}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ResizeResponse) GetMicrovm() *types.MicroVM {
@@ -317,14 +896,17 @@ func (x *ResizeResponse) GetMicrovm() *types.MicroVM {
 
 type WatchRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`             // empty: all
+	Namespace     string                 `protobuf:"bytes,2,opt,name=namespace,proto3" json:"namespace,omitempty"` // empty: all
+	Selector      string                 `protobuf:"bytes,3,opt,name=selector,proto3" json:"selector,omitempty"`   // as of List, of the labels at the time
+	Resume        string                 `protobuf:"bytes,4,opt,name=resume,proto3" json:"resume,omitempty"`       // a cursor: no more than what has happened since
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[6]
+	mi := &file_ingot_v1_host_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -336,7 +918,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[6]
+	mi := &file_ingot_v1_host_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -349,7 +931,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{6}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *WatchRequest) GetUid() string {
@@ -359,16 +941,40 @@ func (x *WatchRequest) GetUid() string {
 	return ""
 }
 
+func (x *WatchRequest) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *WatchRequest) GetSelector() string {
+	if x != nil {
+		return x.Selector
+	}
+	return ""
+}
+
+func (x *WatchRequest) GetResume() string {
+	if x != nil {
+		return x.Resume
+	}
+	return ""
+}
+
 type WatchResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Microvm       *types.MicroVM         `protobuf:"bytes,1,opt,name=microvm,proto3" json:"microvm,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As it was after the change, but for the spec, which may be newer already.
+	Microvm       *types.MicroVM     `protobuf:"bytes,1,opt,name=microvm,proto3" json:"microvm,omitempty"`
+	Kind          WatchResponse_Kind `protobuf:"varint,2,opt,name=kind,proto3,enum=ingot.v1.WatchResponse_Kind" json:"kind,omitempty"`
+	Cursor        string             `protobuf:"bytes,3,opt,name=cursor,proto3" json:"cursor,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[7]
+	mi := &file_ingot_v1_host_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -380,7 +986,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[7]
+	mi := &file_ingot_v1_host_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -393,7 +999,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{7}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *WatchResponse) GetMicrovm() *types.MicroVM {
@@ -401,6 +1007,20 @@ func (x *WatchResponse) GetMicrovm() *types.MicroVM {
 		return x.Microvm
 	}
 	return nil
+}
+
+func (x *WatchResponse) GetKind() WatchResponse_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return WatchResponse_CURRENT
+}
+
+func (x *WatchResponse) GetCursor() string {
+	if x != nil {
+		return x.Cursor
+	}
+	return ""
 }
 
 type LogsRequest struct {
@@ -415,7 +1035,7 @@ type LogsRequest struct {
 
 func (x *LogsRequest) Reset() {
 	*x = LogsRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[8]
+	mi := &file_ingot_v1_host_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -427,7 +1047,7 @@ func (x *LogsRequest) String() string {
 func (*LogsRequest) ProtoMessage() {}
 
 func (x *LogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[8]
+	mi := &file_ingot_v1_host_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -440,7 +1060,7 @@ func (x *LogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
 func (*LogsRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{8}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *LogsRequest) GetUid() string {
@@ -480,7 +1100,7 @@ type LogsResponse struct {
 
 func (x *LogsResponse) Reset() {
 	*x = LogsResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[9]
+	mi := &file_ingot_v1_host_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -492,7 +1112,7 @@ func (x *LogsResponse) String() string {
 func (*LogsResponse) ProtoMessage() {}
 
 func (x *LogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[9]
+	mi := &file_ingot_v1_host_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -505,7 +1125,7 @@ func (x *LogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
 func (*LogsResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{9}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *LogsResponse) GetData() []byte {
@@ -528,7 +1148,7 @@ type ConsoleRequest struct {
 
 func (x *ConsoleRequest) Reset() {
 	*x = ConsoleRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[10]
+	mi := &file_ingot_v1_host_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -540,7 +1160,7 @@ func (x *ConsoleRequest) String() string {
 func (*ConsoleRequest) ProtoMessage() {}
 
 func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[10]
+	mi := &file_ingot_v1_host_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -553,7 +1173,7 @@ func (x *ConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleRequest.ProtoReflect.Descriptor instead.
 func (*ConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{10}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ConsoleRequest) GetPayload() isConsoleRequest_Payload {
@@ -606,7 +1226,7 @@ type ConsoleResponse struct {
 
 func (x *ConsoleResponse) Reset() {
 	*x = ConsoleResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[11]
+	mi := &file_ingot_v1_host_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -618,7 +1238,7 @@ func (x *ConsoleResponse) String() string {
 func (*ConsoleResponse) ProtoMessage() {}
 
 func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[11]
+	mi := &file_ingot_v1_host_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -631,7 +1251,7 @@ func (x *ConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsoleResponse.ProtoReflect.Descriptor instead.
 func (*ConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{11}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ConsoleResponse) GetData() []byte {
@@ -658,7 +1278,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[12]
+	mi := &file_ingot_v1_host_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -670,7 +1290,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[12]
+	mi := &file_ingot_v1_host_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -683,7 +1303,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{12}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExecRequest) GetPayload() isExecRequest_Payload {
@@ -798,7 +1418,7 @@ type ExecReceived struct {
 
 func (x *ExecReceived) Reset() {
 	*x = ExecReceived{}
-	mi := &file_ingot_v1_host_proto_msgTypes[13]
+	mi := &file_ingot_v1_host_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -810,7 +1430,7 @@ func (x *ExecReceived) String() string {
 func (*ExecReceived) ProtoMessage() {}
 
 func (x *ExecReceived) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[13]
+	mi := &file_ingot_v1_host_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -823,7 +1443,7 @@ func (x *ExecReceived) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecReceived.ProtoReflect.Descriptor instead.
 func (*ExecReceived) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{13}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ExecReceived) GetStdout() uint64 {
@@ -870,7 +1490,7 @@ type ExecStart struct {
 
 func (x *ExecStart) Reset() {
 	*x = ExecStart{}
-	mi := &file_ingot_v1_host_proto_msgTypes[14]
+	mi := &file_ingot_v1_host_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -882,7 +1502,7 @@ func (x *ExecStart) String() string {
 func (*ExecStart) ProtoMessage() {}
 
 func (x *ExecStart) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[14]
+	mi := &file_ingot_v1_host_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -895,7 +1515,7 @@ func (x *ExecStart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecStart.ProtoReflect.Descriptor instead.
 func (*ExecStart) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{14}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExecStart) GetUid() string {
@@ -985,7 +1605,7 @@ type WindowSize struct {
 
 func (x *WindowSize) Reset() {
 	*x = WindowSize{}
-	mi := &file_ingot_v1_host_proto_msgTypes[15]
+	mi := &file_ingot_v1_host_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -997,7 +1617,7 @@ func (x *WindowSize) String() string {
 func (*WindowSize) ProtoMessage() {}
 
 func (x *WindowSize) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[15]
+	mi := &file_ingot_v1_host_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1010,7 +1630,7 @@ func (x *WindowSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WindowSize.ProtoReflect.Descriptor instead.
 func (*WindowSize) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{15}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *WindowSize) GetRows() uint32 {
@@ -1043,7 +1663,7 @@ type ExecResponse struct {
 
 func (x *ExecResponse) Reset() {
 	*x = ExecResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[16]
+	mi := &file_ingot_v1_host_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1055,7 +1675,7 @@ func (x *ExecResponse) String() string {
 func (*ExecResponse) ProtoMessage() {}
 
 func (x *ExecResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[16]
+	mi := &file_ingot_v1_host_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1068,7 +1688,7 @@ func (x *ExecResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
 func (*ExecResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{16}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ExecResponse) GetPayload() isExecResponse_Payload {
@@ -1172,7 +1792,7 @@ type ExecJoined struct {
 
 func (x *ExecJoined) Reset() {
 	*x = ExecJoined{}
-	mi := &file_ingot_v1_host_proto_msgTypes[17]
+	mi := &file_ingot_v1_host_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1184,7 +1804,7 @@ func (x *ExecJoined) String() string {
 func (*ExecJoined) ProtoMessage() {}
 
 func (x *ExecJoined) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[17]
+	mi := &file_ingot_v1_host_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1197,7 +1817,7 @@ func (x *ExecJoined) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecJoined.ProtoReflect.Descriptor instead.
 func (*ExecJoined) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{17}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ExecJoined) GetStdin() uint64 {
@@ -1226,7 +1846,7 @@ type PullRequest struct {
 
 func (x *PullRequest) Reset() {
 	*x = PullRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[18]
+	mi := &file_ingot_v1_host_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1238,7 +1858,7 @@ func (x *PullRequest) String() string {
 func (*PullRequest) ProtoMessage() {}
 
 func (x *PullRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[18]
+	mi := &file_ingot_v1_host_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1251,7 +1871,7 @@ func (x *PullRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullRequest.ProtoReflect.Descriptor instead.
 func (*PullRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{18}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *PullRequest) GetImage() string {
@@ -1279,7 +1899,7 @@ type PullResponse struct {
 
 func (x *PullResponse) Reset() {
 	*x = PullResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[19]
+	mi := &file_ingot_v1_host_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1291,7 +1911,7 @@ func (x *PullResponse) String() string {
 func (*PullResponse) ProtoMessage() {}
 
 func (x *PullResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[19]
+	mi := &file_ingot_v1_host_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1304,7 +1924,7 @@ func (x *PullResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullResponse.ProtoReflect.Descriptor instead.
 func (*PullResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{19}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *PullResponse) GetOffset() int64 {
@@ -1336,7 +1956,7 @@ type ListImagesRequest struct {
 
 func (x *ListImagesRequest) Reset() {
 	*x = ListImagesRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[20]
+	mi := &file_ingot_v1_host_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1348,7 +1968,7 @@ func (x *ListImagesRequest) String() string {
 func (*ListImagesRequest) ProtoMessage() {}
 
 func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[20]
+	mi := &file_ingot_v1_host_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1361,7 +1981,7 @@ func (x *ListImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesRequest.ProtoReflect.Descriptor instead.
 func (*ListImagesRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{20}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{30}
 }
 
 type ListImagesResponse struct {
@@ -1373,7 +1993,7 @@ type ListImagesResponse struct {
 
 func (x *ListImagesResponse) Reset() {
 	*x = ListImagesResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[21]
+	mi := &file_ingot_v1_host_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1385,7 +2005,7 @@ func (x *ListImagesResponse) String() string {
 func (*ListImagesResponse) ProtoMessage() {}
 
 func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[21]
+	mi := &file_ingot_v1_host_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1398,7 +2018,7 @@ func (x *ListImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListImagesResponse.ProtoReflect.Descriptor instead.
 func (*ListImagesResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{21}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListImagesResponse) GetImages() []*HeldImage {
@@ -1422,7 +2042,7 @@ type HeldImage struct {
 
 func (x *HeldImage) Reset() {
 	*x = HeldImage{}
-	mi := &file_ingot_v1_host_proto_msgTypes[22]
+	mi := &file_ingot_v1_host_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1434,7 +2054,7 @@ func (x *HeldImage) String() string {
 func (*HeldImage) ProtoMessage() {}
 
 func (x *HeldImage) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[22]
+	mi := &file_ingot_v1_host_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1447,7 +2067,7 @@ func (x *HeldImage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldImage.ProtoReflect.Descriptor instead.
 func (*HeldImage) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{22}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *HeldImage) GetName() string {
@@ -1495,7 +2115,7 @@ type RemoveImagesRequest struct {
 
 func (x *RemoveImagesRequest) Reset() {
 	*x = RemoveImagesRequest{}
-	mi := &file_ingot_v1_host_proto_msgTypes[23]
+	mi := &file_ingot_v1_host_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1507,7 +2127,7 @@ func (x *RemoveImagesRequest) String() string {
 func (*RemoveImagesRequest) ProtoMessage() {}
 
 func (x *RemoveImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[23]
+	mi := &file_ingot_v1_host_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1520,7 +2140,7 @@ func (x *RemoveImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImagesRequest.ProtoReflect.Descriptor instead.
 func (*RemoveImagesRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{23}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RemoveImagesRequest) GetImages() []string {
@@ -1547,7 +2167,7 @@ type RemoveImagesResponse struct {
 
 func (x *RemoveImagesResponse) Reset() {
 	*x = RemoveImagesResponse{}
-	mi := &file_ingot_v1_host_proto_msgTypes[24]
+	mi := &file_ingot_v1_host_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1559,7 +2179,7 @@ func (x *RemoveImagesResponse) String() string {
 func (*RemoveImagesResponse) ProtoMessage() {}
 
 func (x *RemoveImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[24]
+	mi := &file_ingot_v1_host_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1572,7 +2192,7 @@ func (x *RemoveImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveImagesResponse.ProtoReflect.Descriptor instead.
 func (*RemoveImagesResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{24}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RemoveImagesResponse) GetImages() []*HeldImage {
@@ -1620,7 +2240,7 @@ type HostFacts struct {
 
 func (x *HostFacts) Reset() {
 	*x = HostFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[25]
+	mi := &file_ingot_v1_host_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1632,7 +2252,7 @@ func (x *HostFacts) String() string {
 func (*HostFacts) ProtoMessage() {}
 
 func (x *HostFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[25]
+	mi := &file_ingot_v1_host_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1645,7 +2265,7 @@ func (x *HostFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostFacts.ProtoReflect.Descriptor instead.
 func (*HostFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{25}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *HostFacts) GetHostname() string {
@@ -1814,7 +2434,7 @@ type RecordFacts struct {
 
 func (x *RecordFacts) Reset() {
 	*x = RecordFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[26]
+	mi := &file_ingot_v1_host_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1826,7 +2446,7 @@ func (x *RecordFacts) String() string {
 func (*RecordFacts) ProtoMessage() {}
 
 func (x *RecordFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[26]
+	mi := &file_ingot_v1_host_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1839,7 +2459,7 @@ func (x *RecordFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RecordFacts.ProtoReflect.Descriptor instead.
 func (*RecordFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{26}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *RecordFacts) GetPath() string {
@@ -1869,7 +2489,7 @@ type DriverFacts struct {
 
 func (x *DriverFacts) Reset() {
 	*x = DriverFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[27]
+	mi := &file_ingot_v1_host_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1881,7 +2501,7 @@ func (x *DriverFacts) String() string {
 func (*DriverFacts) ProtoMessage() {}
 
 func (x *DriverFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[27]
+	mi := &file_ingot_v1_host_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1894,7 +2514,7 @@ func (x *DriverFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DriverFacts.ProtoReflect.Descriptor instead.
 func (*DriverFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{27}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *DriverFacts) GetName() string {
@@ -1953,7 +2573,7 @@ type ContainerdFacts struct {
 
 func (x *ContainerdFacts) Reset() {
 	*x = ContainerdFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[28]
+	mi := &file_ingot_v1_host_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1965,7 +2585,7 @@ func (x *ContainerdFacts) String() string {
 func (*ContainerdFacts) ProtoMessage() {}
 
 func (x *ContainerdFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[28]
+	mi := &file_ingot_v1_host_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1978,7 +2598,7 @@ func (x *ContainerdFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ContainerdFacts.ProtoReflect.Descriptor instead.
 func (*ContainerdFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{28}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ContainerdFacts) GetSocket() string {
@@ -2088,7 +2708,7 @@ type PoolFacts struct {
 
 func (x *PoolFacts) Reset() {
 	*x = PoolFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[29]
+	mi := &file_ingot_v1_host_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2100,7 +2720,7 @@ func (x *PoolFacts) String() string {
 func (*PoolFacts) ProtoMessage() {}
 
 func (x *PoolFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[29]
+	mi := &file_ingot_v1_host_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2113,7 +2733,7 @@ func (x *PoolFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PoolFacts.ProtoReflect.Descriptor instead.
 func (*PoolFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{29}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *PoolFacts) GetPath() string {
@@ -2188,7 +2808,7 @@ type InterfaceFacts struct {
 
 func (x *InterfaceFacts) Reset() {
 	*x = InterfaceFacts{}
-	mi := &file_ingot_v1_host_proto_msgTypes[30]
+	mi := &file_ingot_v1_host_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2200,7 +2820,7 @@ func (x *InterfaceFacts) String() string {
 func (*InterfaceFacts) ProtoMessage() {}
 
 func (x *InterfaceFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_host_proto_msgTypes[30]
+	mi := &file_ingot_v1_host_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2213,7 +2833,7 @@ func (x *InterfaceFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InterfaceFacts.ProtoReflect.Descriptor instead.
 func (*InterfaceFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_host_proto_rawDescGZIP(), []int{30}
+	return file_ingot_v1_host_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *InterfaceFacts) GetName() string {
@@ -2285,18 +2905,67 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x123\n" +
 	"\atimeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\atimeout\"B\n" +
 	"\fStopResponse\x122\n" +
-	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm\"\\\n" +
+	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm\"W\n" +
+	"\x0eRestartRequest\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x123\n" +
+	"\atimeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\atimeout\"E\n" +
+	"\x0fRestartResponse\x122\n" +
+	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm\" \n" +
+	"\fPauseRequest\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\"C\n" +
+	"\rPauseResponse\x122\n" +
+	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm\"!\n" +
+	"\rResumeRequest\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\"D\n" +
+	"\x0eResumeResponse\x122\n" +
+	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm\"\xe7\x02\n" +
+	"\rUpdateRequest\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x12;\n" +
+	"\x06labels\x18\x02 \x03(\v2#.ingot.v1.UpdateRequest.LabelsEntryR\x06labels\x12#\n" +
+	"\rremove_labels\x18\x03 \x03(\tR\fremoveLabels\x12A\n" +
+	"\bmetadata\x18\x04 \x03(\v2%.ingot.v1.UpdateRequest.MetadataEntryR\bmetadata\x12'\n" +
+	"\x0fremove_metadata\x18\x05 \x03(\tR\x0eremoveMetadata\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a;\n" +
+	"\rMetadataEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"D\n" +
+	"\x0eUpdateResponse\x122\n" +
+	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm\"\x97\x01\n" +
+	"\vListRequest\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1a\n" +
+	"\bselector\x18\x03 \x01(\tR\bselector\x12\x1b\n" +
+	"\tpage_size\x18\x04 \x01(\x05R\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x05 \x01(\tR\tpageToken\"l\n" +
+	"\fListResponse\x124\n" +
+	"\bmicrovms\x18\x01 \x03(\v2\x18.flintlock.types.MicroVMR\bmicrovms\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\\\n" +
 	"\rResizeRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x1b\n" +
 	"\tvolume_id\x18\x02 \x01(\tR\bvolumeId\x12\x1c\n" +
 	"\n" +
 	"size_in_mb\x18\x03 \x01(\x03R\bsizeInMb\"D\n" +
 	"\x0eResizeResponse\x122\n" +
-	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm\" \n" +
+	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm\"r\n" +
 	"\fWatchRequest\x12\x10\n" +
-	"\x03uid\x18\x01 \x01(\tR\x03uid\"C\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x1c\n" +
+	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x1a\n" +
+	"\bselector\x18\x03 \x01(\tR\bselector\x12\x16\n" +
+	"\x06resume\x18\x04 \x01(\tR\x06resume\"\xd5\x01\n" +
 	"\rWatchResponse\x122\n" +
-	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm\"j\n" +
+	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm\x120\n" +
+	"\x04kind\x18\x02 \x01(\x0e2\x1c.ingot.v1.WatchResponse.KindR\x04kind\x12\x16\n" +
+	"\x06cursor\x18\x03 \x01(\tR\x06cursor\"F\n" +
+	"\x04Kind\x12\v\n" +
+	"\aCURRENT\x10\x00\x12\n" +
+	"\n" +
+	"\x06SYNCED\x10\x01\x12\v\n" +
+	"\aCREATED\x10\x02\x12\v\n" +
+	"\aCHANGED\x10\x03\x12\v\n" +
+	"\aDELETED\x10\x04\"j\n" +
 	"\vLogsRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x16\n" +
 	"\x06follow\x18\x02 \x01(\bR\x06follow\x12\x1d\n" +
@@ -2453,10 +3122,15 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\x02up\x18\x05 \x01(\bR\x02up\x12\x12\n" +
 	"\x04kind\x18\x06 \x01(\tR\x04kind\x12\x16\n" +
 	"\x06master\x18\a \x01(\tR\x06master\x12\x15\n" +
-	"\x06vm_uid\x18\b \x01(\tR\x05vmUid2\xaf\x05\n" +
+	"\x06vm_uid\x18\b \x01(\tR\x05vmUid2\xda\a\n" +
 	"\x04Host\x128\n" +
 	"\x05Start\x12\x16.ingot.v1.StartRequest\x1a\x17.ingot.v1.StartResponse\x125\n" +
-	"\x04Stop\x12\x15.ingot.v1.StopRequest\x1a\x16.ingot.v1.StopResponse\x12;\n" +
+	"\x04Stop\x12\x15.ingot.v1.StopRequest\x1a\x16.ingot.v1.StopResponse\x12>\n" +
+	"\aRestart\x12\x18.ingot.v1.RestartRequest\x1a\x19.ingot.v1.RestartResponse\x128\n" +
+	"\x05Pause\x12\x16.ingot.v1.PauseRequest\x1a\x17.ingot.v1.PauseResponse\x12;\n" +
+	"\x06Resume\x12\x17.ingot.v1.ResumeRequest\x1a\x18.ingot.v1.ResumeResponse\x12;\n" +
+	"\x06Update\x12\x17.ingot.v1.UpdateRequest\x1a\x18.ingot.v1.UpdateResponse\x125\n" +
+	"\x04List\x12\x15.ingot.v1.ListRequest\x1a\x16.ingot.v1.ListResponse\x12;\n" +
 	"\x06Resize\x12\x17.ingot.v1.ResizeRequest\x1a\x18.ingot.v1.ResizeResponse\x12:\n" +
 	"\x05Watch\x12\x16.ingot.v1.WatchRequest\x1a\x17.ingot.v1.WatchResponse0\x01\x127\n" +
 	"\x04Logs\x12\x15.ingot.v1.LogsRequest\x1a\x16.ingot.v1.LogsResponse0\x01\x12B\n" +
@@ -2480,96 +3154,129 @@ func file_ingot_v1_host_proto_rawDescGZIP() []byte {
 	return file_ingot_v1_host_proto_rawDescData
 }
 
-var file_ingot_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_ingot_v1_host_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_ingot_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
 var file_ingot_v1_host_proto_goTypes = []any{
-	(*StartRequest)(nil),          // 0: ingot.v1.StartRequest
-	(*StartResponse)(nil),         // 1: ingot.v1.StartResponse
-	(*StopRequest)(nil),           // 2: ingot.v1.StopRequest
-	(*StopResponse)(nil),          // 3: ingot.v1.StopResponse
-	(*ResizeRequest)(nil),         // 4: ingot.v1.ResizeRequest
-	(*ResizeResponse)(nil),        // 5: ingot.v1.ResizeResponse
-	(*WatchRequest)(nil),          // 6: ingot.v1.WatchRequest
-	(*WatchResponse)(nil),         // 7: ingot.v1.WatchResponse
-	(*LogsRequest)(nil),           // 8: ingot.v1.LogsRequest
-	(*LogsResponse)(nil),          // 9: ingot.v1.LogsResponse
-	(*ConsoleRequest)(nil),        // 10: ingot.v1.ConsoleRequest
-	(*ConsoleResponse)(nil),       // 11: ingot.v1.ConsoleResponse
-	(*ExecRequest)(nil),           // 12: ingot.v1.ExecRequest
-	(*ExecReceived)(nil),          // 13: ingot.v1.ExecReceived
-	(*ExecStart)(nil),             // 14: ingot.v1.ExecStart
-	(*WindowSize)(nil),            // 15: ingot.v1.WindowSize
-	(*ExecResponse)(nil),          // 16: ingot.v1.ExecResponse
-	(*ExecJoined)(nil),            // 17: ingot.v1.ExecJoined
-	(*PullRequest)(nil),           // 18: ingot.v1.PullRequest
-	(*PullResponse)(nil),          // 19: ingot.v1.PullResponse
-	(*ListImagesRequest)(nil),     // 20: ingot.v1.ListImagesRequest
-	(*ListImagesResponse)(nil),    // 21: ingot.v1.ListImagesResponse
-	(*HeldImage)(nil),             // 22: ingot.v1.HeldImage
-	(*RemoveImagesRequest)(nil),   // 23: ingot.v1.RemoveImagesRequest
-	(*RemoveImagesResponse)(nil),  // 24: ingot.v1.RemoveImagesResponse
-	(*HostFacts)(nil),             // 25: ingot.v1.HostFacts
-	(*RecordFacts)(nil),           // 26: ingot.v1.RecordFacts
-	(*DriverFacts)(nil),           // 27: ingot.v1.DriverFacts
-	(*ContainerdFacts)(nil),       // 28: ingot.v1.ContainerdFacts
-	(*PoolFacts)(nil),             // 29: ingot.v1.PoolFacts
-	(*InterfaceFacts)(nil),        // 30: ingot.v1.InterfaceFacts
-	nil,                           // 31: ingot.v1.ExecStart.EnvEntry
-	(*types.MicroVM)(nil),         // 32: flintlock.types.MicroVM
-	(*durationpb.Duration)(nil),   // 33: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil), // 34: google.protobuf.Timestamp
-	(*emptypb.Empty)(nil),         // 35: google.protobuf.Empty
+	(WatchResponse_Kind)(0),       // 0: ingot.v1.WatchResponse.Kind
+	(*StartRequest)(nil),          // 1: ingot.v1.StartRequest
+	(*StartResponse)(nil),         // 2: ingot.v1.StartResponse
+	(*StopRequest)(nil),           // 3: ingot.v1.StopRequest
+	(*StopResponse)(nil),          // 4: ingot.v1.StopResponse
+	(*RestartRequest)(nil),        // 5: ingot.v1.RestartRequest
+	(*RestartResponse)(nil),       // 6: ingot.v1.RestartResponse
+	(*PauseRequest)(nil),          // 7: ingot.v1.PauseRequest
+	(*PauseResponse)(nil),         // 8: ingot.v1.PauseResponse
+	(*ResumeRequest)(nil),         // 9: ingot.v1.ResumeRequest
+	(*ResumeResponse)(nil),        // 10: ingot.v1.ResumeResponse
+	(*UpdateRequest)(nil),         // 11: ingot.v1.UpdateRequest
+	(*UpdateResponse)(nil),        // 12: ingot.v1.UpdateResponse
+	(*ListRequest)(nil),           // 13: ingot.v1.ListRequest
+	(*ListResponse)(nil),          // 14: ingot.v1.ListResponse
+	(*ResizeRequest)(nil),         // 15: ingot.v1.ResizeRequest
+	(*ResizeResponse)(nil),        // 16: ingot.v1.ResizeResponse
+	(*WatchRequest)(nil),          // 17: ingot.v1.WatchRequest
+	(*WatchResponse)(nil),         // 18: ingot.v1.WatchResponse
+	(*LogsRequest)(nil),           // 19: ingot.v1.LogsRequest
+	(*LogsResponse)(nil),          // 20: ingot.v1.LogsResponse
+	(*ConsoleRequest)(nil),        // 21: ingot.v1.ConsoleRequest
+	(*ConsoleResponse)(nil),       // 22: ingot.v1.ConsoleResponse
+	(*ExecRequest)(nil),           // 23: ingot.v1.ExecRequest
+	(*ExecReceived)(nil),          // 24: ingot.v1.ExecReceived
+	(*ExecStart)(nil),             // 25: ingot.v1.ExecStart
+	(*WindowSize)(nil),            // 26: ingot.v1.WindowSize
+	(*ExecResponse)(nil),          // 27: ingot.v1.ExecResponse
+	(*ExecJoined)(nil),            // 28: ingot.v1.ExecJoined
+	(*PullRequest)(nil),           // 29: ingot.v1.PullRequest
+	(*PullResponse)(nil),          // 30: ingot.v1.PullResponse
+	(*ListImagesRequest)(nil),     // 31: ingot.v1.ListImagesRequest
+	(*ListImagesResponse)(nil),    // 32: ingot.v1.ListImagesResponse
+	(*HeldImage)(nil),             // 33: ingot.v1.HeldImage
+	(*RemoveImagesRequest)(nil),   // 34: ingot.v1.RemoveImagesRequest
+	(*RemoveImagesResponse)(nil),  // 35: ingot.v1.RemoveImagesResponse
+	(*HostFacts)(nil),             // 36: ingot.v1.HostFacts
+	(*RecordFacts)(nil),           // 37: ingot.v1.RecordFacts
+	(*DriverFacts)(nil),           // 38: ingot.v1.DriverFacts
+	(*ContainerdFacts)(nil),       // 39: ingot.v1.ContainerdFacts
+	(*PoolFacts)(nil),             // 40: ingot.v1.PoolFacts
+	(*InterfaceFacts)(nil),        // 41: ingot.v1.InterfaceFacts
+	nil,                           // 42: ingot.v1.UpdateRequest.LabelsEntry
+	nil,                           // 43: ingot.v1.UpdateRequest.MetadataEntry
+	nil,                           // 44: ingot.v1.ExecStart.EnvEntry
+	(*types.MicroVM)(nil),         // 45: flintlock.types.MicroVM
+	(*durationpb.Duration)(nil),   // 46: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 47: google.protobuf.Timestamp
+	(*emptypb.Empty)(nil),         // 48: google.protobuf.Empty
 }
 var file_ingot_v1_host_proto_depIdxs = []int32{
-	32, // 0: ingot.v1.StartResponse.microvm:type_name -> flintlock.types.MicroVM
-	33, // 1: ingot.v1.StopRequest.timeout:type_name -> google.protobuf.Duration
-	32, // 2: ingot.v1.StopResponse.microvm:type_name -> flintlock.types.MicroVM
-	32, // 3: ingot.v1.ResizeResponse.microvm:type_name -> flintlock.types.MicroVM
-	32, // 4: ingot.v1.WatchResponse.microvm:type_name -> flintlock.types.MicroVM
-	14, // 5: ingot.v1.ExecRequest.start:type_name -> ingot.v1.ExecStart
-	15, // 6: ingot.v1.ExecRequest.resize:type_name -> ingot.v1.WindowSize
-	13, // 7: ingot.v1.ExecRequest.received:type_name -> ingot.v1.ExecReceived
-	31, // 8: ingot.v1.ExecStart.env:type_name -> ingot.v1.ExecStart.EnvEntry
-	15, // 9: ingot.v1.ExecStart.size:type_name -> ingot.v1.WindowSize
-	13, // 10: ingot.v1.ExecStart.resume:type_name -> ingot.v1.ExecReceived
-	17, // 11: ingot.v1.ExecResponse.joined:type_name -> ingot.v1.ExecJoined
-	22, // 12: ingot.v1.ListImagesResponse.images:type_name -> ingot.v1.HeldImage
-	34, // 13: ingot.v1.HeldImage.used_at:type_name -> google.protobuf.Timestamp
-	33, // 14: ingot.v1.RemoveImagesRequest.unused_for:type_name -> google.protobuf.Duration
-	22, // 15: ingot.v1.RemoveImagesResponse.images:type_name -> ingot.v1.HeldImage
-	33, // 16: ingot.v1.HostFacts.uptime:type_name -> google.protobuf.Duration
-	27, // 17: ingot.v1.HostFacts.drivers:type_name -> ingot.v1.DriverFacts
-	28, // 18: ingot.v1.HostFacts.containerd:type_name -> ingot.v1.ContainerdFacts
-	29, // 19: ingot.v1.HostFacts.pool:type_name -> ingot.v1.PoolFacts
-	30, // 20: ingot.v1.HostFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
-	34, // 21: ingot.v1.HostFacts.boot_time:type_name -> google.protobuf.Timestamp
-	26, // 22: ingot.v1.HostFacts.broken_records:type_name -> ingot.v1.RecordFacts
-	0,  // 23: ingot.v1.Host.Start:input_type -> ingot.v1.StartRequest
-	2,  // 24: ingot.v1.Host.Stop:input_type -> ingot.v1.StopRequest
-	4,  // 25: ingot.v1.Host.Resize:input_type -> ingot.v1.ResizeRequest
-	6,  // 26: ingot.v1.Host.Watch:input_type -> ingot.v1.WatchRequest
-	8,  // 27: ingot.v1.Host.Logs:input_type -> ingot.v1.LogsRequest
-	10, // 28: ingot.v1.Host.Console:input_type -> ingot.v1.ConsoleRequest
-	12, // 29: ingot.v1.Host.Exec:input_type -> ingot.v1.ExecRequest
-	35, // 30: ingot.v1.Host.Facts:input_type -> google.protobuf.Empty
-	18, // 31: ingot.v1.Host.Pull:input_type -> ingot.v1.PullRequest
-	20, // 32: ingot.v1.Host.ListImages:input_type -> ingot.v1.ListImagesRequest
-	23, // 33: ingot.v1.Host.RemoveImages:input_type -> ingot.v1.RemoveImagesRequest
-	1,  // 34: ingot.v1.Host.Start:output_type -> ingot.v1.StartResponse
-	3,  // 35: ingot.v1.Host.Stop:output_type -> ingot.v1.StopResponse
-	5,  // 36: ingot.v1.Host.Resize:output_type -> ingot.v1.ResizeResponse
-	7,  // 37: ingot.v1.Host.Watch:output_type -> ingot.v1.WatchResponse
-	9,  // 38: ingot.v1.Host.Logs:output_type -> ingot.v1.LogsResponse
-	11, // 39: ingot.v1.Host.Console:output_type -> ingot.v1.ConsoleResponse
-	16, // 40: ingot.v1.Host.Exec:output_type -> ingot.v1.ExecResponse
-	25, // 41: ingot.v1.Host.Facts:output_type -> ingot.v1.HostFacts
-	19, // 42: ingot.v1.Host.Pull:output_type -> ingot.v1.PullResponse
-	21, // 43: ingot.v1.Host.ListImages:output_type -> ingot.v1.ListImagesResponse
-	24, // 44: ingot.v1.Host.RemoveImages:output_type -> ingot.v1.RemoveImagesResponse
-	34, // [34:45] is the sub-list for method output_type
-	23, // [23:34] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	45, // 0: ingot.v1.StartResponse.microvm:type_name -> flintlock.types.MicroVM
+	46, // 1: ingot.v1.StopRequest.timeout:type_name -> google.protobuf.Duration
+	45, // 2: ingot.v1.StopResponse.microvm:type_name -> flintlock.types.MicroVM
+	46, // 3: ingot.v1.RestartRequest.timeout:type_name -> google.protobuf.Duration
+	45, // 4: ingot.v1.RestartResponse.microvm:type_name -> flintlock.types.MicroVM
+	45, // 5: ingot.v1.PauseResponse.microvm:type_name -> flintlock.types.MicroVM
+	45, // 6: ingot.v1.ResumeResponse.microvm:type_name -> flintlock.types.MicroVM
+	42, // 7: ingot.v1.UpdateRequest.labels:type_name -> ingot.v1.UpdateRequest.LabelsEntry
+	43, // 8: ingot.v1.UpdateRequest.metadata:type_name -> ingot.v1.UpdateRequest.MetadataEntry
+	45, // 9: ingot.v1.UpdateResponse.microvm:type_name -> flintlock.types.MicroVM
+	45, // 10: ingot.v1.ListResponse.microvms:type_name -> flintlock.types.MicroVM
+	45, // 11: ingot.v1.ResizeResponse.microvm:type_name -> flintlock.types.MicroVM
+	45, // 12: ingot.v1.WatchResponse.microvm:type_name -> flintlock.types.MicroVM
+	0,  // 13: ingot.v1.WatchResponse.kind:type_name -> ingot.v1.WatchResponse.Kind
+	25, // 14: ingot.v1.ExecRequest.start:type_name -> ingot.v1.ExecStart
+	26, // 15: ingot.v1.ExecRequest.resize:type_name -> ingot.v1.WindowSize
+	24, // 16: ingot.v1.ExecRequest.received:type_name -> ingot.v1.ExecReceived
+	44, // 17: ingot.v1.ExecStart.env:type_name -> ingot.v1.ExecStart.EnvEntry
+	26, // 18: ingot.v1.ExecStart.size:type_name -> ingot.v1.WindowSize
+	24, // 19: ingot.v1.ExecStart.resume:type_name -> ingot.v1.ExecReceived
+	28, // 20: ingot.v1.ExecResponse.joined:type_name -> ingot.v1.ExecJoined
+	33, // 21: ingot.v1.ListImagesResponse.images:type_name -> ingot.v1.HeldImage
+	47, // 22: ingot.v1.HeldImage.used_at:type_name -> google.protobuf.Timestamp
+	46, // 23: ingot.v1.RemoveImagesRequest.unused_for:type_name -> google.protobuf.Duration
+	33, // 24: ingot.v1.RemoveImagesResponse.images:type_name -> ingot.v1.HeldImage
+	46, // 25: ingot.v1.HostFacts.uptime:type_name -> google.protobuf.Duration
+	38, // 26: ingot.v1.HostFacts.drivers:type_name -> ingot.v1.DriverFacts
+	39, // 27: ingot.v1.HostFacts.containerd:type_name -> ingot.v1.ContainerdFacts
+	40, // 28: ingot.v1.HostFacts.pool:type_name -> ingot.v1.PoolFacts
+	41, // 29: ingot.v1.HostFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
+	47, // 30: ingot.v1.HostFacts.boot_time:type_name -> google.protobuf.Timestamp
+	37, // 31: ingot.v1.HostFacts.broken_records:type_name -> ingot.v1.RecordFacts
+	1,  // 32: ingot.v1.Host.Start:input_type -> ingot.v1.StartRequest
+	3,  // 33: ingot.v1.Host.Stop:input_type -> ingot.v1.StopRequest
+	5,  // 34: ingot.v1.Host.Restart:input_type -> ingot.v1.RestartRequest
+	7,  // 35: ingot.v1.Host.Pause:input_type -> ingot.v1.PauseRequest
+	9,  // 36: ingot.v1.Host.Resume:input_type -> ingot.v1.ResumeRequest
+	11, // 37: ingot.v1.Host.Update:input_type -> ingot.v1.UpdateRequest
+	13, // 38: ingot.v1.Host.List:input_type -> ingot.v1.ListRequest
+	15, // 39: ingot.v1.Host.Resize:input_type -> ingot.v1.ResizeRequest
+	17, // 40: ingot.v1.Host.Watch:input_type -> ingot.v1.WatchRequest
+	19, // 41: ingot.v1.Host.Logs:input_type -> ingot.v1.LogsRequest
+	21, // 42: ingot.v1.Host.Console:input_type -> ingot.v1.ConsoleRequest
+	23, // 43: ingot.v1.Host.Exec:input_type -> ingot.v1.ExecRequest
+	48, // 44: ingot.v1.Host.Facts:input_type -> google.protobuf.Empty
+	29, // 45: ingot.v1.Host.Pull:input_type -> ingot.v1.PullRequest
+	31, // 46: ingot.v1.Host.ListImages:input_type -> ingot.v1.ListImagesRequest
+	34, // 47: ingot.v1.Host.RemoveImages:input_type -> ingot.v1.RemoveImagesRequest
+	2,  // 48: ingot.v1.Host.Start:output_type -> ingot.v1.StartResponse
+	4,  // 49: ingot.v1.Host.Stop:output_type -> ingot.v1.StopResponse
+	6,  // 50: ingot.v1.Host.Restart:output_type -> ingot.v1.RestartResponse
+	8,  // 51: ingot.v1.Host.Pause:output_type -> ingot.v1.PauseResponse
+	10, // 52: ingot.v1.Host.Resume:output_type -> ingot.v1.ResumeResponse
+	12, // 53: ingot.v1.Host.Update:output_type -> ingot.v1.UpdateResponse
+	14, // 54: ingot.v1.Host.List:output_type -> ingot.v1.ListResponse
+	16, // 55: ingot.v1.Host.Resize:output_type -> ingot.v1.ResizeResponse
+	18, // 56: ingot.v1.Host.Watch:output_type -> ingot.v1.WatchResponse
+	20, // 57: ingot.v1.Host.Logs:output_type -> ingot.v1.LogsResponse
+	22, // 58: ingot.v1.Host.Console:output_type -> ingot.v1.ConsoleResponse
+	27, // 59: ingot.v1.Host.Exec:output_type -> ingot.v1.ExecResponse
+	36, // 60: ingot.v1.Host.Facts:output_type -> ingot.v1.HostFacts
+	30, // 61: ingot.v1.Host.Pull:output_type -> ingot.v1.PullResponse
+	32, // 62: ingot.v1.Host.ListImages:output_type -> ingot.v1.ListImagesResponse
+	35, // 63: ingot.v1.Host.RemoveImages:output_type -> ingot.v1.RemoveImagesResponse
+	48, // [48:64] is the sub-list for method output_type
+	32, // [32:48] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_ingot_v1_host_proto_init() }
@@ -2577,11 +3284,11 @@ func file_ingot_v1_host_proto_init() {
 	if File_ingot_v1_host_proto != nil {
 		return
 	}
-	file_ingot_v1_host_proto_msgTypes[10].OneofWrappers = []any{
+	file_ingot_v1_host_proto_msgTypes[20].OneofWrappers = []any{
 		(*ConsoleRequest_Uid)(nil),
 		(*ConsoleRequest_Data)(nil),
 	}
-	file_ingot_v1_host_proto_msgTypes[12].OneofWrappers = []any{
+	file_ingot_v1_host_proto_msgTypes[22].OneofWrappers = []any{
 		(*ExecRequest_Start)(nil),
 		(*ExecRequest_Stdin)(nil),
 		(*ExecRequest_StdinEof)(nil),
@@ -2589,7 +3296,7 @@ func file_ingot_v1_host_proto_init() {
 		(*ExecRequest_Signal)(nil),
 		(*ExecRequest_Received)(nil),
 	}
-	file_ingot_v1_host_proto_msgTypes[16].OneofWrappers = []any{
+	file_ingot_v1_host_proto_msgTypes[26].OneofWrappers = []any{
 		(*ExecResponse_Stdout)(nil),
 		(*ExecResponse_Stderr)(nil),
 		(*ExecResponse_ExitCode)(nil),
@@ -2601,13 +3308,14 @@ func file_ingot_v1_host_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ingot_v1_host_proto_rawDesc), len(file_ingot_v1_host_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   32,
+			NumEnums:      1,
+			NumMessages:   44,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_ingot_v1_host_proto_goTypes,
 		DependencyIndexes: file_ingot_v1_host_proto_depIdxs,
+		EnumInfos:         file_ingot_v1_host_proto_enumTypes,
 		MessageInfos:      file_ingot_v1_host_proto_msgTypes,
 	}.Build()
 	File_ingot_v1_host_proto = out.File

@@ -24,6 +24,11 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Host_Start_FullMethodName        = "/ingot.v1.Host/Start"
 	Host_Stop_FullMethodName         = "/ingot.v1.Host/Stop"
+	Host_Restart_FullMethodName      = "/ingot.v1.Host/Restart"
+	Host_Pause_FullMethodName        = "/ingot.v1.Host/Pause"
+	Host_Resume_FullMethodName       = "/ingot.v1.Host/Resume"
+	Host_Update_FullMethodName       = "/ingot.v1.Host/Update"
+	Host_List_FullMethodName         = "/ingot.v1.Host/List"
 	Host_Resize_FullMethodName       = "/ingot.v1.Host/Resize"
 	Host_Watch_FullMethodName        = "/ingot.v1.Host/Watch"
 	Host_Logs_FullMethodName         = "/ingot.v1.Host/Logs"
@@ -46,11 +51,24 @@ type HostClient interface {
 	// Stop asks the guest to shut down, insists after the timeout, and keeps the
 	// microVM stopped until Start. It answers when the VMM is gone.
 	Stop(ctx context.Context, in *StopRequest, opts ...grpc.CallOption) (*StopResponse, error)
+	// Restart is a Stop, and a Start as soon as the VMM is gone, also if the daemon ends
+	// in between. It answers when the microVM runs again.
+	Restart(ctx context.Context, in *RestartRequest, opts ...grpc.CallOption) (*RestartResponse, error)
+	// Pause has the CPUs of a running microVM stand still, until Resume or until it ends.
+	Pause(ctx context.Context, in *PauseRequest, opts ...grpc.CallOption) (*PauseResponse, error)
+	Resume(ctx context.Context, in *ResumeRequest, opts ...grpc.CallOption) (*ResumeResponse, error)
+	// Update changes labels and metadata, of which the guest is told when it asks next.
+	Update(ctx context.Context, in *UpdateRequest, opts ...grpc.CallOption) (*UpdateResponse, error)
+	// List returns microVMs, oldest first, a page at a time.
+	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
 	// Resize makes a volume larger, never smaller: of a stopped microVM at once, of
 	// one that runs at its next start.
 	Resize(ctx context.Context, in *ResizeRequest, opts ...grpc.CallOption) (*ResizeResponse, error)
-	// Watch sends the microVM as it is now and again after each change, until the
-	// client ends it or the microVM is gone (NotFound).
+	// Watch sends each microVM that is asked for as it is now, and then each change, in
+	// order and without a gap, until the client ends it. A watch of one uid ends with
+	// NotFound once that is gone. With the cursor of the last answer another watch goes on
+	// where the first one ended, also of another daemon; OutOfRange means that it comes too
+	// late for that, and must begin anew.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchResponse], error)
 	// Logs sends a microVM's boot log or another of its files, then follows it if asked.
 	Logs(ctx context.Context, in *LogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LogsResponse], error)
@@ -91,6 +109,56 @@ func (c *hostClient) Stop(ctx context.Context, in *StopRequest, opts ...grpc.Cal
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(StopResponse)
 	err := c.cc.Invoke(ctx, Host_Stop_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostClient) Restart(ctx context.Context, in *RestartRequest, opts ...grpc.CallOption) (*RestartResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RestartResponse)
+	err := c.cc.Invoke(ctx, Host_Restart_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostClient) Pause(ctx context.Context, in *PauseRequest, opts ...grpc.CallOption) (*PauseResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PauseResponse)
+	err := c.cc.Invoke(ctx, Host_Pause_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostClient) Resume(ctx context.Context, in *ResumeRequest, opts ...grpc.CallOption) (*ResumeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ResumeResponse)
+	err := c.cc.Invoke(ctx, Host_Resume_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostClient) Update(ctx context.Context, in *UpdateRequest, opts ...grpc.CallOption) (*UpdateResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UpdateResponse)
+	err := c.cc.Invoke(ctx, Host_Update_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hostClient) List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListResponse)
+	err := c.cc.Invoke(ctx, Host_List_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -231,11 +299,24 @@ type HostServer interface {
 	// Stop asks the guest to shut down, insists after the timeout, and keeps the
 	// microVM stopped until Start. It answers when the VMM is gone.
 	Stop(context.Context, *StopRequest) (*StopResponse, error)
+	// Restart is a Stop, and a Start as soon as the VMM is gone, also if the daemon ends
+	// in between. It answers when the microVM runs again.
+	Restart(context.Context, *RestartRequest) (*RestartResponse, error)
+	// Pause has the CPUs of a running microVM stand still, until Resume or until it ends.
+	Pause(context.Context, *PauseRequest) (*PauseResponse, error)
+	Resume(context.Context, *ResumeRequest) (*ResumeResponse, error)
+	// Update changes labels and metadata, of which the guest is told when it asks next.
+	Update(context.Context, *UpdateRequest) (*UpdateResponse, error)
+	// List returns microVMs, oldest first, a page at a time.
+	List(context.Context, *ListRequest) (*ListResponse, error)
 	// Resize makes a volume larger, never smaller: of a stopped microVM at once, of
 	// one that runs at its next start.
 	Resize(context.Context, *ResizeRequest) (*ResizeResponse, error)
-	// Watch sends the microVM as it is now and again after each change, until the
-	// client ends it or the microVM is gone (NotFound).
+	// Watch sends each microVM that is asked for as it is now, and then each change, in
+	// order and without a gap, until the client ends it. A watch of one uid ends with
+	// NotFound once that is gone. With the cursor of the last answer another watch goes on
+	// where the first one ended, also of another daemon; OutOfRange means that it comes too
+	// late for that, and must begin anew.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error
 	// Logs sends a microVM's boot log or another of its files, then follows it if asked.
 	Logs(*LogsRequest, grpc.ServerStreamingServer[LogsResponse]) error
@@ -267,6 +348,21 @@ func (UnimplementedHostServer) Start(context.Context, *StartRequest) (*StartResp
 }
 func (UnimplementedHostServer) Stop(context.Context, *StopRequest) (*StopResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Stop not implemented")
+}
+func (UnimplementedHostServer) Restart(context.Context, *RestartRequest) (*RestartResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Restart not implemented")
+}
+func (UnimplementedHostServer) Pause(context.Context, *PauseRequest) (*PauseResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Pause not implemented")
+}
+func (UnimplementedHostServer) Resume(context.Context, *ResumeRequest) (*ResumeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Resume not implemented")
+}
+func (UnimplementedHostServer) Update(context.Context, *UpdateRequest) (*UpdateResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Update not implemented")
+}
+func (UnimplementedHostServer) List(context.Context, *ListRequest) (*ListResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method List not implemented")
 }
 func (UnimplementedHostServer) Resize(context.Context, *ResizeRequest) (*ResizeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Resize not implemented")
@@ -348,6 +444,96 @@ func _Host_Stop_Handler(srv interface{}, ctx context.Context, dec func(interface
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(HostServer).Stop(ctx, req.(*StopRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Host_Restart_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RestartRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).Restart(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_Restart_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).Restart(ctx, req.(*RestartRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Host_Pause_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PauseRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).Pause(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_Pause_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).Pause(ctx, req.(*PauseRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Host_Resume_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ResumeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).Resume(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_Resume_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).Resume(ctx, req.(*ResumeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Host_Update_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UpdateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).Update(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_Update_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).Update(ctx, req.(*UpdateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Host_List_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HostServer).List(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Host_List_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HostServer).List(ctx, req.(*ListRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -485,6 +671,26 @@ var Host_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Stop",
 			Handler:    _Host_Stop_Handler,
+		},
+		{
+			MethodName: "Restart",
+			Handler:    _Host_Restart_Handler,
+		},
+		{
+			MethodName: "Pause",
+			Handler:    _Host_Pause_Handler,
+		},
+		{
+			MethodName: "Resume",
+			Handler:    _Host_Resume_Handler,
+		},
+		{
+			MethodName: "Update",
+			Handler:    _Host_Update_Handler,
+		},
+		{
+			MethodName: "List",
+			Handler:    _Host_List_Handler,
 		},
 		{
 			MethodName: "Resize",

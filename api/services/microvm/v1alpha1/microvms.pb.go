@@ -27,9 +27,12 @@ const (
 )
 
 type CreateMicroVMRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Microvm       *types.MicroVMSpec     `protobuf:"bytes,1,opt,name=microvm,proto3" json:"microvm,omitempty"`
-	Metadata      map[string]*anypb.Any  `protobuf:"bytes,2,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // accepted, not used
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Microvm  *types.MicroVMSpec     `protobuf:"bytes,1,opt,name=microvm,proto3" json:"microvm,omitempty"`
+	Metadata map[string]*anypb.Any  `protobuf:"bytes,2,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // accepted, not used
+	// What the client calls this request, up to 128 characters. Asked again with the same
+	// key, while the microVM is there, no other one is made.
+	RequestKey    string `protobuf:"bytes,1000,opt,name=request_key,json=requestKey,proto3" json:"request_key,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -76,6 +79,13 @@ func (x *CreateMicroVMRequest) GetMetadata() map[string]*anypb.Any {
 		return x.Metadata
 	}
 	return nil
+}
+
+func (x *CreateMicroVMRequest) GetRequestKey() string {
+	if x != nil {
+		return x.RequestKey
+	}
+	return ""
 }
 
 type CreateMicroVMResponse struct {
@@ -398,10 +408,12 @@ var File_services_microvm_v1alpha1_microvms_proto protoreflect.FileDescriptor
 
 const file_services_microvm_v1alpha1_microvms_proto_rawDesc = "" +
 	"\n" +
-	"(services/microvm/v1alpha1/microvms.proto\x12\x1dmicrovm.services.api.v1alpha1\x1a\x19google/protobuf/any.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x13types/microvm.proto\"\x80\x02\n" +
+	"(services/microvm/v1alpha1/microvms.proto\x12\x1dmicrovm.services.api.v1alpha1\x1a\x19google/protobuf/any.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x13types/microvm.proto\"\xa2\x02\n" +
 	"\x14CreateMicroVMRequest\x126\n" +
 	"\amicrovm\x18\x01 \x01(\v2\x1c.flintlock.types.MicroVMSpecR\amicrovm\x12]\n" +
-	"\bmetadata\x18\x02 \x03(\v2A.microvm.services.api.v1alpha1.CreateMicroVMRequest.MetadataEntryR\bmetadata\x1aQ\n" +
+	"\bmetadata\x18\x02 \x03(\v2A.microvm.services.api.v1alpha1.CreateMicroVMRequest.MetadataEntryR\bmetadata\x12 \n" +
+	"\vrequest_key\x18\xe8\a \x01(\tR\n" +
+	"requestKey\x1aQ\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12*\n" +
 	"\x05value\x18\x02 \x01(\v2\x14.google.protobuf.AnyR\x05value:\x028\x01\"K\n" +

@@ -1,0 +1,158 @@
+package host
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"ingot/internal/vm"
+)
+
+// digest is of a spec as it was recorded, but for when.
+func digest(s vm.Spec) string {
+	s.CreatedAt = time.Time{}
+	b, err := json.Marshal(s)
+	if err != nil {
+		panic(err) // our own type, all of which can be marshalled
+	}
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:16])
+}
+
+// Restart shuts a microVM down as Stop does, and starts it again. It returns when
+// that runs.
+func (h *Host) Restart(ctx context.Context, uid string, timeout time.Duration) (View, error) {
+	v, err := h.find(uid)
+	if err != nil {
+		return View{}, err
+	}
+	asked, by := time.Now(), time.Now().Add(timeout)
+	if err := v.want(func(r *record) error {
+		err := r.stop(true)
+		r.StopBy, r.Again = by, true
+		return err
+	}); err != nil {
+		return View{}, err
+	}
+	return v.await(ctx, func(s vm.Status) bool { return s.Phase == vm.Running && s.StartedAt.After(asked) })
+}
+
+// Pause has a running microVM's CPUs stand still, until Resume. Of one that ends
+// meanwhile, also by the end of the machine, nothing is paused any more.
+func (h *Host) Pause(ctx context.Context, uid string) (View, error) {
+	return h.setPaused(ctx, uid, true, vm.Paused)
+}
+
+// Resume has them go on.
+func (h *Host) Resume(ctx context.Context, uid string) (View, error) {
+	return h.setPaused(ctx, uid, false, vm.Running)
+}
+
+func (h *Host) setPaused(ctx context.Context, uid string, paused bool, then vm.Phase) (View, error) {
+	v, err := h.find(uid)
+	if err != nil {
+		return View{}, err
+	}
+	w := v.view()
+	if p := w.Status.Phase; p != vm.Running && p != vm.Paused {
+		return View{}, fmt.Errorf("microvm %s does not run (state: %s): %w", w.Spec.Name, p, errdefs.ErrFailedPrecondition)
+	}
+	if err := v.want(func(r *record) error {
+		if r.Deleting || r.Stopped {
+			return fmt.Errorf("microvm %s is being stopped: %w", r.Spec.Name, errdefs.ErrFailedPrecondition)
+		}
+		r.Paused = paused
+		return nil
+	}); err != nil {
+		return View{}, err
+	}
+	return v.await(ctx, func(s vm.Status) bool { return s.Phase == then })
+}
+
+// await waits until a microVM is as it should be.
+func (v *instance) await(ctx context.Context, so func(vm.Status) bool) (View, error) {
+	views, cancel := v.subscribe()
+	defer cancel()
+	for {
+		select {
+		case w, there := <-views:
+			switch {
+			case !there:
+				return View{}, fmt.Errorf("microvm spec %s not found%w", v.spec.UID, silent{errdefs.ErrNotFound})
+			case so(w.Status):
+				return w, nil
+			case w.Status.Phase == vm.Deleting, w.Status.Phase == vm.Failed, w.Status.Phase == vm.Stopped && v.stays():
+				return View{}, fmt.Errorf("microvm %s is %s: %s: %w", w.Spec.Name, w.Status.Phase, w.Status.Reason, errdefs.ErrFailedPrecondition)
+			}
+		case <-ctx.Done():
+			return View{}, context.Cause(ctx)
+		}
+	}
+}
+
+// stays says whether it is wanted that it does not run, and not that it does again.
+func (v *instance) stays() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.record.Stopped && !v.record.Again
+}
+
+// pause stops the CPUs, or has them go on.
+func (v *instance) pause(ctx context.Context, paused bool) {
+	ctx, cancel := context.WithTimeout(ctx, askTime)
+	defer cancel()
+	do, phase := v.machine.Resume, vm.Running
+	if paused {
+		do, phase = v.machine.Pause, vm.Paused
+	}
+	if err := do(ctx); err != nil {
+		v.log.Error("pause or resume", "err", err)
+		v.set(func(s *vm.Status) { s.Reason, s.RetryAt = err.Error(), time.Now().Add(firstDelay) })
+		return
+	}
+	v.set(func(s *vm.Status) { s.Phase, s.Reason, s.RetryAt = phase, "", time.Time{} })
+}
+
+// Update changes what a microVM is called by and what it is told: its labels and its
+// metadata, which the guest finds changed when it asks next.
+func (h *Host) Update(uid string, change func(labels, metadata map[string]string)) (View, error) {
+	v, err := h.find(uid)
+	if err != nil {
+		return View{}, err
+	}
+	var was map[string]string
+	if err := v.change(func(r *record) error {
+		if r.Deleting {
+			return fmt.Errorf("microvm %s is being deleted: %w", r.Spec.Name, errdefs.ErrFailedPrecondition)
+		}
+		was = clone(r.Spec.Labels)
+		labels, metadata := clone(r.Spec.Labels), clone(r.Spec.Metadata)
+		change(labels, metadata)
+		r.Spec.Labels, r.Spec.Metadata = labels, metadata
+		return r.Spec.Validate()
+	}); err != nil {
+		return View{}, err
+	}
+	v.retell.Store(true)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.tell()
+	w := v.viewLocked()
+	h.events.relabel(Changed, w, was)
+	v.poke()
+	return w, nil
+}
+
+func clone(m map[string]string) map[string]string {
+	c := maps.Clone(m)
+	if c == nil {
+		c = map[string]string{}
+	}
+	return c
+}

@@ -1,0 +1,394 @@
+package host
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/containerd/errdefs"
+
+	"ingot/internal/vm"
+)
+
+// EventKind says what has happened to a microVM.
+type EventKind string
+
+// The kinds of event.
+const (
+	Created EventKind = "created"
+	Changed EventKind = "changed"
+	Deleted EventKind = "deleted"
+)
+
+// Event is a change of a microVM.
+type Event struct {
+	Cursor string // with which Events goes on after it, also in the next daemon
+	Kind   EventKind
+	// Was are the labels before, if the change was one of labels.
+	Was map[string]string
+	// View is the microVM as the change has made it. Of one that is gone the spec has
+	// no more than its names and labels.
+	View View
+}
+
+// entry is an event in the journal. Not what only the guest may know is in it: the
+// spec's metadata.
+type entry struct {
+	Seq       uint64            `json:"seq"`
+	Kind      EventKind         `json:"kind"`
+	UID       string            `json:"uid"`
+	Namespace string            `json:"namespace"`
+	Name      string            `json:"name"`
+	Labels    map[string]string `json:"labels,omitempty"`
+	Was       map[string]string `json:"was,omitempty"`
+	Status    vm.Status         `json:"status"`
+}
+
+// journal keeps what has happened, in a file, so that who watches misses nothing when
+// the daemon is killed: an event is told only once it is written. A power failure may
+// take the last ones with it; what is so then is told anew. It is bounded: who comes
+// too late has to look at all microVMs again.
+type journal struct {
+	dir string
+	log *slog.Logger
+
+	mu      sync.Mutex // guards what follows; nothing is written under it
+	id      string     // of the journal: cursors of another one mean nothing
+	seq     uint64     // the newest event's
+	written uint64     // the newest one's that is in the file
+	pending []entry
+	recent  []entry       // the last that were written
+	more    chan struct{} // closed when there are more of them
+	wake    chan struct{}
+
+	// The writer's.
+	file *os.File
+	size int64
+}
+
+const (
+	journalName = "events.log"
+	// journalSize is what a journal's file may have; the one before it is kept.
+	journalSize = 8 << 20
+	// recentEvents are those that are told without reading the file.
+	recentEvents = 512
+)
+
+// journalHead is the first line of a journal's file.
+type journalHead struct {
+	Journal string `json:"journal"`
+}
+
+func newJournal(dir string, log *slog.Logger) *journal {
+	return &journal{dir: dir, log: log, more: make(chan struct{}), wake: make(chan struct{}, 1)}
+}
+
+func (j *journal) paths() [2]string {
+	path := filepath.Join(j.dir, journalName)
+	return [2]string{path + ".1", path}
+}
+
+// open reads what is there, and returns the last event of each microVM that is not
+// gone.
+func (j *journal) open() (map[string]entry, error) {
+	last := map[string]entry{}
+	for _, path := range j.paths() {
+		id, good, err := readJournal(path, func(e entry) {
+			j.seq = e.Seq
+			last[e.UID] = e
+			if e.Kind == Deleted {
+				delete(last, e.UID)
+			}
+		})
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		if path == j.paths()[1] {
+			if err := os.Truncate(path, good); err != nil { // the last line may be torn
+				return nil, err
+			}
+		}
+		j.id = id
+	}
+	j.written = j.seq
+	if j.id == "" {
+		j.id = strings.ToLower(rand.Text()[:12])
+	}
+	return last, j.append()
+}
+
+// append opens the file to write on.
+func (j *journal) append() error {
+	if err := os.MkdirAll(j.dir, 0o700); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(j.paths()[1], os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	j.file = f
+	if j.size, err = f.Seek(0, io.SeekEnd); err != nil || j.size > 0 {
+		return err
+	}
+	b, err := json.Marshal(journalHead{j.id})
+	if err != nil {
+		return err
+	}
+	n, err := f.Write(append(b, '\n'))
+	j.size += int64(n)
+	return err
+}
+
+// readJournal reads a journal's file, as far as its lines are whole.
+func readJournal(path string, each func(entry)) (id string, good int64, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", 0, err
+	}
+	defer f.Close()
+	lines := bufio.NewReader(f)
+	for {
+		line, err := lines.ReadBytes('\n')
+		if errors.Is(err, io.EOF) {
+			return id, good, nil
+		}
+		if err != nil {
+			return id, good, err
+		}
+		if good == 0 {
+			var head journalHead
+			if json.Unmarshal(line, &head) != nil || head.Journal == "" {
+				return "", 0, nil // nothing of it is known
+			}
+			id = head.Journal
+		} else {
+			var e entry
+			if json.Unmarshal(line, &e) != nil {
+				return id, good, nil
+			}
+			each(e)
+		}
+		good += int64(len(line))
+	}
+}
+
+// add notes what has happened to a microVM.
+func (j *journal) add(kind EventKind, v View) { j.relabel(kind, v, nil) }
+
+// relabel notes a change of its labels, which were others before.
+func (j *journal) relabel(kind EventKind, v View, was map[string]string) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.seq++
+	j.pending = append(j.pending, entry{
+		Seq: j.seq, Kind: kind, UID: v.Spec.UID, Namespace: v.Spec.Namespace, Name: v.Spec.Name, Labels: v.Spec.Labels, Was: was, Status: v.Status,
+	})
+	select {
+	case j.wake <- struct{}{}:
+	default:
+	}
+}
+
+// run writes what is noted until ctx ends and all is written.
+func (j *journal) run(ctx context.Context) {
+	defer j.file.Close()
+	for ended := false; ; {
+		j.mu.Lock()
+		batch := j.pending
+		j.pending = nil
+		j.mu.Unlock()
+		switch {
+		case len(batch) > 0:
+			if err := j.write(batch); err != nil {
+				j.log.Error("the journal of events is not kept any more: who watches may miss some", "err", err)
+			}
+			j.tell(batch)
+		case ended:
+			return
+		default:
+			select {
+			case <-j.wake:
+			case <-ctx.Done():
+				ended = true
+			}
+		}
+	}
+}
+
+func (j *journal) write(batch []entry) error {
+	var text bytes.Buffer
+	for _, e := range batch {
+		b, err := json.Marshal(e)
+		if err != nil {
+			return err
+		}
+		text.Write(append(b, '\n'))
+	}
+	if j.size > journalSize {
+		paths := j.paths()
+		if err := errors.Join(j.file.Close(), os.Rename(paths[1], paths[0]), j.append()); err != nil {
+			return err
+		}
+	}
+	n, err := j.file.Write(text.Bytes())
+	j.size += int64(n)
+	return err
+}
+
+// tell shows what is written.
+func (j *journal) tell(batch []entry) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.written = batch[len(batch)-1].Seq
+	j.recent = append(j.recent, batch...)
+	if extra := len(j.recent) - recentEvents; extra > recentEvents {
+		j.recent = append([]entry(nil), j.recent[extra:]...)
+	}
+	close(j.more)
+	j.more = make(chan struct{})
+}
+
+// now is the cursor of the newest event.
+func (j *journal) now() string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return cursor(j.id, j.seq)
+}
+
+func cursor(id string, seq uint64) string { return id + "-" + strconv.FormatUint(seq, 10) }
+
+// at reads a cursor.
+func (j *journal) at(text string) (uint64, error) {
+	id, number, _ := strings.Cut(text, "-")
+	seq, err := strconv.ParseUint(number, 10, 64)
+	if err != nil {
+		return 0, &vm.FieldError{Field: "resume", Problem: fmt.Sprintf("%q is no cursor of a watch", text)}
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if id != j.id || seq > j.seq {
+		return 0, errMissed
+	}
+	return seq, nil
+}
+
+var errMissed = fmt.Errorf("the events after this cursor are not kept any more: watch anew, without one: %w", errdefs.ErrOutOfRange)
+
+// after waits for events after seq, and returns them.
+func (j *journal) after(ctx context.Context, seq uint64) ([]entry, error) {
+	for {
+		j.mu.Lock()
+		more, recent, written := j.more, j.recent, j.written
+		j.mu.Unlock()
+		switch {
+		case len(recent) > 0 && recent[0].Seq <= seq+1:
+			if n := int(seq + 1 - recent[0].Seq); n < len(recent) {
+				return recent[n:], nil
+			}
+		case seq < written:
+			return j.old(seq)
+		}
+		select {
+		case <-more:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// old reads events after seq from the files.
+func (j *journal) old(seq uint64) ([]entry, error) {
+	var found []entry
+	for _, path := range j.paths() {
+		_, _, err := readJournal(path, func(e entry) {
+			if e.Seq > seq && (len(found) == 0 || e.Seq == found[len(found)-1].Seq+1) {
+				found = append(found, e)
+			}
+		})
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("read the journal of events: %w", err)
+		}
+	}
+	if len(found) == 0 || found[0].Seq != seq+1 {
+		return nil, errMissed
+	}
+	return found, nil
+}
+
+// Now is a cursor: Events goes on from it with what happens next.
+func (h *Host) Now() string { return h.events.now() }
+
+// Events sends what has happened after a cursor, and what happens, until ctx ends or
+// send fails. Each change is sent, however slow send is. errdefs.ErrOutOfRange means that
+// they are not kept any more from there on.
+func (h *Host) Events(ctx context.Context, since string, send func(Event) error) error {
+	seq, err := h.events.at(since)
+	if err != nil {
+		return err
+	}
+	for {
+		batch, err := h.events.after(ctx, seq)
+		if err != nil {
+			return err
+		}
+		for _, e := range batch {
+			if err := send(h.event(e)); err != nil {
+				return err
+			}
+			seq = e.Seq
+		}
+	}
+}
+
+// event completes what the journal has.
+func (h *Host) event(e entry) Event {
+	s := vm.Spec{UID: e.UID, Namespace: e.Namespace, Name: e.Name, Labels: e.Labels}
+	v := View{Spec: s, Status: e.Status, Dir: place(h.root(), s)}
+	if i, err := h.find(e.UID); err == nil {
+		v.Spec = i.view().Spec
+		v.Spec.Labels = e.Labels
+	}
+	return Event{Cursor: cursor(h.events.id, e.Seq), Kind: e.Kind, Was: e.Was, View: v}
+}
+
+// catchUp notes what has happened without a word in the journal: the daemon before was
+// killed, or had none.
+func (h *Host) catchUp(last map[string]entry) {
+	for _, v := range h.all() {
+		w := v.view()
+		e, known := last[w.Spec.UID]
+		delete(last, w.Spec.UID)
+		switch {
+		case !known:
+			h.events.add(Created, w)
+		case !reflect.DeepEqual(notable(e.Status), notable(w.Status)) || !maps.Equal(e.Labels, w.Spec.Labels):
+			h.events.add(Changed, w)
+		}
+	}
+	for _, e := range last {
+		h.events.add(Deleted, View{Spec: vm.Spec{UID: e.UID, Namespace: e.Namespace, Name: e.Name, Labels: e.Labels}, Status: e.Status})
+	}
+}
+
+// notable is what of a status is an event when it changes: all but how far a step is.
+func notable(s vm.Status) vm.Status {
+	s.Version = 0
+	s.Step, _, _ = strings.Cut(s.Step, " ")
+	return s
+}
