@@ -14,20 +14,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/distribution/distribution/v3/configuration"
 	"github.com/distribution/distribution/v3/registry/handlers"
-	"github.com/distribution/distribution/v3/registry/storage"
-	"github.com/distribution/distribution/v3/registry/storage/driver/filesystem" // by its name, the handlers find it too
 	"github.com/sirupsen/logrus"
 
 	"ingot/internal/run"
@@ -84,8 +79,12 @@ func (s *Server) Run(ctx context.Context) error {
 	if _, err := s.certificate(nil); err != nil {
 		return fmt.Errorf("serve registry: %w", err)
 	}
-	if err := s.collect(ctx); err != nil {
-		s.c.Log.Warn("collect what deleted images have left", "err", err)
+	// distribution reports every question for a blob that is not there as an error, which
+	// each push begins with, to the one global logrus. What matters to an
+	// operator comes from answer.
+	logrus.SetLevel(logrus.FatalLevel)
+	if err := s.clean(ctx); err != nil {
+		s.c.Log.Warn("remove what deleted images and a killed registry have left", "err", err)
 	}
 	listener, err := run.Listen(ctx, net.ListenConfig{}, "tcp", s.c.Listen)
 	if err != nil {
@@ -119,22 +118,6 @@ func (s *Server) Run(ctx context.Context) error {
 		return fmt.Errorf("serve registry: %w", err)
 	}
 	return nil
-}
-
-// collect deletes the parts of images that were deleted. What was pushed and has
-// no name any more stays: somebody may mean it by its digest. It must not run
-// beside a push, so it does before there can be one.
-func (s *Server) collect(ctx context.Context) error {
-	_, err := os.Stat(filepath.Join(s.c.Dir, "docker/registry/v2/repositories"))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil // nothing was ever pushed
-	}
-	driver := filesystem.New(filesystem.DriverParameters{RootDirectory: s.c.Dir, MaxThreads: 25})
-	images, err := storage.NewRegistry(ctx, driver, storage.EnableDelete)
-	if err != nil {
-		return err
-	}
-	return storage.MarkAndSweep(ctx, driver, images, storage.GCOpts{Quiet: true})
 }
 
 func (s *Server) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
@@ -241,10 +224,6 @@ func equal(a, b string) int {
 
 // distribution is the configuration of distribution's handlers.
 func (s *Server) distribution() *configuration.Configuration {
-	// It reports every question for a blob that is not there as an error, which
-	// each push begins with, to the one global logrus. What matters to an
-	// operator comes from answer.
-	logrus.SetLevel(logrus.FatalLevel)
 	secret := make([]byte, 32)
 	rand.Read(secret)
 	c := &configuration.Configuration{

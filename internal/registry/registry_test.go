@@ -25,7 +25,6 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/types"
-	"github.com/google/go-containerregistry/pkg/v1/validate"
 )
 
 var owner = &authn.Basic{Username: "ingot", Password: "secret"}
@@ -115,62 +114,6 @@ func TestPushPullDelete(t *testing.T) {
 	}
 	if _, err := remote.Head(from, remote.WithTransport(transport)); err == nil {
 		t.Error("the image is there after it was deleted")
-	}
-}
-
-// What deleted images have left goes at the next start, and nothing else.
-func TestCollect(t *testing.T) {
-	dir := t.TempDir()
-	blobs := func() int {
-		found, err := filepath.Glob(filepath.Join(dir, "docker/registry/v2/blobs/sha256/*/*/data"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return len(found)
-	}
-	s, err := New(Config{Dir: dir, Listen: "x", CertFile: "x", KeyFile: "x"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := s.collect(t.Context()); err != nil {
-		t.Errorf("nothing was pushed: %v", err)
-	}
-	_, address, transport := start(t, dir)
-	for _, ref := range []string{"kept:latest", "kept:latest", "gone:latest"} { // the first loses its name
-		if err := push(address, ref, transport, owner); err != nil {
-			t.Fatal(err)
-		}
-	}
-	gone, err := name.ParseReference(address + "/gone:latest")
-	if err != nil {
-		t.Fatal(err)
-	}
-	d, err := remote.Head(gone, remote.WithTransport(transport))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := remote.Delete(gone.Context().Digest(d.Digest.String()), remote.WithTransport(transport), remote.WithAuth(owner)); err != nil {
-		t.Fatal(err)
-	}
-	if n := blobs(); n < 12 { // three images of four parts; the manifest of one may be gone
-		t.Fatalf("%d blobs before", n)
-	}
-	if err := s.collect(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if n := blobs(); n != 8 {
-		t.Errorf("%d blobs after, want 8", n)
-	}
-	kept, err := name.ParseReference(address + "/kept:latest")
-	if err != nil {
-		t.Fatal(err)
-	}
-	img, err := remote.Image(kept, remote.WithTransport(transport))
-	if err == nil {
-		err = validate.Image(img)
-	}
-	if err != nil {
-		t.Error(err)
 	}
 }
 
