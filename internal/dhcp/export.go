@@ -20,7 +20,12 @@ func (s *Server) export() error {
 		if path == "" {
 			continue
 		}
-		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		// Nobody reads a part of it, also if this process is killed.
+		err := os.WriteFile(path+".new", []byte(text), 0o644)
+		if err == nil {
+			err = os.Rename(path+".new", path)
+		}
+		if err != nil {
 			return fmt.Errorf("write %s: %w", path, err)
 		}
 	}

@@ -80,3 +80,41 @@ func TestDhcpdTakesOurExport(t *testing.T) {
 		t.Errorf("%v\n%s\n%s", err, out, exportConfig(c))
 	}
 }
+
+// Whoever reads an export while it is written again sees all of it.
+func TestExportsAreReplacedAtOnce(t *testing.T) {
+	c := config(t)
+	s, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.export(); err != nil {
+		t.Fatal(err)
+	}
+	exported := make(chan error, 1)
+	go func() {
+		for range 2000 {
+			if err := s.export(); err != nil {
+				exported <- err
+				return
+			}
+		}
+		exported <- nil
+	}()
+	for {
+		select {
+		case err := <-exported:
+			if err != nil {
+				t.Error(err)
+			}
+			if left, err := filepath.Glob(c.ConfigFile + "?*"); err != nil || len(left) > 0 {
+				t.Errorf("left behind: %v, %v", left, err)
+			}
+			return
+		default:
+			if got := read(t, c.ConfigFile); got != page {
+				t.Fatalf("got %q", got)
+			}
+		}
+	}
+}

@@ -94,6 +94,10 @@ func openJournal(path string, clean bool, content func(io.Writer) error) (*journ
 		return nil, fmt.Errorf("open lease log: %w", err)
 	}
 	if clean {
+		// Of a compaction that was killed.
+		if err := os.Remove(path + ".new"); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("open lease log: %w", err)
+		}
 		f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND, 0o644)
 		if err != nil {
 			return nil, fmt.Errorf("open lease log: %w", err)

@@ -220,3 +220,24 @@ func TestReservationMoves(t *testing.T) {
 		t.Errorf("on disk: %+v, %v", b.reserved, err)
 	}
 }
+
+// What a compaction that was killed has left goes, though the log needs none.
+func TestOpenJournalRemovesHalfALog(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "dhcpd.leases")
+	for file, text := range map[string]string{path: header, path + ".new": header + "lease 192."} {
+		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	j, err := openJournal(path, true, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.file.Close()
+	if _, err := os.Stat(path + ".new"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("half a log is there: %v", err)
+	}
+	if got := read(t, path); got != header {
+		t.Errorf("the log is %q", got)
+	}
+}
