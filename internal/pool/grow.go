@@ -15,25 +15,23 @@ import (
 	"ingot/internal/vm"
 )
 
-// Grow makes a volume's file and the ext4 in it at least as large as size. It
-// never shrinks: a smaller size is a lower bound that is already met. A volume
-// that has its size is not touched, so that one in use is safe.
+// Grow makes a volume's file and the ext4 in it at least as large as size, while
+// nobody has it mounted. It never shrinks: a smaller size is a lower bound that is
+// already met. A volume that has its size is not touched, so that one in use is
+// safe. What is no ext4 is its guest's own to grow.
 func Grow(ctx context.Context, path string, size vm.MiB) error {
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
+	if _, err := extend(f, size); err != nil {
 		return err
 	}
-	if info.Size() < size.Bytes() {
-		if err := f.Truncate(size.Bytes()); err != nil {
-			return err
-		}
-	}
 	has, err := Ext4Size(f)
+	if errdefs.IsFailedPrecondition(err) {
+		return nil
+	}
 	if err != nil || has >= size.Bytes() {
 		return err
 	}
@@ -55,6 +53,32 @@ func Grow(ctx context.Context, path string, size vm.MiB) error {
 		}
 	}
 	return repair(ctx, f, 0, "resize2fs", "-f") // -f: when it was last checked does not matter
+}
+
+// Extend makes a volume's file at least as large as size, and returns how large it
+// is then. The file system in it stays as it is, so that it may be in use.
+func Extend(path string, size vm.MiB) (bytes int64, err error) {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	return extend(f, size)
+}
+
+func extend(f *os.File, size vm.MiB) (bytes int64, err error) {
+	info, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	if info.Size() >= size.Bytes() {
+		return info.Size(), nil
+	}
+	if err := f.Truncate(size.Bytes()); err != nil { // sparse: it takes no room yet
+		return 0, err
+	}
+	// What a guest writes into the new part is worth nothing without the size.
+	return size.Bytes(), f.Sync()
 }
 
 const nobody = 65534
