@@ -24,6 +24,7 @@ const (
 	Agent    Feature = "agent"
 	Pause    Feature = "pause"
 	Snapshot Feature = "snapshot"
+	Grow     Feature = "grow"
 )
 
 // Driver starts microVMs with one kind of hypervisor.
@@ -161,6 +162,11 @@ type Machine interface {
 	// Pause and Resume stop and continue the guest's CPUs.
 	Pause(ctx context.Context) error
 	Resume(ctx context.Context) error
+	// Grow has the guest see at once that a disk, by its place in Config.Disks, has
+	// become so many bytes large. The caller has made its file so large before. Less
+	// than the guest has is an errdefs.ErrInvalidArgument and changes nothing; a
+	// driver without the feature answers errdefs.ErrNotImplemented.
+	Grow(ctx context.Context, disk int, size int64) error
 	// Metrics says what the hypervisor uses. The answer is also appended to the
 	// metrics file in the state directory, a JSON object a line; so is the end.
 	Metrics(ctx context.Context) (Metrics, error)

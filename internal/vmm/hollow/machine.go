@@ -3,13 +3,18 @@ package main
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"ingot/internal/agent"
 )
@@ -77,8 +82,12 @@ func (m *machine) monitor(conn net.Conn) {
 	fmt.Fprintln(conn, greeting)
 	for lines := bufio.NewScanner(conn); lines.Scan(); {
 		var c struct {
-			Execute string          `json:"execute"`
-			ID      json.RawMessage `json:"id"`
+			Execute   string          `json:"execute"`
+			ID        json.RawMessage `json:"id"`
+			Arguments struct {
+				Node string `json:"node-name"`
+				Size int64  `json:"size"`
+			} `json:"arguments"`
 		}
 		if err := json.Unmarshal(lines.Bytes(), &c); err != nil {
 			fmt.Fprintln(conn, `{"error": {"class": "GenericError", "desc": "JSON parse error"}}`)
@@ -90,6 +99,12 @@ func (m *machine) monitor(conn net.Conn) {
 		case "query-status":
 			status := map[bool]string{false: "running", true: "paused"}[m.isPaused()]
 			result = fmt.Sprintf(`"return": {"running": %t, "status": %q}`, status == "running", status)
+		case "query-named-block-nodes":
+			result = `"return": ` + m.listNodes()
+		case "block_resize":
+			if err := m.resize(c.Arguments.Node, c.Arguments.Size); err != nil {
+				result = fmt.Sprintf(`"error": {"class": "GenericError", "desc": %q}`, err)
+			}
 		case "stop":
 			m.pause(true)
 		case "cont":
@@ -107,6 +122,56 @@ func (m *machine) monitor(conn net.Conn) {
 			m.end("host-qmp-quit")
 		}
 	}
+}
+
+func (m *machine) listNodes() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	list := []any{}
+	for _, n := range m.nodes {
+		list = append(list, map[string]any{"node-name": n.name, "image": map[string]any{"virtual-size": n.size}})
+	}
+	b, _ := json.Marshal(list) // of strings and numbers
+	return string(b)
+}
+
+// resize sets the size of a disk, and of its file, as QEMU does.
+func (m *machine) resize(name string, size int64) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	i := slices.IndexFunc(m.nodes, func(n node) bool { return n.name == name })
+	switch {
+	case i < 0:
+		return fmt.Errorf("no node %s", name)
+	case m.rigid:
+		return errors.New("disks do not grow here")
+	}
+	if err := unix.Ftruncate(m.nodes[i].fd, size); err != nil {
+		return err
+	}
+	m.nodes[i].size = size
+	return nil
+}
+
+// mark writes a word where the guest sees a disk end.
+func (m *machine) mark(serial, word string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	i := slices.Index(m.disks, serial)
+	if i < 0 {
+		return fmt.Errorf("no disk %s", serial)
+	}
+	_, err := unix.Pwrite(m.nodes[i].fd, []byte(word), m.nodes[i].size-int64(len(word)))
+	return err
+}
+
+func (m *machine) sizes() (list []string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, n := range m.nodes {
+		list = append(list, strconv.FormatInt(n.size, 10))
+	}
+	return list
 }
 
 func (m *machine) isPaused() bool {
@@ -160,6 +225,11 @@ func (m *machine) do(line string) {
 	case "list":
 		m.print("disks " + strings.Join(m.disks, " "))
 		m.print("nics " + strings.Join(m.nics, " "))
+	case "sizes":
+		m.print("sizes " + strings.Join(m.sizes(), " "))
+	case "mark":
+		serial, word, _ := strings.Cut(rest, " ")
+		m.print(fmt.Sprint("marked ", m.mark(serial, word)))
 	case "poweroff":
 		m.end("guest-shutdown")
 	case "reboot":

@@ -2,7 +2,7 @@
 // line and speaks its machine protocol as the QEMU driver uses them, and plays
 // the guest itself. It stands in where a thousand microVMs are wanted, or one
 // that starts in milliseconds, and passes the suite of package vmmtest. It emulates no CPU,
-// opens no disk and sends no packet.
+// reads no disk and sends no packet.
 package main
 
 import (
@@ -35,16 +35,26 @@ type options struct {
 	qmp, console, agent int      // listening sockets; 0: none
 	log                 *os.File // what the console shows
 	echo                bool
-	deaf                bool          // the guest does not shut down when it is asked to
-	delay               time.Duration // until the monitor answers
-	slow                time.Duration // until the guest has shut down
-	reboot              time.Duration // after which the guest restarts; 0: it does not
-	disks, nics         []string      // serial numbers, MAC addresses
+	deaf                bool           // the guest does not shut down when it is asked to
+	rigid               bool           // disks do not grow while it runs
+	delay               time.Duration  // until the monitor answers
+	slow                time.Duration  // until the guest has shut down
+	reboot              time.Duration  // after which the guest restarts; 0: it does not
+	disks, nics         []string       // serial numbers, MAC addresses
+	sets                map[string]int // descriptors of files, by the number of their set
+	nodes               []node         // the disks again
+}
+
+// node is a disk as the monitor speaks of it.
+type node struct {
+	name string
+	fd   int
+	size int64 // as the guest sees it
 }
 
 // parse reads the command line, and refuses what QEMU would.
 func parse(args []string) (*machine, error) {
-	m := &machine{}
+	m := &machine{options: options{sets: map[string]int{}}}
 	var problems []error
 	for i := 0; i+1 < len(args); i++ {
 		if err := m.option(args[i], args[i+1]); err != nil {
@@ -79,6 +89,9 @@ func (m *machine) option(name, value string) error {
 			if word == "hollow.deaf=1" {
 				m.deaf = true
 			}
+			if word == "hollow.rigid=1" {
+				m.rigid = true
+			}
 			for name, d := range map[string]*time.Duration{"hollow.delay": &m.delay, "hollow.slow": &m.slow, "hollow.reboot": &m.reboot} {
 				if text, ok := strings.CutPrefix(word, name+"="); ok {
 					var err error
@@ -92,6 +105,14 @@ func (m *machine) option(name, value string) error {
 		if field(value, "opaque") == "console" {
 			m.log = os.NewFile(uintptr(number(value, "fd")), "console")
 		}
+		m.sets[field(value, "set")] = number(value, "fd")
+	case "-blockdev":
+		n := node{name: field(value, "node-name"), fd: m.sets[strings.TrimPrefix(field(value, "file.filename"), "/dev/fdset/")]}
+		var stat unix.Stat_t
+		err := unix.Fstat(n.fd, &stat)
+		n.size = stat.Size
+		m.nodes = append(m.nodes, n)
+		return err
 	case "-chardev":
 		switch field(value, "id") {
 		case "qmp":

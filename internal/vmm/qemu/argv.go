@@ -70,16 +70,19 @@ func diskArgs(i int, disk vmm.Disk, h handover) []string {
 	if h.blockDisks[i] {
 		driver = "host_device"
 	}
-	node := fmt.Sprintf("driver=raw,node-name=disk%d,discard=unmap,file.driver=%s,file.filename=/dev/fdset/%d", i, driver, set)
+	node := fmt.Sprintf("driver=raw,node-name=%s,discard=unmap,file.driver=%s,file.filename=/dev/fdset/%d", nodeName(i), driver, set)
 	if disk.ReadOnly {
 		node += ",read-only=on"
 	}
 	return []string{
 		"-add-fd", fmt.Sprintf("fd=%d,set=%d", h.disks[i], set),
 		"-blockdev", node,
-		"-device", fmt.Sprintf("virtio-blk-device,drive=disk%d,serial=%s", i, serial(disk.ID)),
+		"-device", fmt.Sprintf("virtio-blk-device,drive=%s,serial=%s", nodeName(i), serial(disk.ID)),
 	}
 }
+
+// nodeName is QEMU's own name of a disk, by its place.
+func nodeName(disk int) string { return fmt.Sprintf("disk%d", disk) }
 
 // serial is a disk's id as far as it fits; a comma would end it.
 func serial(id string) string {

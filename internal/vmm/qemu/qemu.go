@@ -80,7 +80,7 @@ func (d *Driver) Name() string { return Name }
 
 // Features lists what the driver can do beyond the contract.
 func (d *Driver) Features() []vmm.Feature {
-	return []vmm.Feature{vmm.Macvtap, vmm.Agent, vmm.Pause}
+	return []vmm.Feature{vmm.Macvtap, vmm.Agent, vmm.Pause, vmm.Grow}
 }
 
 // Facts says whether QEMU is there, and what guests run with.

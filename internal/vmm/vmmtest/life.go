@@ -51,6 +51,7 @@ func (s suite) life(t *testing.T) {
 		t.Errorf("network cards %q, want them in order", got)
 	}
 	expectAgent(t, m)
+	s.grow(t, m, con, c.Disks)
 	s.pause(t, m, con)
 	await(t, m, "its metrics to show that it runs", func() bool {
 		con.tell(t, "echo work")
@@ -80,6 +81,8 @@ func (s suite) life(t *testing.T) {
 	s.stopTwice(t, again, dir)
 }
 
+const blankSize = 1 << 20
+
 func blank(t testing.TB) *os.File {
 	t.Helper()
 	f, err := os.Create(filepath.Join(t.TempDir(), "disk"))
@@ -87,7 +90,7 @@ func blank(t testing.TB) *os.File {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { f.Close() })
-	if err := f.Truncate(1 << 20); err != nil {
+	if err := f.Truncate(blankSize); err != nil {
 		t.Fatal(err)
 	}
 	return f

@@ -3,6 +3,8 @@
 //
 //	echo WORD  answers "echoed WORD"
 //	list       answers "disks …", serial numbers in order, and "nics …", MAC addresses in order
+//	sizes      answers "sizes …", the disks' in bytes, in order
+//	mark ID W  writes W at the end of the disk with that serial number, and answers "marked <nil>"
 //	poweroff   and reboot and panic do so
 //
 // It sends back what comes from the agent's channel, and powers off when its
@@ -16,6 +18,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -68,6 +71,15 @@ func do(console io.Writer, words []string) {
 	case "list":
 		fmt.Fprintf(console, "disks %s\n", contents("/sys/block/vd*/serial"))
 		fmt.Fprintf(console, "nics %s\n", contents("/sys/class/net/eth*/address"))
+	case "sizes":
+		var sizes []string
+		for sectors := range strings.FieldsSeq(contents("/sys/block/vd*/size")) {
+			n, _ := strconv.ParseInt(sectors, 10, 64)
+			sizes = append(sizes, strconv.FormatInt(n*512, 10))
+		}
+		fmt.Fprintf(console, "sizes %s\n", strings.Join(sizes, " "))
+	case "mark":
+		fmt.Fprintln(console, "marked", mark(words[1], words[2]))
 	case "poweroff":
 		unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 	case "reboot":
@@ -85,6 +97,27 @@ func contents(pattern string) string {
 		all = append(all, strings.TrimSpace(string(b)))
 	}
 	return strings.Join(all, " ")
+}
+
+// mark writes a word to the last bytes of a disk.
+func mark(serial, word string) error {
+	files, _ := filepath.Glob("/sys/block/vd*/serial")
+	for _, file := range files {
+		if b, _ := os.ReadFile(file); strings.TrimSpace(string(b)) != serial {
+			continue
+		}
+		f, err := os.OpenFile("/dev/"+filepath.Base(filepath.Dir(file)), os.O_WRONLY|os.O_SYNC, 0)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if _, err := f.Seek(-int64(len(word)), io.SeekEnd); err != nil {
+			return err
+		}
+		_, err = f.WriteString(word)
+		return err
+	}
+	return os.ErrNotExist
 }
 
 // sendBack is the agent.
