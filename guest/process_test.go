@@ -165,6 +165,8 @@ func TestImageInit(t *testing.T) {
 	if _, out, _ := vm.run(t, sh("readlink /proc/1/exe"), nil); !strings.Contains(out, "busybox") {
 		t.Errorf("PID 1 is %q", out)
 	}
+	vm.grow(t, "d0", 256)
+	vm.awaitSize(t, "/", 256)
 	if err := vm.Shutdown(vm.context(t), false); err != nil {
 		t.Fatal(err)
 	}

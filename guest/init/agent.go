@@ -173,6 +173,7 @@ func runAgent() error {
 		n := startNetwork(ctx, o)
 		n.useRoot("/etc")
 	}
+	go followDisks(ctx) // for the machine's life
 	serve(ctx, s)
 	return nil
 }

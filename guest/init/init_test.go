@@ -240,3 +240,35 @@ func TestKeepsNetwork(t *testing.T) {
 		}
 	}
 }
+
+func TestParseMounts(t *testing.T) {
+	got := parseMounts(`21 1 253:0 / / rw,noatime shared:1 - ext4 /dev/root rw
+22 21 0:5 / /dev rw - devtmpfs devtmpfs rw,mode=755
+23 21 253:16 /sub /a\040place\134 rw - xfs /dev/vdb rw
+too short - ext4
+24 21 253:32 / /no-end rw
+`)
+	if !slices.Equal(got, []mountPoint{{"253:0", "/", "ext4"}, {"0:5", "/dev", "devtmpfs"}, {"253:16", `/a place\`, "xfs"}}) {
+		t.Errorf("%+v", got)
+	}
+}
+
+func FuzzParseMounts(f *testing.F) {
+	f.Add("21 1 253:0 / / rw,noatime shared:1 - ext4 /dev/root rw\n")
+	f.Fuzz(func(t *testing.T, table string) { parseMounts(table) })
+}
+
+func TestResized(t *testing.T) {
+	for event, want := range map[string]string{
+		"": "",
+		"change@/devices/x/block/vda\x00ACTION=change\x00DEVNAME=vda\x00DEVTYPE=disk\x00RESIZE=1\x00SEQNUM=7\x00": "vda",
+		"change@/devices/x/block/vda\x00RESIZE=1\x00DEVNAME=../../x\x00":                                          "x",
+		"change@/devices/x/block/vda\x00ACTION=change\x00DEVNAME=vda\x00":                                         "",
+		"change@/devices/x/block/vda\x00RESIZE=1":                                                                 "",
+		"RESIZE=10\x00DEVNAME=vda": "",
+	} {
+		if got := resized([]byte(event)); got != want {
+			t.Errorf("%q: %q, want %q", event, got, want)
+		}
+	}
+}

@@ -82,6 +82,7 @@ func (m *machine) shutDown(reboot bool) {
 // run starts the process and the agent, and ends the machine when it is time.
 func (m *machine) run(ctx context.Context, late lateModules) error {
 	go serve(ctx, m.server) // for the machine's life
+	go followDisks(ctx)     // likewise
 	signals := make(chan os.Signal, 1)
 	// Control-Alt-Delete, and what other inits take for power-off and restart.
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGUSR2)
