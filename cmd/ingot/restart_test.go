@@ -2,8 +2,11 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/reflection/grpc_reflection_v1"
 
@@ -76,6 +79,55 @@ func (m *testMachine) typeLine(ctx context.Context, t testing.TB, uid, line stri
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// ask types a line on a hollow guest's console, and returns what there is to be read
+// up to the end of the answer.
+func (m *testMachine) ask(t testing.TB, uid, line string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	stream, err := m.host.Console(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mark := fmt.Sprint(time.Now().UnixNano())
+	for _, r := range []*ingotv1.ConsoleRequest{
+		{Payload: &ingotv1.ConsoleRequest_Uid{Uid: uid}},
+		{Payload: &ingotv1.ConsoleRequest_Data{Data: []byte(line + "\necho " + mark + "\n")}},
+	} {
+		if err := stream.Send(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for text := ""; ; {
+		r, err := stream.Recv()
+		if err != nil {
+			t.Fatalf("%v after %q", err, text)
+		}
+		text += string(r.GetData())
+		if before, _, ok := strings.Cut(text, "echoed "+mark); ok {
+			return before
+		}
+	}
+}
+
+// TestConsoleAgain: whoever comes while the last viewer of a console leaves sees it.
+func TestConsoleAgain(t *testing.T) {
+	if !onMachine(t) {
+		return
+	}
+	m := newMachine(t)
+	uid := m.create(t, "seen")
+	m.await(t, uid, "running")
+	for i := range 100 {
+		word := fmt.Sprint("word", i)
+		if got := m.ask(t, uid, "echo "+word); !strings.Contains(got, "echoed "+word) {
+			t.Errorf("%s: %q", word, got)
+		}
+	}
+	m.remove(t, uid)
+	m.expectNothing(t)
 }
 
 // TestReflection asks the daemon what it serves, as grpcurl does.

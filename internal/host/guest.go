@@ -73,32 +73,44 @@ func (h *Host) Console(ctx context.Context, uid string) (*Viewer, error) {
 	if err != nil {
 		return nil, err
 	}
-	v.mu.Lock()
-	c := v.console
-	v.mu.Unlock()
-	if c == nil {
-		if c, err = v.openConsole(ctx); err != nil {
+	for range 2 { // the last viewer of the one that is there may just leave
+		c, err := v.openConsole(ctx)
+		if err != nil {
 			return nil, err
 		}
+		if w := c.view(); w != nil {
+			return w, nil
+		}
 	}
-	w := &Viewer{console: c, output: make(chan []byte, 64)}
+	return nil, fmt.Errorf("attach to console: the microVM has just ended: %w", errdefs.ErrFailedPrecondition)
+}
+
+// view adds a viewer; nil if the console is closed.
+func (c *console) view() *Viewer {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
-		return nil, fmt.Errorf("attach to console: the microVM has just ended: %w", errdefs.ErrFailedPrecondition)
+		return nil
 	}
+	w := &Viewer{console: c, output: make(chan []byte, 64), rest: bytes.Clone(c.recent)}
 	c.viewers[w] = true
-	w.rest = bytes.Clone(c.recent)
-	return w, nil
+	return w
 }
 
+func (c *console) isClosed() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.closed
+}
+
+// openConsole is the console that is open, or a new one.
 func (v *instance) openConsole(ctx context.Context) (*console, error) {
 	v.attaching.Lock()
 	defer v.attaching.Unlock()
 	v.mu.Lock()
 	there, m, status := v.console, v.machine, v.status
 	v.mu.Unlock()
-	if there != nil {
+	if there != nil && !there.isClosed() {
 		return there, nil
 	}
 	if m == nil || status.PID == 0 {
