@@ -187,6 +187,9 @@ func lostStatus(t *testing.T, m *testMachine) {
 	if now.GetPid() != was.GetPid() || !now.GetStartedAt().AsTime().Equal(was.GetStartedAt().AsTime()) || now.GetDriver() != "qemu" || tap(now) != tap(was) {
 		t.Errorf("it was %v, is %v", was, now)
 	}
+	if path := now.GetVolumes()["root"].GetMount().GetSource(); path == "" || path != was.GetVolumes()["root"].GetMount().GetSource() {
+		t.Errorf("its root is at %q", path)
+	}
 	// The end is not missed, and not counted twice.
 	m.restart(t, func() {
 		syscall.Kill(int(now.GetPid()), syscall.SIGKILL)

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -36,9 +37,7 @@ func (v *instance) boot(ctx context.Context) error {
 		v.set(func(s *vm.Status) { s.Phase, s.Step, s.RetryAt = vm.Pending, name, time.Time{} })
 	}
 	step("pull")
-	prepared, err := v.host.c.Images.Prepare(ctx, v.lease(), image.Request{
-		Kernel: spec.Kernel.File, Initrd: spec.Initrd, Root: spec.Root, Volumes: spec.Volumes,
-	}, v.progress)
+	prepared, err := v.prepare(ctx, spec)
 	if err != nil {
 		return fmt.Errorf("prepare images: %w", mistaken(err))
 	}
@@ -101,6 +100,24 @@ func (v *instance) boot(ctx context.Context) error {
 	})
 	v.note(ctx)
 	return nil
+}
+
+// prepare gets the kernel, the initrd and the volumes, or finds those that are there.
+func (v *instance) prepare(ctx context.Context, spec vm.Spec) (image.Prepared, error) {
+	return v.host.c.Images.Prepare(ctx, v.lease(), image.Request{
+		Kernel: spec.Kernel.File, Initrd: spec.Initrd, Root: spec.Root, Volumes: spec.Volumes,
+	}, v.progress)
+}
+
+// unsized is a spec whose volumes are as large as they are: nobody but its guest may
+// change a file system that is in use.
+func unsized(spec vm.Spec) vm.Spec {
+	spec.Root.Size = 0
+	spec.Volumes = slices.Clone(spec.Volumes)
+	for i := range spec.Volumes {
+		spec.Volumes[i].Size = 0
+	}
+	return spec
 }
 
 // extendInitrd makes the initrd one of this microVM's own where it has something

@@ -456,8 +456,15 @@ func (v *instance) adopt(ctx context.Context, d vmm.Driver, m vmm.Machine) {
 		if err != nil {
 			v.log.Error("find interfaces", "err", err)
 		}
+		short, cancel := context.WithTimeout(ctx, askTime)
+		prepared, err := v.prepare(short, unsized(v.spec))
+		cancel()
+		if err != nil {
+			v.log.Error("find volumes", "err", err)
+		}
 		v.set(func(s *vm.Status) {
 			s.Driver, s.Accelerator, s.Links = d.Name(), d.Facts().Accelerator, links
+			s.Volumes, s.KernelPath, s.InitrdPath = prepared.Volumes, prepared.Kernel, prepared.Initrd
 		})
 	}
 	v.running(m, v.phaseOf(ctx, m))
