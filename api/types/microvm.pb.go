@@ -1381,6 +1381,7 @@ func (x *MicroVMStatus) GetStep() string {
 type VolumeStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Mount         *Mount                 `protobuf:"bytes,1,opt,name=mount,proto3" json:"mount,omitempty"`
+	SizeInMb      int64                  `protobuf:"varint,1000,opt,name=size_in_mb,json=sizeInMb,proto3" json:"size_in_mb,omitempty"` // what the guest sees, or has seen last
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1420,6 +1421,13 @@ func (x *VolumeStatus) GetMount() *Mount {
 		return x.Mount
 	}
 	return nil
+}
+
+func (x *VolumeStatus) GetSizeInMb() int64 {
+	if x != nil {
+		return x.SizeInMb
+	}
+	return 0
 }
 
 type Mount struct {
@@ -1712,9 +1720,11 @@ const file_types_microvm_proto_rawDesc = "" +
 	"\aCREATED\x10\x01\x12\n" +
 	"\n" +
 	"\x06FAILED\x10\x02\x12\f\n" +
-	"\bDELETING\x10\x03\"<\n" +
+	"\bDELETING\x10\x03\"[\n" +
 	"\fVolumeStatus\x12,\n" +
-	"\x05mount\x18\x01 \x01(\v2\x16.flintlock.types.MountR\x05mount\"y\n" +
+	"\x05mount\x18\x01 \x01(\v2\x16.flintlock.types.MountR\x05mount\x12\x1d\n" +
+	"\n" +
+	"size_in_mb\x18\xe8\a \x01(\x03R\bsizeInMb\"y\n" +
 	"\x05Mount\x124\n" +
 	"\x04type\x18\x01 \x01(\x0e2 .flintlock.types.Mount.MountTypeR\x04type\x12\x16\n" +
 	"\x06source\x18\x02 \x01(\tR\x06source\"\"\n" +

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"flag"
+	"fmt"
 	"os/exec"
 	"strings"
 	"testing"
@@ -34,6 +35,10 @@ var acts = []struct {
 	}},
 	{"start", "stopped", "running", func(ctx context.Context, m *testMachine, uid string) error {
 		_, err := m.host.Start(ctx, &ingotv1.StartRequest{Uid: uid})
+		return err
+	}},
+	{"resize", "running", "running", func(ctx context.Context, m *testMachine, uid string) error {
+		_, err := m.host.Resize(ctx, &ingotv1.ResizeRequest{Uid: uid, SizeInMb: 64})
 		return err
 	}},
 	{"delete", "running", "", func(ctx context.Context, m *testMachine, uid string) error {
@@ -184,6 +189,11 @@ func (m *testMachine) converge(t *testing.T, phase string, k killing) {
 		t.Errorf("%d hypervisors run, want %d", n, want)
 	}
 	for _, vm := range m.list(t) {
+		// What is on record is so, or becomes so: the daemon has just looked.
+		if size := int64(vm.Spec.RootVolume.GetSizeInMb()); size != 0 && m.reached("running") {
+			await(t, "the guest to see what is recorded", func() bool { return m.guestSizes(t, vm.Spec.GetUid()) == fmt.Sprint(size<<20) })
+			m.expectDisks(t, vm.Spec.GetUid(), size)
+		}
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 		m.vms.DeleteMicroVM(ctx, &v1alpha1.DeleteMicroVMRequest{Uid: vm.Spec.GetUid()}, grpc.WaitForReady(true))
 		cancel()

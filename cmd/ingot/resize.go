@@ -14,8 +14,8 @@ func vmResizeCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "resize NAME --disk SIZE",
 		Short: "Make a microVM's disk larger",
-		Long: `Make a microVM's disk larger, with the ext4 file system in it: of a stopped microVM, and
-of a running one at its next start. A disk never shrinks. ` + naming,
+		Long: `Make a microVM's disk larger, with the ext4 file system in it: at once, also while the
+microVM runs. What else is on a disk is its guest's to grow. A disk never shrinks. ` + naming,
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: completeVMs,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -35,9 +35,7 @@ of a running one at its next start. A disk never shrinks. ` + naming,
 				if err != nil {
 					return fmt.Errorf("resize %s on %s: %w", vm, vm.host.Name, err)
 				}
-				if r.GetMicrovm().GetStatus().GetPhase() == "running" {
-					fmt.Fprintf(cmd.ErrOrStderr(), "it has the new size from its next start on: ingot vm stop %s && ingot vm start %s\n", vm, vm)
-				}
+				fmt.Fprintln(cmd.ErrOrStderr(), resized(vm.String(), inUnits(size), r))
 				fmt.Fprintln(cmd.OutOrStdout(), vm)
 				return nil
 			})
@@ -46,4 +44,22 @@ of a running one at its next start. A disk never shrinks. ` + naming,
 	cmd.Flags().StringVar(&disk, "disk", "", "size of the disk: MiB, or with a unit: 512M, 4G")
 	cmd.Flags().StringVar(&volume, "volume", "", "id of another volume than the root")
 	return cmd
+}
+
+// resized says what has become of a disk.
+func resized(name, size string, r *ingotv1.ResizeResponse) string {
+	switch {
+	case r.GetLater() != "":
+		return fmt.Sprintf("%s from its next start on (ingot vm stop %s && ingot vm start %s): %s", size, name, name, r.GetLater())
+	case r.GetMicrovm().GetStatus().GetPhase() == "running":
+		return fmt.Sprintf("grown to %s; its file system follows, if that is ext4", size)
+	}
+	return fmt.Sprintf("grown to %s; its file system follows at the next start, if that is ext4", size)
+}
+
+func inUnits(mebibytes int32) string {
+	if mebibytes%1024 == 0 {
+		return fmt.Sprintf("%d GiB", mebibytes/1024)
+	}
+	return fmt.Sprintf("%d MiB", mebibytes)
 }

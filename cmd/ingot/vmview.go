@@ -30,6 +30,7 @@ type vmView struct {
 	Kernel      string            `json:"kernel"`
 	VCPU        int32             `json:"vcpu"`
 	MemoryMB    int32             `json:"memory_mb"`
+	Disks       []diskView        `json:"disks"` // the root first
 	Labels      map[string]string `json:"labels"`
 	Interfaces  []interfaceView   `json:"interfaces"`
 	PID         int32             `json:"pid"`
@@ -41,6 +42,11 @@ type vmView struct {
 	Started     *time.Time        `json:"started"`
 	Ended       *time.Time        `json:"ended"`
 	LastCrash   *crashView        `json:"last_crash"`
+}
+
+type diskView struct {
+	ID     string `json:"id"`
+	SizeMB int64  `json:"size_mb"`
 }
 
 type interfaceView struct {
@@ -65,6 +71,9 @@ func view(vm microVM, leases map[string]*ingotv1.Lease) vmView {
 		VCPU: spec.GetVcpu(), MemoryMB: spec.GetMemoryInMb(), Labels: spec.GetLabels(), Interfaces: []interfaceView{},
 		PID: st.GetPid(), Dir: st.GetDir(), Agent: st.GetAgentReady(), Restarts: st.GetRestarts(), ExitCode: st.GetExitCode(),
 		Created: when(spec.GetCreatedAt()), Started: when(st.GetStartedAt()), Ended: when(st.GetEndedAt()),
+	}
+	for _, d := range append([]*types.Volume{spec.GetRootVolume()}, spec.GetAdditionalVolumes()...) {
+		v.Disks = append(v.Disks, diskView{d.GetId(), st.GetVolumes()[d.GetId()].GetSizeInMb()})
 	}
 	if v.Labels == nil {
 		v.Labels = map[string]string{}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -82,6 +83,10 @@ func (v *instance) boot(ctx context.Context) error {
 	if err := v.open(spec, prepared, links, &config, &files); err != nil {
 		return err
 	}
+	sizes, err := diskSizes(config.Disks)
+	if err != nil {
+		return err
+	}
 	v.set(func(s *vm.Status) {
 		s.Phase, s.Step, s.Driver, s.Accelerator = vm.Starting, "boot", driver.Name(), driver.Facts().Accelerator
 	})
@@ -92,7 +97,7 @@ func (v *instance) boot(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("start %s: %w", driver.Name(), err)
 	}
-	v.running(m, vm.Running)
+	v.running(m, vm.Running, sizes)
 	began = true
 	v.host.running.Go(func() {
 		defer v.host.turns.giveBack()
@@ -271,19 +276,43 @@ func (v *instance) open(spec vm.Spec, prepared image.Prepared, links map[string]
 	return nil
 }
 
-// running notes that the hypervisor runs, and listens to the guest's agent. How
-// often it has failed, and why, is shown until it has run for a while.
-func (v *instance) running(m vmm.Machine, phase vm.Phase) {
+// diskSizes are what a hypervisor that gets these files shows its guest at least.
+func diskSizes(disks []vmm.Disk) (map[string]vm.MiB, error) {
+	sizes := map[string]vm.MiB{}
+	for _, d := range disks {
+		n, err := d.File.Seek(0, io.SeekEnd)
+		if err != nil {
+			return nil, fmt.Errorf("measure volume %s: %w", d.ID, err)
+		}
+		sizes[d.ID] = vm.MiB(n >> 20)
+	}
+	return sizes, nil
+}
+
+// running notes that the hypervisor runs, with disks of these sizes if they are
+// known, and listens to the guest's agent. How often it has failed, and why, is shown
+// until it has run for a while.
+func (v *instance) running(m vmm.Machine, phase vm.Phase, sizes map[string]vm.MiB) {
+	v.growing.Lock() // who has found no hypervisor to tell must be done with it
 	v.mu.Lock()
 	v.machine, v.mistakes = m, 0
 	v.mu.Unlock()
 	v.set(func(s *vm.Status) {
+		if sizes != nil {
+			s.VolumeSizes = sizes
+		}
 		s.Phase, s.Step, s.PID, s.StartedAt, s.RetryAt = phase, "", m.PID(), m.Started(), time.Time{}
 		if s.Retry == 0 {
 			s.Reason = ""
 		}
 	})
+	v.growing.Unlock()
 	v.log.Info("microVM runs", "pid", m.PID())
+	ctx, cancel := context.WithTimeout(v.host.ctx, askTime)
+	defer cancel()
+	if err := v.grow(ctx); err != nil { // what was asked for meanwhile
+		v.log.Warn("grow volumes", "err", err)
+	}
 	v.hear()
 }
 

@@ -161,7 +161,9 @@ func (h *Host) Broken() []Broken {
 // keep starts to keep a microVM that was not there before. The caller holds h.mu.
 func (h *Host) keep(r record, fresh bool) *instance {
 	v := newInstance(h, r)
-	v.looked = fresh
+	if v.looked = fresh; fresh {
+		close(v.seen)
+	}
 	h.register(v)
 	h.events.add(Created, v.view())
 	h.begin(v)

@@ -45,7 +45,8 @@ type instance struct {
 	host *Host
 	log  *slog.Logger
 	wake chan struct{}
-	spec vm.Spec // as this daemon found it: sizes of volumes, labels and metadata change, in the record
+	seen chan struct{} // closed once the goroutine has looked for what an earlier daemon has started
+	spec vm.Spec       // as this daemon found it: sizes of volumes, labels and metadata change, in the record
 	dir  string
 	user int
 	key  string
@@ -63,6 +64,7 @@ type instance struct {
 
 	saving    sync.Mutex // one change of the record at a time, disk and all; comes before mu
 	attaching sync.Mutex // one opening of the console at a time; comes before mu
+	growing   sync.Mutex // one growing of the volumes at a time, disk and hypervisor and all; comes before mu
 
 	mu        sync.Mutex  // guards what follows; no disk is waited for under it
 	machine   vmm.Machine // only the goroutine changes it
@@ -84,7 +86,7 @@ func newInstance(h *Host, r record) *instance {
 		status.Retry, status.RetryAt = 0, time.Time{} // that was before it was asked for
 	}
 	v := &instance{
-		host: h, spec: r.Spec, dir: r.Dir, user: r.User, key: r.Key, record: r, told: r.Stopped, status: status, wake: make(chan struct{}, 1), watchers: map[chan View]bool{},
+		host: h, spec: r.Spec, dir: r.Dir, user: r.User, key: r.Key, record: r, told: r.Stopped, status: status, wake: make(chan struct{}, 1), seen: make(chan struct{}), watchers: map[chan View]bool{},
 		log: h.c.Log.With("vm", r.Spec.Namespace+"/"+r.Spec.Name, "uid", r.Spec.UID),
 	}
 	v.noted = notable(v.view().Status)
@@ -383,7 +385,9 @@ func (v *instance) drop() {
 func (v *instance) look(ctx context.Context) {
 	if v.machine == nil {
 		if !v.looked {
-			v.find(ctx)
+			if v.find(ctx); v.looked {
+				close(v.seen)
+			}
 		}
 		return
 	}
@@ -467,7 +471,7 @@ func (v *instance) adopt(ctx context.Context, d vmm.Driver, m vmm.Machine) {
 			s.Volumes, s.KernelPath, s.InitrdPath = prepared.Volumes, prepared.Kernel, prepared.Initrd
 		})
 	}
-	v.running(m, v.phaseOf(ctx, m))
+	v.running(m, v.phaseOf(ctx, m), nil)
 	for _, n := range v.spec.Interfaces { // also of a daemon that guarded none
 		if err := v.guard(n); err != nil {
 			v.log.Error("guard interface", "err", err)

@@ -78,6 +78,9 @@ func checkState(vm *types.MicroVM, now time.Time) finding {
 		fmt.Sprintf("kernel: %s %s", vm.GetSpec().GetKernel().GetImage(), vm.GetSpec().GetKernel().GetFilename()),
 		fmt.Sprintf("%d vCPUs, %d MiB", vm.GetSpec().GetVcpu(), vm.GetSpec().GetMemoryInMb()),
 	}
+	for _, id := range slices.Sorted(maps.Keys(st.GetVolumes())) {
+		notes = append(notes, fmt.Sprintf("disk %s: %d MiB", id, st.GetVolumes()[id].GetSizeInMb()))
+	}
 	switch phase(vm) {
 	case "running":
 		found := pass(fmt.Sprintf("running for %s, booted in %s", since(st, now), fmt.Sprintf("%.1fs", st.GetBootTime().AsDuration().Seconds())), notes...)

@@ -21,11 +21,11 @@ type hostService struct {
 }
 
 func (s *hostService) Resize(_ context.Context, r *ingotv1.ResizeRequest) (*ingotv1.ResizeResponse, error) {
-	v, err := s.Host.Resize(r.GetUid(), r.GetVolumeId(), vm.MiB(r.GetSizeInMb()))
+	v, later, err := s.Host.Resize(r.GetUid(), r.GetVolumeId(), vm.MiB(r.GetSizeInMb()))
 	if err != nil {
 		return nil, err
 	}
-	return &ingotv1.ResizeResponse{Microvm: message(v)}, nil
+	return &ingotv1.ResizeResponse{Microvm: message(v), Later: later}, nil
 }
 
 // writer sends what is written as messages.

@@ -152,10 +152,12 @@ type Status struct {
 	Accelerator string `json:"accelerator,omitempty"` // kvm or tcg
 	PID         int    `json:"pid,omitempty"`
 
-	KernelPath string                     `json:"kernel_path,omitempty"`
-	InitrdPath string                     `json:"initrd_path,omitempty"`
-	Volumes    map[string]string          `json:"volumes,omitempty"` // by volume id: the device or file
-	Links      map[string]InterfaceStatus `json:"links,omitempty"`   // by interface id
+	KernelPath string            `json:"kernel_path,omitempty"`
+	InitrdPath string            `json:"initrd_path,omitempty"`
+	Volumes    map[string]string `json:"volumes,omitempty"` // by volume id: the device or file
+	// VolumeSizes are what the guest sees: a spec's size may be one that it does not see yet.
+	VolumeSizes map[string]MiB             `json:"volume_sizes,omitempty"`
+	Links       map[string]InterfaceStatus `json:"links,omitempty"` // by interface id
 
 	StartedAt       time.Time     `json:"started_at,omitzero"`
 	EndedAt         time.Time     `json:"ended_at,omitzero"`

@@ -245,7 +245,9 @@ func statusToProto(st vm.Status, dir string) *types.MicroVMStatus {
 		if p.Volumes == nil {
 			p.Volumes = map[string]*types.VolumeStatus{}
 		}
-		p.Volumes[id] = &types.VolumeStatus{Mount: &types.Mount{Type: types.Mount_DEV, Source: path}}
+		p.Volumes[id] = &types.VolumeStatus{
+			Mount: &types.Mount{Type: types.Mount_DEV, Source: path}, SizeInMb: int64(st.VolumeSizes[id]),
+		}
 	}
 	for id, l := range st.Links {
 		if p.NetworkInterfaces == nil {

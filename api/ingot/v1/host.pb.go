@@ -851,8 +851,11 @@ func (x *ResizeRequest) GetSizeInMb() int64 {
 }
 
 type ResizeResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Microvm       *types.MicroVM         `protobuf:"bytes,1,opt,name=microvm,proto3" json:"microvm,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Microvm *types.MicroVM         `protobuf:"bytes,1,opt,name=microvm,proto3" json:"microvm,omitempty"`
+	// Why a guest that runs sees the new size from its next start on only; empty if
+	// it sees it.
+	Later         string `protobuf:"bytes,2,opt,name=later,proto3" json:"later,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -892,6 +895,13 @@ func (x *ResizeResponse) GetMicrovm() *types.MicroVM {
 		return x.Microvm
 	}
 	return nil
+}
+
+func (x *ResizeResponse) GetLater() string {
+	if x != nil {
+		return x.Later
+	}
+	return ""
 }
 
 type WatchRequest struct {
@@ -2947,9 +2957,10 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x1b\n" +
 	"\tvolume_id\x18\x02 \x01(\tR\bvolumeId\x12\x1c\n" +
 	"\n" +
-	"size_in_mb\x18\x03 \x01(\x03R\bsizeInMb\"D\n" +
+	"size_in_mb\x18\x03 \x01(\x03R\bsizeInMb\"Z\n" +
 	"\x0eResizeResponse\x122\n" +
-	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm\"r\n" +
+	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm\x12\x14\n" +
+	"\x05later\x18\x02 \x01(\tR\x05later\"r\n" +
 	"\fWatchRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x1a\n" +

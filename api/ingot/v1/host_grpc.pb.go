@@ -61,8 +61,8 @@ type HostClient interface {
 	Update(ctx context.Context, in *UpdateRequest, opts ...grpc.CallOption) (*UpdateResponse, error)
 	// List returns microVMs, oldest first, a page at a time.
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
-	// Resize makes a volume larger, never smaller: of a stopped microVM at once, of
-	// one that runs at its next start.
+	// Resize makes a volume larger, never smaller. A guest that runs sees it at once,
+	// and an ext4 in it that it has mounted follows.
 	Resize(ctx context.Context, in *ResizeRequest, opts ...grpc.CallOption) (*ResizeResponse, error)
 	// Watch sends each microVM that is asked for as it is now, and then each change, in
 	// order and without a gap, until the client ends it. A watch of one uid ends with
@@ -309,8 +309,8 @@ type HostServer interface {
 	Update(context.Context, *UpdateRequest) (*UpdateResponse, error)
 	// List returns microVMs, oldest first, a page at a time.
 	List(context.Context, *ListRequest) (*ListResponse, error)
-	// Resize makes a volume larger, never smaller: of a stopped microVM at once, of
-	// one that runs at its next start.
+	// Resize makes a volume larger, never smaller. A guest that runs sees it at once,
+	// and an ext4 in it that it has mounted follows.
 	Resize(context.Context, *ResizeRequest) (*ResizeResponse, error)
 	// Watch sends each microVM that is asked for as it is now, and then each change, in
 	// order and without a gap, until the client ends it. A watch of one uid ends with
