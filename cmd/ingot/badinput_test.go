@@ -1,6 +1,9 @@
 package main
 
 import (
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
@@ -8,6 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	ingotv1 "ingot/api/ingot/v1"
 	"ingot/api/services/microvm/v1alpha1"
 	"ingot/api/types"
 	"ingot/internal/need"
@@ -46,7 +50,14 @@ func TestBadInput(t *testing.T) {
 		"a missing interface":  {func(s *types.MicroVMSpec) { s.Interfaces = append(s.Interfaces, nil) }, codes.InvalidArgument, "interfaces[1]"},
 		"a volume twice":       {func(s *types.MicroVMSpec) { s.AdditionalVolumes = []*types.Volume{s.RootVolume} }, codes.InvalidArgument, "additional_volumes[0]"},
 		"a missing volume":     {func(s *types.MicroVMSpec) { s.AdditionalVolumes = []*types.Volume{nil} }, codes.InvalidArgument, "additional_volumes[0]"},
+		"a nameless registry":  {func(s *types.MicroVMSpec) { s.Kernel.Image = "none" }, codes.InvalidArgument, "kernel.image: image none names no registry, and there is no default one"},
 		"an image with spaces": {func(s *types.MicroVMSpec) { s.Kernel.Image = "a b" }, codes.InvalidArgument, "kernel.image: "},
+		// Of images that are here it is known what is in them.
+		"no such file":       {func(s *types.MicroVMSpec) { s.Kernel.Filename = ptr("boot/none") }, codes.InvalidArgument, `kernel.filename: image test.local/kernel:latest has no file "boot/none"`},
+		"a kernel directory": {func(s *types.MicroVMSpec) { s.Kernel.Filename = ptr("boot") }, codes.InvalidArgument, "kernel.filename: "},
+		"no such initrd": {func(s *types.MicroVMSpec) {
+			s.Initrd = &types.Initrd{Image: s.Kernel.Image, Filename: ptr("boot/none")}
+		}, codes.InvalidArgument, "initrd.filename: "},
 	} {
 		s := spec("bad")
 		c.change(s)
@@ -57,18 +68,22 @@ func TestBadInput(t *testing.T) {
 	}
 	m.expectNothing(t)
 
-	// What only shows once the images are looked at.
-	for name, c := range map[string]struct {
+	// What only shows once the images are asked for, which are not here.
+	empty := httptest.NewServer(http.NotFoundHandler())
+	defer empty.Close()
+	registry := strings.TrimPrefix(empty.URL, "http://")
+	none := func(s *types.MicroVMSpec) { s.Kernel.Image = registry + "/none:latest" }
+	for _, c := range []struct {
+		name   string
 		change func(*types.MicroVMSpec)
-		phase  string // it may be tried again
+		phase  string
 		says   string
 	}{
-		"no such file": {func(s *types.MicroVMSpec) { s.Kernel.Filename = ptr("boot/none") }, "", "boot/none"},
-		// Nothing listens there.
-		"no registry":   {func(s *types.MicroVMSpec) { s.RootVolume.Source.ContainerSource = ptr("127.0.0.1:1/none:latest") }, "pending", "127.0.0.1:1"},
-		"no such image": {func(s *types.MicroVMSpec) { s.Kernel.Image = "none" }, "failed", "none"},
+		// Nothing listens there: it may be tried again.
+		{"no registry", func(s *types.MicroVMSpec) { s.RootVolume.Source.ContainerSource = ptr("127.0.0.1:1/none:latest") }, "pending", "127.0.0.1:1"},
+		{"no such image", none, "failed", registry + "/none"},
 	} {
-		s := spec("bad")
+		s, name := spec("bad"), c.name
 		c.change(s)
 		r, err := m.vms.CreateMicroVM(t.Context(), &v1alpha1.CreateMicroVMRequest{Microvm: s})
 		if err != nil {
@@ -80,7 +95,7 @@ func TestBadInput(t *testing.T) {
 		await(t, name+" to be told", func() bool {
 			for _, vm := range m.list(t) {
 				reason = vm.Status.GetReason()
-				return reason != "" && (c.phase == "" || vm.Status.GetPhase() == c.phase)
+				return reason != "" && vm.Status.GetPhase() == c.phase
 			}
 			return false
 		})
@@ -92,6 +107,24 @@ func TestBadInput(t *testing.T) {
 		if d := time.Since(began); d > 3*time.Second {
 			t.Errorf("%s: it took %v to remove", name, d)
 		}
+	}
+	m.expectNothing(t)
+
+	// What `ingot run` has made of it is not left.
+	s := spec("bad")
+	none(s)
+	r, err := m.vms.CreateMicroVM(t.Context(), &v1alpha1.CreateMicroVMRequest{Microvm: s})
+	if err != nil {
+		t.Fatal(err)
+	}
+	host := &hostClient{HostClient: m.host, MicroVMClient: m.vms}
+	c := &cloud{hosts: []*hostClient{host}, hub: &hubClient{HubClient: ingotv1.NewHubClient(m.conn)}} // there is no hub to answer
+	vm, err := up(t.Context(), microVM{r.Microvm, host}, &progress{w: io.Discard, told: map[string]bool{}})
+	if err == nil || !strings.Contains(err.Error(), registry+"/none") {
+		t.Errorf("up: %v", err)
+	}
+	if hint := c.afterFailure(t.Context(), vm, false); hint != "it is deleted again" {
+		t.Errorf("hint %q", hint)
 	}
 	m.expectNothing(t)
 	if m.daemon.Process.Pid != pid || m.daemon.ProcessState != nil {

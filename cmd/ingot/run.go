@@ -130,11 +130,7 @@ func (c *cloud) run(cmd *cobra.Command, o runOptions, spec *types.MicroVMSpec) (
 		if cause := context.Cause(boot); boot.Err() != nil && ctx.Err() == nil {
 			err = cause
 		}
-		hint := fmt.Sprintf("`ingot logs %s` shows its boot log", vm)
-		if !o.rm {
-			hint += fmt.Sprintf(", `ingot rm %s` removes it", vm)
-		}
-		return fmt.Errorf("boot %s on %s: %w (%s)", vm, host.Name, err, hint)
+		return fmt.Errorf("boot %s on %s: %w (%s)", vm, host.Name, err, c.afterFailure(ctx, vm, o.rm))
 	}
 	ip := address(vm.MicroVM, nil)
 	switch {
@@ -155,6 +151,26 @@ func (c *cloud) run(cmd *cobra.Command, o runOptions, spec *types.MicroVMSpec) (
 	fmt.Fprintf(cmd.OutOrStdout(), "%s %s\n", vm, ip)
 	fmt.Fprintf(os.Stderr, "next: ingot exec %s -- sh\n", vm)
 	return nil
+}
+
+// afterFailure says what there is to do about a microVM that is not up. One that
+// failed before its guest began never will be: nothing of it is worth keeping.
+func (c *cloud) afterFailure(ctx context.Context, vm microVM, rm bool) string {
+	hint := fmt.Sprintf("`ingot logs %s` shows its boot log", vm)
+	remove := fmt.Sprintf("`ingot rm %s` removes it", vm)
+	switch {
+	case state(vm.GetStatus()) == "failed" && vm.GetStatus().GetStartedAt() == nil:
+		if rm {
+			return "it is deleted again"
+		}
+		if err := c.farewellTo(ctx, vm); err != nil {
+			return fmt.Sprintf("%s; it is not deleted: %s", remove, explain(err))
+		}
+		return "it is deleted again"
+	case rm:
+		return hint
+	}
+	return hint + ", " + remove
 }
 
 // settle waits until a microVM whose process has ended has ended too, so that what

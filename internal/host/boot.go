@@ -109,9 +109,7 @@ func (v *instance) boot(ctx context.Context) error {
 
 // prepare gets the kernel, the initrd and the volumes, or finds those that are there.
 func (v *instance) prepare(ctx context.Context, spec vm.Spec) (image.Prepared, error) {
-	return v.host.c.Images.Prepare(ctx, v.lease(), image.Request{
-		Kernel: spec.Kernel.File, Initrd: spec.Initrd, Root: spec.Root, Volumes: spec.Volumes,
-	}, v.progress)
+	return v.host.c.Images.Prepare(ctx, v.lease(), needs(spec), v.progress)
 }
 
 // unsized is a spec whose volumes are as large as they are: nobody but its guest may

@@ -325,11 +325,21 @@ func (h *Host) Create(ctx context.Context, s vm.Spec, key string) (View, error) 
 	if err := h.suit(&s); err != nil {
 		return View{}, err
 	}
+	if h.asked(s.UID, key) == nil { // else it was looked at before
+		if err := h.c.Images.Check(ctx, needs(s)); err != nil {
+			return View{}, err
+		}
+	}
 	v, err := h.create(s, key)
 	if err != nil {
 		return View{}, fmt.Errorf("create microVM %s/%s: %w", s.Namespace, s.Name, err)
 	}
 	return v.view(), nil
+}
+
+// needs are the images and files that a microVM is made of.
+func needs(s vm.Spec) image.Request {
+	return image.Request{Kernel: s.Kernel.File, Initrd: s.Initrd, Root: s.Root, Volumes: s.Volumes}
 }
 
 func (h *Host) create(s vm.Spec, key string) (*instance, error) {

@@ -170,7 +170,7 @@ func TestStalledDisk(t *testing.T) {
 	writers.Go(func() {
 		s := testRecord("", "new").Spec
 		s.UID, s.Kernel.Path = "", "vmlinux"
-		if _, err := h.Create(ctx, s, ""); err != nil {
+		if _, err := h.create(s, ""); err != nil {
 			t.Error(err)
 		}
 	})

@@ -197,14 +197,33 @@ func (l *lab) push(t testing.TB, ref string, layers ...[]file) {
 	if img, err = mutate.ConfigFile(img, c); err != nil {
 		t.Fatal(err)
 	}
+	l.pushImage(t, ref, img)
+}
+
+func (l *lab) pushImage(t testing.TB, ref string, img v1.Image) {
+	t.Helper()
+	to, options := l.to(t, ref)
+	if err := remote.Write(to, img, options...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (l *lab) pushIndex(t testing.TB, ref string, index v1.ImageIndex) {
+	t.Helper()
+	to, options := l.to(t, ref)
+	if err := remote.WriteIndex(to, index, options...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (l *lab) to(t testing.TB, ref string) (name.Reference, []remote.Option) {
+	t.Helper()
 	to, err := name.ParseReference(l.registry + "/" + ref)
 	if err != nil {
 		t.Fatal(err)
 	}
 	auth := remote.WithAuth(&authn.Basic{Username: "ingot", Password: "secret"})
-	if err := remote.Write(to, img, auth, remote.WithTransport(l.transport(t))); err != nil {
-		t.Fatal(err)
-	}
+	return to, []remote.Option{auth, remote.WithTransport(l.transport(t))}
 }
 
 func (l *lab) transport(t testing.TB) http.RoundTripper {

@@ -44,11 +44,11 @@ func (s *Store) prepare(ctx context.Context, lease string, r Request, progress f
 		return Prepared{}, err
 	}
 	p := Prepared{Volumes: map[string]string{}, Process: found[want{r.Root.Image, blockfile}].process}
-	if p.Kernel, err = s.file(ctx, found, r.Kernel); err != nil {
+	if p.Kernel, err = s.file(ctx, "kernel", found[want{r.Kernel.Image, native}], r.Kernel.Path); err != nil {
 		return Prepared{}, err
 	}
 	if r.Initrd != nil {
-		if p.Initrd, err = s.file(ctx, found, *r.Initrd); err != nil {
+		if p.Initrd, err = s.file(ctx, "initrd", found[want{r.Initrd.Image, native}], r.Initrd.Path); err != nil {
 			return Prepared{}, err
 		}
 	}
@@ -175,18 +175,21 @@ func (s *Store) claimPlainly(ctx context.Context, r claim.Request) (claim.Respon
 }
 
 // file is the path of an image's file, in the directory that all microVMs with
-// this image share. The lease holds the directory, there is no copy.
-func (s *Store) file(ctx context.Context, found map[want]image, f vm.File) (string, error) {
-	i := found[want{f.Image, native}]
+// this image share. The lease holds the directory, there is no copy. use is what
+// the file is for, as the API names it.
+func (s *Store) file(ctx context.Context, use string, i image, path string) (string, error) {
 	dir, err := s.dir(ctx, i.chain)
 	if err != nil {
 		return "", fmt.Errorf("image %s: %w", i.name, err)
 	}
-	path, err := inRoot(dir, f.Path)
-	if err != nil {
-		return "", fmt.Errorf("image %s: file %q: %w", i.name, f.Path, err)
+	found, err := inRoot(dir, path)
+	if errdefs.IsInvalidArgument(err) {
+		return "", &vm.FieldError{Field: use + ".filename", Problem: fmt.Sprintf("image %s has no file %q", i.name, path)}
 	}
-	return path, nil
+	if err != nil {
+		return "", fmt.Errorf("image %s: file %q: %w", i.name, path, err)
+	}
+	return found, nil
 }
 
 // dir is the directory of a committed native snapshot.

@@ -80,7 +80,8 @@ func (s *Store) Pull(ctx context.Context, ref string, policy Policy, progress fu
 	if err := s.fetchOnce(ctx, name, blockfile, progress); err != nil {
 		return fmt.Errorf("pull image %s: %w", name, meaning(err))
 	}
-	return nil
+	_, err = s.read(ctx, name) // registries have charts and the like, too
+	return err
 }
 
 // ensure returns an image that is here, unpacked for a snapshotter. It asks no
@@ -102,9 +103,7 @@ func (s *Store) ensure(ctx context.Context, ref, snapshotter string, progress fu
 
 // get makes an image be here, by unpacking it where only that is missing.
 func (s *Store) get(ctx context.Context, name, snapshotter string, progress func(Progress)) error {
-	err := s.pulls.do(ctx, "unpack "+name+" "+snapshotter, progress, func(ctx context.Context, _ func(Progress)) error {
-		return s.unpack(ctx, name, snapshotter)
-	})
+	err := s.unpackOnce(ctx, name, snapshotter)
 	if errdefs.IsNotFound(err) {
 		err = s.fetchOnce(ctx, name, snapshotter, progress)
 	}
@@ -119,6 +118,13 @@ func (s *Store) get(ctx context.Context, name, snapshotter string, progress func
 func (s *Store) fetchOnce(ctx context.Context, name, snapshotter string, progress func(Progress)) error {
 	return s.pulls.do(ctx, name+" "+snapshotter, progress, func(ctx context.Context, tell func(Progress)) error {
 		return s.fetch(ctx, name, snapshotter, tell)
+	})
+}
+
+// unpackOnce unpacks an image for everyone who asks for it meanwhile.
+func (s *Store) unpackOnce(ctx context.Context, name, snapshotter string) error {
+	return s.pulls.do(ctx, "unpack "+name+" "+snapshotter, nil, func(ctx context.Context, _ func(Progress)) error {
+		return s.unpack(ctx, name, snapshotter)
 	})
 }
 
@@ -212,7 +218,7 @@ func (s *Store) readConfig(ctx context.Context, record images.Image, i *image) e
 		return fmt.Errorf("decode configuration: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	if len(config.RootFS.DiffIDs) == 0 {
-		return fmt.Errorf("the image has no layers: %w", errdefs.ErrInvalidArgument)
+		return fmt.Errorf("it has no layers to boot from: %w", errdefs.ErrInvalidArgument)
 	}
 	i.chain = identity.ChainID(slices.Clone(config.RootFS.DiffIDs)).String()
 	i.process = process(config.Config)

@@ -1,0 +1,82 @@
+package image
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"ingot/internal/vm"
+)
+
+// checkTime is how long Check looks at an image that is not unpacked yet.
+const checkTime = 5 * time.Second
+
+// Check refuses what can't work with the images that are here: a file that its
+// image has not, an image that is none. The error is a *vm.FieldError. Of an
+// image that is not here nothing is known; Prepare says the same of it later.
+func (s *Store) Check(ctx context.Context, r Request) error {
+	ctx, cancel := context.WithTimeout(ctx, checkTime)
+	defer cancel()
+	looks := []func() error{
+		func() error { return s.checkFile(ctx, "kernel", r.Kernel) },
+		func() error { return s.checkImage(ctx, "root_volume", r.Root.Image) },
+	}
+	if r.Initrd != nil {
+		looks = append(looks, func() error { return s.checkFile(ctx, "initrd", *r.Initrd) })
+	}
+	for i, v := range r.Volumes {
+		if v.Image != "" {
+			looks = append(looks, func() error { return s.checkImage(ctx, fmt.Sprintf("additional_volumes[%d]", i), v.Image) })
+		}
+	}
+	errs := make([]error, len(looks))
+	var all sync.WaitGroup
+	for i, look := range looks {
+		all.Go(func() { errs[i] = look() })
+	}
+	all.Wait()
+	for _, err := range errs {
+		if errdefs.IsInvalidArgument(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *Store) checkImage(ctx context.Context, volume, ref string) error {
+	name, err := s.Resolve(ref)
+	if err == nil {
+		_, err = s.read(ctx, name)
+	}
+	return wrongImage(volume+".source.container_source", err)
+}
+
+func (s *Store) checkFile(ctx context.Context, use string, f vm.File) error {
+	name, err := s.Resolve(f.Image)
+	if err != nil {
+		return wrongImage(use+".image", err)
+	}
+	i, err := s.read(ctx, name)
+	if err != nil {
+		return wrongImage(use+".image", err)
+	}
+	if _, ok := s.knownDir(i.chain); !ok {
+		if err := s.unpackOnce(ctx, name, native); err != nil {
+			return err
+		}
+	}
+	_, err = s.file(ctx, use, i, f.Path)
+	return err
+}
+
+// wrongImage makes a mistake one of that field.
+func wrongImage(field string, err error) error {
+	if errdefs.IsInvalidArgument(err) {
+		return &vm.FieldError{Field: field, Problem: strings.TrimSuffix(err.Error(), ": "+errdefs.ErrInvalidArgument.Error())}
+	}
+	return err
+}
