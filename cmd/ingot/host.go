@@ -235,7 +235,7 @@ func runHost(ctx context.Context, c hostConfig, file string) error {
 		Listen: c.GRPCEndpoint, TLS: security, Token: pki.Secret(c.BasicAuthToken), Host: h, Images: images,
 		Pool: c.Pool, Segment: c.Segment, Version: b.Version, ConfigFile: file, StateDir: c.StateDir, Log: log,
 	})
-	collector := image.Collector{Images: images, Unused: c.ImageKeep, Pool: c.Pool}
+	collector := image.Collector{Images: images, VMs: h.Specs, Unused: c.ImageKeep, Pool: c.Pool}
 	return run.All(ctx, log, keep(guard, log), h, run.Func(collector.String(), collector.Run), run.Func(server.String(), func(ctx context.Context, ready func()) error {
 		select {
 		case <-h.Ready(): // so that nobody is told of half the microVMs

@@ -526,6 +526,15 @@ func (h *Host) List(namespace, name string) []View {
 	return views
 }
 
+// Specs are those of all microVMs, running or not.
+func (h *Host) Specs() []vm.Spec {
+	var specs []vm.Spec
+	for _, v := range h.List("", "") {
+		specs = append(specs, v.Spec)
+	}
+	return specs
+}
+
 // Delete begins to remove a microVM; Get says not found once all of it is gone.
 func (h *Host) Delete(uid string) error {
 	v, err := h.find(uid)

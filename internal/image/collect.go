@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"ingot/internal/pool"
+	"ingot/internal/vm"
 )
 
 // Collector deletes images that no microVM uses: those that were not used for
@@ -14,9 +15,10 @@ import (
 // first. A stopped microVM uses its images as well.
 type Collector struct {
 	Images *Store
-	Unused time.Duration // how long one stays without use; 0: for ever
-	Pool   string        // the directory of the pool; empty: how full it is does not matter
-	Full   int           // percent of the pool from which there is no waiting; 0: DefaultFull
+	VMs    func() []vm.Spec // the microVMs that are there
+	Unused time.Duration    // how long one stays without use; 0: for ever
+	Pool   string           // the directory of the pool; empty: how full it is does not matter
+	Full   int              // percent of the pool from which there is no waiting; 0: DefaultFull
 }
 
 const (
@@ -54,7 +56,7 @@ func (c Collector) Collect(ctx context.Context, now time.Time) ([]Held, error) {
 	var gone []Held
 	if c.Unused > 0 {
 		var err error
-		if gone, err = c.Images.Prune(ctx, now.Add(-max(c.Unused, fresh))); err != nil {
+		if gone, err = c.Images.Prune(ctx, c.VMs(), now.Add(-max(c.Unused, fresh))); err != nil {
 			return gone, err
 		}
 	}
@@ -62,7 +64,7 @@ func (c Collector) Collect(ctx context.Context, now time.Time) ([]Held, error) {
 	if err != nil || !full {
 		return gone, err
 	}
-	here, err := c.Images.Images(ctx)
+	here, err := c.Images.Images(ctx, c.VMs())
 	if err != nil {
 		return gone, fmt.Errorf("collect images: %w", err)
 	}

@@ -4,17 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
-	"github.com/containerd/containerd/v2/core/leases"
-	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
+
+	"ingot/internal/vm"
 )
 
 // Held is an image that is here.
@@ -23,7 +22,7 @@ type Held struct {
 	Digest string
 	Size   int64     // of what was pulled
 	Used   time.Time // when a microVM was last prepared from it, or it was pulled
-	VMs    []string  // uids of the microVMs that use it, running or not
+	VMs    []string  // uids of the microVMs whose specs name it, running or not
 }
 
 // usedLabel on an image says when it was last used. It is written again only
@@ -51,8 +50,10 @@ func (s *Store) markUsed(ctx context.Context, i images.Image) error {
 	return err
 }
 
-// Images lists the images that are here, in the order of their names.
-func (s *Store) Images(ctx context.Context) ([]Held, error) {
+// Images lists the images that are here, in the order of their names; vms are
+// the microVMs that may use them. One goes by the name in its spec: that is what
+// its next start asks for, whatever other names the same layers have.
+func (s *Store) Images(ctx context.Context, vms []vm.Spec) ([]Held, error) {
 	if err := s.reconnect(ctx); err != nil {
 		return nil, fmt.Errorf("list images: %w", err)
 	}
@@ -60,18 +61,10 @@ func (s *Store) Images(ctx context.Context) ([]Held, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list images: %w", err)
 	}
-	users, err := s.users(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("list images: %w", err)
-	}
+	users := s.users(vms)
 	var list []Held
 	for _, r := range records {
-		h := Held{Name: r.Name, Digest: r.Target.Digest.String(), Used: usedAt(r)}
-		i := image{}
-		// One whose content is not all here has nobody who could use it.
-		if err := s.readConfig(ctx, r, &i); err == nil {
-			h.VMs = slices.Sorted(maps.Keys(users[i.chain]))
-		}
+		h := Held{Name: r.Name, Digest: r.Target.Digest.String(), Used: usedAt(r), VMs: users[r.Name]}
 		if h.Size, err = s.size(ctx, r); err != nil {
 			return nil, fmt.Errorf("list images: %w", err)
 		}
@@ -90,48 +83,34 @@ func (s *Store) size(ctx context.Context, i images.Image) (int64, error) {
 	return size, err
 }
 
-// users are the uids of the microVMs that use a snapshot of an image, by its
-// chain: those whose lease holds one, or a child of one.
-func (s *Store) users(ctx context.Context) (map[string]map[string]bool, error) {
-	parents := map[string]string{}
-	err := s.client.SnapshotService(blockfile).Walk(ctx, func(_ context.Context, i snapshots.Info) error {
-		parents[i.Name] = i.Parent
-		return nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	ids, err := s.Leases(ctx)
-	if err != nil {
-		return nil, err
-	}
-	users := map[string]map[string]bool{}
-	for _, id := range ids {
-		held, err := s.client.LeasesService().ListResources(ctx, leases.Lease{ID: id})
-		if errdefs.IsNotFound(err) {
-			continue // released meanwhile
+// users are the uids of the microVMs that use an image, by its name.
+func (s *Store) users(vms []vm.Spec) map[string][]string {
+	users := map[string][]string{}
+	for _, v := range vms {
+		refs := []string{v.Kernel.Image, v.Root.Image}
+		if v.Initrd != nil {
+			refs = append(refs, v.Initrd.Image)
 		}
-		if err != nil {
-			return nil, err
+		for _, volume := range v.Volumes {
+			refs = append(refs, volume.Image)
 		}
-		for _, r := range held {
-			chain := r.ID
-			if r.Type == "snapshots/"+blockfile {
-				chain = parents[r.ID]
+		for _, ref := range refs {
+			name, err := s.Resolve(ref)
+			if err == nil && !slices.Contains(users[name], v.UID) {
+				users[name] = append(users[name], v.UID)
 			}
-			if users[chain] == nil {
-				users[chain] = map[string]bool{}
-			}
-			users[chain][id[strings.LastIndexByte(id, '/')+1:]] = true
 		}
 	}
-	return users, nil
+	for _, uids := range users {
+		slices.Sort(uids)
+	}
+	return users
 }
 
 // Remove deletes images, and returns when what only they held is gone. If a
 // microVM uses one of them, none is deleted.
-func (s *Store) Remove(ctx context.Context, refs ...string) ([]Held, error) {
-	here, err := s.Images(ctx)
+func (s *Store) Remove(ctx context.Context, vms []vm.Spec, refs ...string) ([]Held, error) {
+	here, err := s.Images(ctx, vms)
 	if err != nil {
 		return nil, fmt.Errorf("remove images: %w", err)
 	}
@@ -158,8 +137,8 @@ func (s *Store) Remove(ctx context.Context, refs ...string) ([]Held, error) {
 }
 
 // Prune deletes the images that no microVM uses and that were not used since.
-func (s *Store) Prune(ctx context.Context, since time.Time) ([]Held, error) {
-	here, err := s.Images(ctx)
+func (s *Store) Prune(ctx context.Context, vms []vm.Spec, since time.Time) ([]Held, error) {
+	here, err := s.Images(ctx, vms)
 	if err != nil {
 		return nil, fmt.Errorf("remove unused images: %w", err)
 	}

@@ -23,9 +23,9 @@ import (
 )
 
 // names are the images without their registry, each with its users.
-func (l *lab) held(t *testing.T, s *Store) map[string][]string {
+func (l *lab) held(t *testing.T, s *Store, vms []vm.Spec) map[string][]string {
 	t.Helper()
-	list, err := s.Images(t.Context())
+	list, err := s.Images(t.Context(), vms)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -39,31 +39,36 @@ func (l *lab) held(t *testing.T, s *Store) map[string][]string {
 	return users
 }
 
+// one is a microVM that is made of a request.
+func one(uid string, r Request) []vm.Spec {
+	return []vm.Spec{{UID: uid, Kernel: vm.Kernel{File: r.Kernel}, Initrd: r.Initrd, Root: r.Root, Volumes: r.Volumes}}
+}
+
 // What a microVM uses is there for its restart; all else can go, and leaves
 // nothing behind.
 func TestRemoveImages(t *testing.T) {
 	l := newLab(t)
 	l.pushStandard(t)
 	l.push(t, "other", []file{{name: "big", data: noise(300_000)}})
-	s := l.open(t)
+	s, vms := l.open(t), one("01", standard())
 	prepare(t, s, "flintlock/ns/vm/01", standard())
 	if err := s.Pull(t.Context(), "other", "", nil); err != nil {
 		t.Fatal(err)
 	}
-	if d := cmp.Diff(map[string][]string{"base:latest": {"01"}, "kernel:latest": {"01"}, "other:latest": nil}, l.held(t, s)); d != "" {
+	if d := cmp.Diff(map[string][]string{"base:latest": {"01"}, "kernel:latest": {"01"}, "other:latest": nil}, l.held(t, s, vms)); d != "" {
 		t.Fatal(d)
 	}
 	before, err := s.Facts(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Remove(t.Context(), "other", "base"); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "01") {
+	if _, err := s.Remove(t.Context(), vms, "other", "base"); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "01") {
 		t.Errorf("one in use: %v", err)
 	}
-	if _, err := s.Remove(t.Context(), "none"); !errdefs.IsNotFound(err) {
+	if _, err := s.Remove(t.Context(), vms, "none"); !errdefs.IsNotFound(err) {
 		t.Errorf("one that is not there: %v", err)
 	}
-	if gone, err := s.Remove(t.Context(), "other"); err != nil || len(gone) != 1 {
+	if gone, err := s.Remove(t.Context(), vms, "other"); err != nil || len(gone) != 1 {
 		t.Fatalf("%v, %v", gone, err)
 	}
 	after, err := s.Facts(t.Context())
@@ -73,21 +78,20 @@ func TestRemoveImages(t *testing.T) {
 	if after.Snapshots != before.Snapshots-1 || after.ContentBytes > before.ContentBytes-300_000 {
 		t.Errorf("before %+v\nafter %+v", before, after)
 	}
-	// A newer image under the name is used by nobody, until something starts from it.
+	// A newer image under the name is what a restart asks for.
 	l.push(t, "base", []file{{name: "etc/version", data: "3"}})
 	if err := s.Pull(t.Context(), "base", Always, nil); err != nil {
 		t.Fatal(err)
 	}
-	if gone, err := s.Prune(t.Context(), time.Now()); err != nil || len(gone) != 1 {
+	if gone, err := s.Prune(t.Context(), vms, time.Now()); err != nil || len(gone) != 0 {
 		t.Errorf("pruned %v, %v", gone, err)
 	}
-	// The volumes that were made from the older one live on, and what is restarted
-	// gets its own again.
+	// The volumes that were made from the older one live on.
 	prepare(t, s, "flintlock/ns/vm/01", standard())
 	if err := s.Release(t.Context(), "flintlock/ns/vm/01"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Prune(t.Context(), time.Now()); err != nil {
+	if _, err := s.Prune(t.Context(), nil, time.Now()); err != nil {
 		t.Fatal(err)
 	}
 	end, err := s.Facts(t.Context())
@@ -96,20 +100,57 @@ func TestRemoveImages(t *testing.T) {
 	}
 }
 
+// Another name of the same layers is no use of them.
+func TestTwoNames(t *testing.T) {
+	l := newLab(t)
+	l.pushStandard(t)
+	l.push(t, "twin", rootFiles, []file{{name: "etc/version", data: "2"}})
+	s, vms := l.open(t), one("01", standard())
+	p := prepare(t, s, "flintlock/ns/vm/01", standard())
+	for _, ref := range []string{"base", "twin"} {
+		if err := s.Pull(t.Context(), ref, "", nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if d := cmp.Diff(map[string][]string{"base:latest": {"01"}, "kernel:latest": {"01"}, "twin:latest": nil}, l.held(t, s, vms)); d != "" {
+		t.Error(d)
+	}
+	if _, err := s.Remove(t.Context(), vms, "base"); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("the one in use: %v", err)
+	}
+	if gone, err := s.Remove(t.Context(), vms, "twin"); err != nil || len(gone) != 1 {
+		t.Errorf("the other one: %v, %v", gone, err)
+	}
+	if err := s.Pull(t.Context(), "twin", "", nil); err != nil {
+		t.Fatal(err)
+	}
+	if gone, err := s.Prune(t.Context(), vms, time.Now()); err != nil || len(gone) != 1 || !strings.HasSuffix(gone[0].Name, "/twin:latest") {
+		t.Errorf("pruned %v, %v", gone, err)
+	}
+	run(t, "e2fsck", "-fn", p.Volumes["root"])
+	// The registry is not asked: what the microVM is made of is all here.
+	offline, err := Open(t.Context(), Config{Socket: l.dir + "/c.sock", Registry: l.registry, CAFile: "/nonexistent"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer offline.Close()
+	prepare(t, offline, "flintlock/ns/vm/01", standard())
+}
+
 // What nobody has used for long goes by itself, in a full pool sooner, and what
 // a microVM has never.
 func TestCollect(t *testing.T) {
 	l := newLab(t)
 	l.pushStandard(t)
 	l.push(t, "other", []file{{name: "x", data: noise(1000)}})
-	s := l.open(t)
+	s, vms := l.open(t), one("01", standard())
 	prepare(t, s, "flintlock/ns/vm/01", standard())
 	if err := s.Pull(t.Context(), "other", "", nil); err != nil {
 		t.Fatal(err)
 	}
 	collect := func(c Collector, later time.Duration) (names []string) {
 		t.Helper()
-		c.Images = s
+		c.Images, c.VMs = s, func() []vm.Spec { return vms }
 		gone, err := c.Collect(t.Context(), time.Now().Add(later))
 		if err != nil {
 			t.Fatal(err)
@@ -142,7 +183,7 @@ func TestCollect(t *testing.T) {
 	if got := collect(Collector{Unused: DefaultUnused}, 8*24*time.Hour); !slices.Equal(got, []string{"other:latest"}) {
 		t.Errorf("after eight days: %v", got)
 	}
-	if d := cmp.Diff(map[string][]string{"base:latest": {"01"}, "kernel:latest": {"01"}}, l.held(t, s)); d != "" {
+	if d := cmp.Diff(map[string][]string{"base:latest": {"01"}, "kernel:latest": {"01"}}, l.held(t, s, vms)); d != "" {
 		t.Error(d)
 	}
 }

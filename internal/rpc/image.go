@@ -11,7 +11,7 @@ import (
 )
 
 func (s *hostService) ListImages(ctx context.Context, _ *ingotv1.ListImagesRequest) (*ingotv1.ListImagesResponse, error) {
-	list, err := s.Images.Images(ctx)
+	list, err := s.Images.Images(ctx, s.Host.Specs())
 	if err != nil {
 		return nil, err
 	}
@@ -25,9 +25,9 @@ func (s *hostService) RemoveImages(ctx context.Context, r *ingotv1.RemoveImagesR
 	}
 	var gone []image.Held
 	if len(r.GetImages()) > 0 {
-		gone, err = s.Images.Remove(ctx, r.GetImages()...)
+		gone, err = s.Images.Remove(ctx, s.Host.Specs(), r.GetImages()...)
 	} else {
-		gone, err = s.Images.Prune(ctx, time.Now().Add(-r.GetUnusedFor().AsDuration()))
+		gone, err = s.Images.Prune(ctx, s.Host.Specs(), time.Now().Add(-r.GetUnusedFor().AsDuration()))
 	}
 	if err != nil {
 		return nil, err
