@@ -101,7 +101,7 @@ func leaseReleaseCommand() *cobra.Command {
 				return err
 			}
 			if _, err := c.hub.ReleaseLease(ctx, &ingotv1.ReleaseLeaseRequest{Ip: v.IP}); err != nil {
-				return fmt.Errorf("release %s: %w", v.IP, err)
+				return err
 			}
 			fmt.Fprintln(cmd.OutOrStdout(), v.IP)
 			return nil

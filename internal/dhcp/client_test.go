@@ -217,6 +217,15 @@ func TestReservationAndReleaseOnDisk(t *testing.T) {
 	if _, err := s.Reserve(Reservation{MAC: mac(2), IP: a("192.168.10.50")}); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("reserve it twice: %v", err)
 	}
+	// Outside of the subnet, and in it the network's, the server's, the broadcast.
+	for ip, says := range map[string]string{
+		"10.9.9.9": "ip: it is not in 192.168.10.0/25", "fd00::1": "ip: it is not in 192.168.10.0/25",
+		"192.168.10.0": "ip: it is not for clients in 192.168.10.0/25", "192.168.10.2": "ip: it is not for", "192.168.10.127": "ip: it is not for",
+	} {
+		if _, err := s.Reserve(Reservation{MAC: mac(2), IP: a(ip)}); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), says) {
+			t.Errorf("reserve %s: %v", ip, err)
+		}
+	}
 	if l, err := s.Reserve(Reservation{MAC: mac(4)}); err != nil || l.IP != a("192.168.10.26") {
 		t.Errorf("reserve any: %+v, %v", l, err)
 	}

@@ -19,6 +19,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -290,8 +291,13 @@ func (s *Server) reserve(r *Reservation) (text []byte, err error) {
 		r.IP = ip.netip()
 	}
 	ip := from(r.IP)
-	if p == nil || !p.keepable(ip) || !s.free(p, ip, m, true) {
-		return nil, fmt.Errorf("it is not free, or not to be given: %w", errdefs.ErrAlreadyExists)
+	switch {
+	case p == nil:
+		return nil, fmt.Errorf("ip: it is not in %s: %w", s.subnets(), errdefs.ErrInvalidArgument)
+	case !p.keepable(ip):
+		return nil, fmt.Errorf("ip: it is not for clients in %s: %w", p.prefix, errdefs.ErrInvalidArgument)
+	case !s.free(p, ip, m, true):
+		return nil, fmt.Errorf("another client has it: %w", errdefs.ErrAlreadyExists)
 	}
 	if old := s.booked.of(p, m, r.Name); old != nil && old.fixed {
 		if old.IP != r.IP {
@@ -305,6 +311,15 @@ func (s *Server) reserve(r *Reservation) (text []byte, err error) {
 	}
 	s.booked.add(*r)
 	return formatReservation(text, *r), nil
+}
+
+// subnets are all that the server knows.
+func (s *Server) subnets() string {
+	var all []string
+	for _, p := range s.pools {
+		all = append(all, p.prefix.String())
+	}
+	return strings.Join(all, ", ")
 }
 
 // Unreserve ends the reservation of an address, which Reserve made; those of a
