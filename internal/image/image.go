@@ -57,9 +57,10 @@ type Store struct {
 	pulls  flight
 	looks  flight
 
-	mu    sync.Mutex // guards the caches
-	known map[digest.Digest]image
-	dirs  map[string]string // of committed native snapshots, by chain id
+	mu      sync.Mutex // guards what follows
+	known   map[digest.Digest]image
+	dirs    map[string]string // of committed native snapshots, by chain id
+	pulling map[string]bool   // the leases of pulls under way
 }
 
 // Request is what one microVM needs.
@@ -86,7 +87,9 @@ type Progress struct {
 	Total  int64
 }
 
-// Open connects to containerd and waits until it answers, or ctx ends.
+// Open connects to containerd and waits until it answers, or ctx ends. The
+// namespace is this store's alone: pulls that are under way in it are a
+// predecessor's, and given up.
 func Open(ctx context.Context, c Config) (*Store, error) {
 	if c.Namespace == "" {
 		c.Namespace = DefaultNamespace
@@ -94,8 +97,12 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Store{c: c, known: map[digest.Digest]image{}, dirs: map[string]string{}}
+	s := &Store{c: c, known: map[digest.Digest]image{}, dirs: map[string]string{}, pulling: map[string]bool{}}
 	if err := s.connect(ctx); err != nil {
+		return nil, fmt.Errorf("open containerd %s: %w", c.Socket, err)
+	}
+	if err := s.sweepPulls(ctx); err != nil {
+		s.client.Close()
 		return nil, fmt.Errorf("open containerd %s: %w", c.Socket, err)
 	}
 	return s, nil

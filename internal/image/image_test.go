@@ -390,6 +390,50 @@ func TestPullAndPrepareAtOnce(t *testing.T) {
 	}
 }
 
+// TestEndedPull: one that fails, that is cancelled or whose daemon is killed
+// leaves no lease that holds what it has fetched.
+func TestEndedPull(t *testing.T) {
+	l := newLab(t)
+	l.push(t, "base", []file{{name: "one", data: noise(8 << 20)}}, []file{{name: "two", data: noise(8<<20 + 1)}})
+	s := l.open(t)
+	none := func(after string) {
+		t.Helper()
+		var left []string
+		for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+			if left = l.ctr(t, "leases", "ls"); len(left) == 0 {
+				return
+			}
+		}
+		t.Errorf("%s left %q", after, left)
+	}
+	if err := s.Pull(t.Context(), "nosuch", "", nil); !errdefs.IsNotFound(err) {
+		t.Errorf("an unknown image: %v", err)
+	}
+	none("a pull that failed")
+	ctx, cancel := context.WithCancel(t.Context())
+	err := s.Pull(ctx, "base", "", func(p Progress) {
+		if p.Offset > 1<<20 {
+			cancel()
+		}
+	})
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("a cancelled one: %v", err)
+	}
+	none("a pull that was cancelled")
+	if err := s.Pull(t.Context(), "base", "", nil); err != nil {
+		t.Error(err)
+	}
+	none("a pull")
+	if _, _, err := s.leaseForPull(t.Context(), "base "+blockfile); err != nil { // and then the daemon was killed
+		t.Fatal(err)
+	}
+	if left := l.ctr(t, "leases", "ls"); len(left) != 1 {
+		t.Errorf("leases in a pull: %q", left)
+	}
+	l.open(t)
+	none("a killed daemon")
+}
+
 // TestKilledInPull: containerd dies in the middle of a pull. The store that was
 // connected then goes on when it is back, and nothing is left over.
 func TestKilledInPull(t *testing.T) {

@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -27,10 +28,12 @@ import (
 
 const (
 	// pullLease begins the id of the lease that holds what a pull under way has
-	// fetched. A pull that was killed leaves it, so that the next one continues;
-	// if none comes, it expires.
+	// fetched. What a kill has left, the next pull or daemon gives up; if none
+	// comes, it expires.
 	pullLease   = "ingot/pull/"
 	pullExpires = time.Hour
+	// giveUpTime is how long containerd may take to delete such a lease.
+	giveUpTime = 10 * time.Second
 )
 
 // image is what there is to know of one, by its digest; it never changes.
@@ -130,25 +133,22 @@ func (s *Store) unpackOnce(ctx context.Context, name, snapshotter string) error 
 
 // unpack unpacks an image whose content is here; errdefs.ErrNotFound means that
 // it, or a part of it, is not.
-func (s *Store) unpack(ctx context.Context, name, snapshotter string) error {
+func (s *Store) unpack(ctx context.Context, name, snapshotter string) (err error) {
 	record, err := s.client.ImageService().Get(ctx, name)
 	if err != nil {
 		return err
 	}
-	ctx, done, err := s.leaseForPull(ctx, "unpack "+name+" "+snapshotter)
+	ctx, giveUp, err := s.leaseForPull(ctx, "unpack "+name+" "+snapshotter)
 	if err != nil {
 		return err
 	}
-	err = s.withRoom(snapshotter, func(room snapshots.Opt) error {
+	defer func() { err = errors.Join(err, giveUp()) }()
+	return s.withRoom(snapshotter, func(room snapshots.Opt) error {
 		return client.NewImage(s.client, record).Unpack(ctx, snapshotter, func(_ context.Context, c *client.UnpackConfig) error {
 			c.SnapshotOpts = append(c.SnapshotOpts, room)
 			return nil
 		})
 	})
-	if err != nil && !errdefs.IsNotFound(err) {
-		return err
-	}
-	return errors.Join(err, done(ctx))
 }
 
 // withRoom unpacks an image, and where it is larger than a volume, again with
@@ -239,12 +239,13 @@ func process(c ocispec.ImageConfig) vm.Process {
 
 // fetch asks the registry for what a name means now, and gets what is missing
 // of that.
-func (s *Store) fetch(ctx context.Context, name, snapshotter string, tell func(Progress)) error {
+func (s *Store) fetch(ctx context.Context, name, snapshotter string, tell func(Progress)) (err error) {
 	start := time.Now()
-	ctx, done, err := s.leaseForPull(ctx, name+" "+snapshotter)
+	ctx, giveUp, err := s.leaseForPull(ctx, name+" "+snapshotter)
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, giveUp()) }()
 	t, err := s.transport()
 	if err != nil {
 		return err
@@ -270,25 +271,59 @@ func (s *Store) fetch(ctx context.Context, name, snapshotter string, tell func(P
 	}
 	m.add(0, 0, "done")
 	s.c.Log.Info("image pulled", "image", name, "snapshotter", snapshotter, "bytes", m.progress.Offset, "took", time.Since(start))
-	return done(ctx)
+	return nil
 }
 
-// leaseForPull holds what is fetched until the image's own record does. It is
-// given up only when the pull has succeeded.
-func (s *Store) leaseForPull(ctx context.Context, what string) (context.Context, func(context.Context) error, error) {
-	id := pullLease + strings.ReplaceAll(what, " ", "/")
-	lm := s.client.LeasesService()
-	_, err := lm.Create(ctx, leases.WithID(id), leases.WithExpiration(pullExpires))
-	if err != nil && !errdefs.IsAlreadyExists(err) {
-		return nil, nil, err
+// leaseForPull holds what is fetched until the image's own record does, or the
+// pull has failed or was cancelled.
+func (s *Store) leaseForPull(ctx context.Context, what string) (leased context.Context, giveUp func() error, err error) {
+	// Each try has its own: one that was cancelled may end while the next is at work.
+	id := pullLease + strings.ReplaceAll(what, " ", "/") + "/" + rand.Text()
+	s.mu.Lock()
+	s.pulling[id] = true
+	s.mu.Unlock()
+	giveUp = func() error {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), giveUpTime)
+		defer cancel()
+		s.mu.Lock()
+		delete(s.pulling, id)
+		s.mu.Unlock()
+		return s.deletePull(ctx, id)
 	}
-	done := func(ctx context.Context) error {
-		if err := lm.Delete(ctx, leases.Lease{ID: id}); err != nil && !errdefs.IsNotFound(err) {
-			return err
+	if err := s.sweepPulls(ctx); err != nil {
+		return nil, nil, errors.Join(err, giveUp())
+	}
+	if _, err = s.client.LeasesService().Create(ctx, leases.WithID(id), leases.WithExpiration(pullExpires)); err != nil {
+		return nil, nil, errors.Join(err, giveUp())
+	}
+	return leases.WithLease(ctx, id), giveUp, nil
+}
+
+func (s *Store) deletePull(ctx context.Context, id string) error {
+	err := s.client.LeasesService().Delete(ctx, leases.Lease{ID: id})
+	if err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("give up what was pulled: %w", err)
+	}
+	return nil
+}
+
+// sweepPulls gives up what was being pulled by a daemon, or into a containerd, that
+// was killed.
+func (s *Store) sweepPulls(ctx context.Context) error {
+	list, err := s.client.LeasesService().List(ctx)
+	if err != nil {
+		return fmt.Errorf("list leases: %w", err)
+	}
+	for _, l := range list {
+		s.mu.Lock()
+		live := s.pulling[l.ID]
+		s.mu.Unlock()
+		if strings.HasPrefix(l.ID, pullLease) && !live {
+			s.c.Log.Info("give up what was being pulled", "lease", l.ID)
+			err = errors.Join(err, s.deletePull(ctx, l.ID))
 		}
-		return nil
 	}
-	return leases.WithLease(ctx, id), done, nil
+	return err
 }
 
 // meter adds up a pull's progress and passes it on, not oftener than anyone
