@@ -110,6 +110,25 @@ func TestTransferred(t *testing.T) {
 	}
 }
 
+// A hint is right to paste into the shell that it is shown in.
+func TestHints(t *testing.T) {
+	const text = "it is down: `ingot up` brings it up, `ingot vm get a` or `sudo ingot down`; ingot `x`"
+	for _, c := range []struct{ usual, name, want string }{
+		{"", "lab", text},
+		{"", "two", "it is down: `ingot --env two up` brings it up, `ingot --env two vm get a` or `sudo ingot --env two down`; ingot `x`"},
+		{"two", "two", "it is down: `ingot up` brings it up, `ingot vm get a` or `sudo ingot --env two down`; ingot `x`"},
+		{"two", "lab", "it is down: `ingot --env lab up` brings it up, `ingot --env lab vm get a` or `sudo ingot down`; ingot `x`"},
+	} {
+		t.Setenv("INGOT_ENV", c.usual)
+		if d := cmp.Diff(c.want, pasteable(text, c.name)); d != "" {
+			t.Errorf("%+v: %s", c, d)
+		}
+		if d := cmp.Diff(c.want, explain(errors.New(text), c.name)); d != "" {
+			t.Errorf("%+v: %s", c, d)
+		}
+	}
+}
+
 func TestExplain(t *testing.T) {
 	for _, c := range []struct {
 		err  error
@@ -126,7 +145,7 @@ func TestExplain(t *testing.T) {
 			"dial tcp 192.168.10.3:9090: i/o timeout"},
 		{errors.New("a\n  b"), "a; b"},
 	} {
-		if diff := cmp.Diff(c.want, explain(c.err)); diff != "" {
+		if diff := cmp.Diff(c.want, explain(c.err, usualEnvironment())); diff != "" {
 			t.Error(diff)
 		}
 	}

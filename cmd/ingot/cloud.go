@@ -198,7 +198,7 @@ func pick(all []microVM, name string) (microVM, error) {
 func (c *cloud) leases(ctx context.Context) map[string]*ingotv1.Lease {
 	r, err := c.hub.ListLeases(ctx, &ingotv1.ListLeasesRequest{})
 	if err != nil {
-		fmt.Fprintln(os.Stderr, "ingot: list leases:", explain(err))
+		fmt.Fprintln(os.Stderr, "ingot: list leases:", explain(err, c.name))
 		return nil
 	}
 	byMAC := map[string]*ingotv1.Lease{}

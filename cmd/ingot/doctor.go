@@ -44,7 +44,7 @@ The exit code is 0 unless something stops ` + "`ingot up`" + `.`,
 			}
 			r := doctor.Look(cmd.Context(), p, checks)
 			if fix {
-				m := mender{in: bufio.NewReader(os.Stdin), out: cmd.ErrOrStderr(), yes: yes}
+				m := mender{in: bufio.NewReader(os.Stdin), out: hints{cmd.ErrOrStderr(), environment(cmd)}, yes: yes}
 				did, err := m.mend(cmd.Context(), r)
 				if err != nil {
 					return err
@@ -56,7 +56,7 @@ The exit code is 0 unless something stops ` + "`ingot up`" + `.`,
 					r = doctor.Look(cmd.Context(), p, checks)
 				}
 			}
-			if err := out.write(cmd.OutOrStdout(), r, r.Text); err != nil {
+			if err := out.write(hints{cmd.OutOrStdout(), environment(cmd)}, r, r.Text); err != nil {
 				return err
 			}
 			if !r.OK {
@@ -96,7 +96,7 @@ func chosenChecks(names []string) ([]doctor.Check, error) {
 // mender mends what a person agrees to.
 type mender struct {
 	in  *bufio.Reader
-	out io.Writer
+	out hints
 	yes bool
 }
 
@@ -119,7 +119,7 @@ func (m mender) mend(ctx context.Context, r doctor.Report) (did bool, err error)
 			if ctx.Err() != nil {
 				return did, ctx.Err()
 			}
-			fmt.Fprintf(m.out, "%s: not mended: %s\n", f.Name, explain(err))
+			fmt.Fprintf(m.out, "%s: not mended: %s\n", f.Name, explain(err, m.out.name))
 			continue
 		}
 		fmt.Fprintf(m.out, "%s: done: %s\n", f.Name, f.Fix)

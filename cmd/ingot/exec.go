@@ -27,7 +27,7 @@ With a terminal at both ends, -it is as if given.`,
 				return err
 			}
 			if len(command) == 0 {
-				return misused(cmd, "there is no command: ingot exec %s -- sh", args[0])
+				return misused(cmd, "there is no command: %s exec %s -- sh", program(environment(cmd)), args[0])
 			}
 			vars, err := variables(cmd, env)
 			if err != nil {

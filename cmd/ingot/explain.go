@@ -19,9 +19,9 @@ var (
 )
 
 // explain is err in one line for a person: what, where, and where it is known,
-// what to do. Of a gRPC error it has what the server said; joined errors stand
+// what to do about the environment of that name. Of a gRPC error it has what the server said; joined errors stand
 // side by side.
-func explain(err error) string {
+func explain(err error, name string) string {
 	if errors.Is(err, context.Canceled) || status.Code(err) == codes.Canceled {
 		return "interrupted"
 	}
@@ -39,7 +39,7 @@ func explain(err error) string {
 	case codes.Unauthenticated, codes.PermissionDenied:
 		text += " (the environment's certificates or token have changed; `ingot up` renews them)"
 	}
-	return text
+	return pasteable(text, name)
 }
 
 // short cuts out the middle of what is no message any more, but somebody's file.

@@ -191,7 +191,7 @@ func imageImportCommand(r *registryFlags) *cobra.Command {
 				return pushAll(cmd, r, a, name)
 			}
 			if name == "" {
-				return misused(cmd, "a root file system has no name: ingot image import %s NAME", args[0])
+				return misused(cmd, "a root file system has no name: `ingot image import %s NAME`", args[0])
 			}
 			img, err := a.Import(changes)
 			if err != nil {

@@ -96,7 +96,7 @@ func (c *cloud) addHeld(ctx context.Context, rows []imageRow, registry string) [
 		return nil
 	})
 	if err != nil { // the registry's images are worth showing without the hosts
-		fmt.Fprintln(os.Stderr, "ingot:", explain(err))
+		fmt.Fprintln(os.Stderr, "ingot:", explain(err, c.name))
 	}
 	for _, r := range rows {
 		slices.SortFunc(r.Hosts, func(a, b imageHost) int { return strings.Compare(a.Name, b.Name) })

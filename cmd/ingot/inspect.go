@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"os"
 	"time"
@@ -33,7 +32,7 @@ configuration that it looked at, and the file, unit and port it lives in.`,
 		RunE: inCloud(func(cmd *cobra.Command, c *cloud, _ []string) error {
 			r := c.inspect(cmd.Context(), wait)
 			style := inspect.Style{Notes: verbose, Colour: isTerminal(os.Stdout) && os.Getenv("NO_COLOR") == ""}
-			if err := out.write(cmd.OutOrStdout(), r, func(w io.Writer) error { return r.Text(w, style) }); err != nil {
+			if err := out.write(hints{cmd.OutOrStdout(), c.name}, r, func(w io.Writer) error { return r.Text(w, style) }); err != nil {
 				return err
 			}
 			if !r.OK {
@@ -60,7 +59,7 @@ func (c *cloud) inspect(ctx context.Context, wait time.Duration) inspect.Report 
 	defer p.clear()
 	return inspect.Wait(ctx, c.inspection, func(r inspect.Report) {
 		if found := r.Findings(); len(found) > 0 && !r.OK {
-			p.say(fmt.Sprintf("not green: %s", found[0]), "")
+			p.say("not green: "+pasteable(found[0], c.name), "")
 		}
 	})
 }

@@ -118,7 +118,7 @@ func machineExecCommand() *cobra.Command {
 				return err
 			}
 			if len(command) == 0 {
-				return misused(cmd, "there is no command: ingot machine exec %s -- ip a", args[0])
+				return misused(cmd, "there is no command: %s machine exec %s -- ip a", program(environment(cmd)), args[0])
 			}
 			return inMachine(cmd, args[0], command...)
 		},

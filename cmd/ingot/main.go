@@ -30,11 +30,13 @@ func Main() int {
 	defer stop()
 	root := rootCommand()
 	root.SetArgs(arguments(os.Args))
-	return report(execute(ctx, root))
+	cmd, err := execute(ctx, root)
+	return report(err, environment(cmd))
 }
 
-// report says what went wrong and returns the exit code that it means.
-func report(err error) int {
+// report says what went wrong in an environment and returns the exit code that it
+// means.
+func report(err error, name string) int {
 	var code exitCode
 	var misuse *usageError
 	var objections env.Objections
@@ -44,15 +46,15 @@ func report(err error) int {
 	case errors.As(err, &code):
 		return int(code)
 	case errors.As(err, &misuse):
-		fmt.Fprintf(os.Stderr, "ingot: %v\nSee '%s --help'.\n", misuse.cause, misuse.command)
+		fmt.Fprintf(os.Stderr, "ingot: %s\nSee '%s --help'.\n", pasteable(misuse.Error(), name), misuse.command)
 		return 2
 	case errors.As(err, &objections): // a line each: there may be many
 		for _, one := range objections {
-			fmt.Fprintln(os.Stderr, "ingot:", explain(one))
+			fmt.Fprintln(os.Stderr, "ingot:", explain(one, name))
 		}
 		return 1
 	}
-	fmt.Fprintln(os.Stderr, "ingot:", explain(err))
+	fmt.Fprintln(os.Stderr, "ingot:", explain(err, name))
 	return 1
 }
 

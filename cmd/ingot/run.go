@@ -122,7 +122,7 @@ func (c *cloud) run(cmd *cobra.Command, o runOptions, spec *types.MicroVMSpec) (
 			if failed := c.farewellTo(ctx, vm); failed != nil && err == nil {
 				err = failed
 			} else if failed != nil { // the command's own exit code is worth more
-				fmt.Fprintln(os.Stderr, "ingot:", explain(failed))
+				fmt.Fprintln(os.Stderr, "ingot:", explain(failed, c.name))
 			}
 		}()
 	}
@@ -144,12 +144,12 @@ func (c *cloud) run(cmd *cobra.Command, o runOptions, spec *types.MicroVMSpec) (
 		return err
 	case state(vm.GetStatus()) == "stopped": // a process that was quicker than we
 		fmt.Fprintln(cmd.OutOrStdout(), vm)
-		fmt.Fprintf(os.Stderr, "next: ingot logs %s\n", vm)
+		fmt.Fprintf(os.Stderr, "next: %s logs %s\n", program(c.name), vm)
 		return ended(vm)
 	}
 	p.line("%s is up on %s at %s", vm, host.Name, ip)
 	fmt.Fprintf(cmd.OutOrStdout(), "%s %s\n", vm, ip)
-	fmt.Fprintf(os.Stderr, "next: ingot exec %s -- sh\n", vm)
+	fmt.Fprintf(os.Stderr, "next: %s exec %s -- sh\n", program(c.name), vm)
 	return nil
 }
 
@@ -164,7 +164,7 @@ func (c *cloud) afterFailure(ctx context.Context, vm microVM, rm bool) string {
 			return "it is deleted again"
 		}
 		if err := c.farewellTo(ctx, vm); err != nil {
-			return fmt.Sprintf("%s; it is not deleted: %s", remove, explain(err))
+			return fmt.Sprintf("%s; it is not deleted: %s", remove, explain(err, c.name))
 		}
 		return "it is deleted again"
 	case rm:
@@ -215,7 +215,7 @@ func (c *cloud) choose(ctx context.Context, wanted string, spec *types.MicroVMSp
 	}
 	if listErr != nil {
 		// One host's silence must not keep another from booting a microVM.
-		fmt.Fprintln(os.Stderr, "ingot:", explain(listErr))
+		fmt.Fprintln(os.Stderr, "ingot:", explain(listErr, c.name))
 	}
 	taken := map[string]bool{}
 	for _, vm := range vms {
@@ -341,7 +341,7 @@ func (c *cloud) farewellTo(ctx context.Context, vm microVM) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUp)
 	defer cancel()
 	if err := stop(ctx, vm, farewell); err != nil && !gone(err) {
-		fmt.Fprintf(os.Stderr, "ingot: stop %s: %s\n", vm, explain(err))
+		fmt.Fprintf(os.Stderr, "ingot: stop %s: %s\n", vm, explain(err, c.name))
 	}
 	if err := c.remove(ctx, vm); err != nil && !gone(err) {
 		return fmt.Errorf("delete %s on %s: %w", vm, vm.host.Name, err)

@@ -32,8 +32,9 @@ What is as it should be is left alone. The file is kept: without one, the next
 				}
 				o.Declared = &d
 				name = cmp.Or(chosenEnvironment(cmd), d.Name, name)
+				_ = cmd.Flags().Set("name", name) // for the hints in an error
 			}
-			o.Out = cmd.ErrOrStderr()
+			o.Out = hints{cmd.ErrOrStderr(), name}
 			if o.DryRun {
 				o.Plan = cmd.OutOrStdout()
 			}
@@ -73,12 +74,8 @@ func outputs(w io.Writer, e env.Env) error {
 	for _, m := range e.Hosts() {
 		hosts = append(hosts, fmt.Sprintf("  %q = %q", m.Name, m.Address))
 	}
-	ingot := "ingot"
-	if e.Name != usualEnvironment() {
-		ingot += " --env " + e.Name
-	}
 	_, err := fmt.Fprintf(w, "network_hub_ip = %q\nmicrovm_host_ips = {\n%s\n}\n\nNext: %[3]s ps\n      %[3]s run --rm -it busybox -- sh\n      %[3]s inspect\n",
-		e.Hub().Address, strings.Join(hosts, "\n"), ingot)
+		e.Hub().Address, strings.Join(hosts, "\n"), program(e.Name))
 	return err
 }
 

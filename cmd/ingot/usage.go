@@ -22,9 +22,9 @@ func misused(cmd *cobra.Command, format string, a ...any) error {
 	return &usageError{cmd.CommandPath(), fmt.Errorf(format, a...)}
 }
 
-// execute runs root. What cobra itself objects to, before a command begins, is
+// execute runs root, and returns the command that it was. What cobra itself objects to, before a command begins, is
 // a misuse.
-func execute(ctx context.Context, root *cobra.Command) error {
+func execute(ctx context.Context, root *cobra.Command) (*cobra.Command, error) {
 	began := false
 	root.InitDefaultHelpCmd()
 	root.InitDefaultCompletionCmd()
@@ -32,9 +32,9 @@ func execute(ctx context.Context, root *cobra.Command) error {
 	cmd, err := root.ExecuteContextC(ctx)
 	var misuse *usageError
 	if err == nil || began || errors.As(err, &misuse) {
-		return err
+		return cmd, err
 	}
-	return &usageError{cmd.CommandPath(), err}
+	return cmd, &usageError{cmd.CommandPath(), err}
 }
 
 // prepare makes a group of commands (ingot vm) object to a word that it does not

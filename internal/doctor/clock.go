@@ -31,7 +31,7 @@ func lookClock(_ context.Context, p Patient) Finding {
 			return fail(shows+"from "+ca.NotBefore.Format(time.DateTime)+" on", breaks, "set it: date -s, then hwclock --systohc")
 		}
 		if now.After(ca.NotAfter) {
-			return fail(shows+"until "+ca.NotAfter.Format(time.DateTime), breaks, "set it (date -s); or, if it is right: ingot down, ingot up")
+			return fail(shows+"until "+ca.NotAfter.Format(time.DateTime), breaks, "set it (date -s); or, if it is right: `ingot down`, `ingot up`")
 		}
 	}
 	var t unix.Timex

@@ -143,13 +143,13 @@ func lookSubnets(_ context.Context, p Patient) Finding {
 		case found && p.Exists:
 			return warn(fmt.Sprintf("this machine's route to %s by %s overlaps with the environment's %s", route.Destination, route.Interface, n),
 				"packets to the environment, or to what was there before it, go to the wrong place",
-				fmt.Sprintf("end what made the route (a VPN?), or choose another subnet: ingot down, then `subnet` in ingot up -f FILE (ip route show %s)", route.Destination))
+				fmt.Sprintf("end what made the route (a VPN?), or choose another subnet: `ingot down`, then `subnet` in `ingot up -f FILE` (ip route show %s)", route.Destination))
 		case p.Exists:
 			said = append(said, n.String()+" is the environment's alone")
 		default:
 			free, err := lab.FreeSubnet(n, p.Device, p.Taken...)
 			if err != nil {
-				return fail(err.Error(), "the environment has no addresses", "remove routes (ip route), or name a free `subnet` in ingot up -f FILE")
+				return fail(err.Error(), "the environment has no addresses", "remove routes (ip route), or name a free `subnet` in `ingot up -f FILE`")
 			}
 			if free == n {
 				said = append(said, n.String()+" is free")
@@ -182,7 +182,7 @@ func lookPorts(_ context.Context, p Patient) Finding {
 	if len(taken) == 0 {
 		return pass("nobody else listens on the roles' ports")
 	}
-	return fail(strings.Join(taken, ", "), "the role that wants the port does not start", "end that program, in the machine (ingot machine shell NAME)")
+	return fail(strings.Join(taken, ", "), "the role that wants the port does not start", "end that program, in the machine (`ingot machine shell NAME`)")
 }
 
 // seekFor is how long a DHCP server has to answer. dhcpd looks for a second whether

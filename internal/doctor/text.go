@@ -23,7 +23,7 @@ func (r Report) Text(w io.Writer) error {
 		}
 		fix := f.Fix
 		if f.Fixable {
-			fix += " (or: ingot doctor --fix " + f.Name + ")"
+			fix += " (or: `ingot doctor --fix " + f.Name + "`)"
 		}
 		fmt.Fprintf(&b, "      %-*s  breaks: %s\n      %-*s  fix:    %s\n", width, "", f.Breaks, width, "", fix)
 	}

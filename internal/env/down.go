@@ -19,7 +19,7 @@ import (
 // its names.
 func Down(ctx context.Context, name string, out io.Writer) error {
 	if os.Getuid() != 0 {
-		return fmt.Errorf("ingot down needs root: sudo ingot down: %w", errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("ingot down needs root: `sudo ingot down`: %w", errdefs.ErrFailedPrecondition)
 	}
 	lock, err := lockEnvironment(ctx, name, out)
 	if err != nil {

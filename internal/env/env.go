@@ -96,20 +96,12 @@ func (e Env) Hosts() []Machine {
 // DefaultName is the environment's that nobody named.
 const DefaultName = "lab"
 
-// upCommand is what brings an environment of that name up.
-func upCommand(name string) string {
-	if name == DefaultName {
-		return "ingot up"
-	}
-	return "ingot --env " + name + " up"
-}
-
 // Open reads an environment that was brought up on this machine.
 func Open(name string) (Env, error) {
 	path := filepath.Join(Root, name, fileName)
 	b, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
-		return Env{}, fmt.Errorf("open environment %s: there is none; bring it up with `%s`: %w", name, upCommand(name), errdefs.ErrNotFound)
+		return Env{}, fmt.Errorf("open environment %s: there is none; bring it up with `ingot up`: %w", name, errdefs.ErrNotFound)
 	}
 	if err != nil {
 		return Env{}, fmt.Errorf("open environment %s: %w", name, err)
@@ -129,7 +121,7 @@ func Open(name string) (Env, error) {
 func OpenUp(name string) (Env, error) {
 	e, err := Open(name)
 	if err == nil && !e.Lab("").Up() {
-		return Env{}, fmt.Errorf("environment %s is down: `%s` brings it up: %w", name, upCommand(name), errdefs.ErrUnavailable)
+		return Env{}, fmt.Errorf("environment %s is down: `ingot up` brings it up: %w", name, errdefs.ErrUnavailable)
 	}
 	return e, err
 }

@@ -105,5 +105,5 @@ func offer(f doctor.Finding) string {
 	if !f.Fixable {
 		return ""
 	}
-	return fmt.Sprintf(" (or: ingot doctor --fix %s)", f.Name)
+	return fmt.Sprintf(" (or: `ingot doctor --fix %s`)", f.Name)
 }
