@@ -92,7 +92,11 @@ func rootCommand() *cobra.Command {
 		SilenceErrors: true,
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
 			if name := environment(cmd); !env.ValidName(name) {
-				return fmt.Errorf("an environment cannot be called %q: only lower-case letters, digits and dashes, at most 32", name)
+				hint := ""
+				if cmd.Flags().Lookup("env-var") != nil {
+					hint = fmt.Sprintf("; a variable of the command is -e %s", name)
+				}
+				return fmt.Errorf("an environment cannot be called %q: only lower-case letters, digits and dashes, at most 32%s", name, hint)
 			}
 			return nil
 		},

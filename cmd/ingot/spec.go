@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -14,6 +15,7 @@ import (
 
 	"ingot/api/types"
 	"ingot/internal/env"
+	"ingot/internal/vm"
 	"ingot/internal/wire"
 )
 
@@ -115,9 +117,41 @@ func check(cmd *cobra.Command, spec *types.MicroVMSpec) error {
 		err = s.Validate()
 	}
 	if err != nil {
-		return misused(cmd, "%w", err)
+		return misused(cmd, "%w", byFlags(err))
 	}
 	return nil
+}
+
+// flags are a command line's words for the API's fields.
+var flags = map[string]string{
+	"id": "--name", "namespace": "--namespace", "vcpu": "--cpus", "memory_in_mb": "--memory", "kernel.image": "--kernel", "initrd.image": "--kernel",
+	"root_volume.source.container_source": "IMAGE", "root_volume.size_in_mb": "--disk",
+}
+
+// byFlags says of mistakes in a spec which flags they are in.
+func byFlags(err error) error {
+	var all []error
+	said := map[string]bool{}
+	for _, one := range parts(err) {
+		var field *vm.FieldError
+		if errors.As(one, &field) && flags[field.Field] != "" {
+			if said[flags[field.Field]] {
+				continue // the kernel's image is the initrd's
+			}
+			said[flags[field.Field]] = true
+			one = fmt.Errorf("%s: %s (%s)", flags[field.Field], field.Problem, field.Field)
+		}
+		all = append(all, one)
+	}
+	return errors.Join(all...)
+}
+
+// parts are the errors that errors.Join has joined.
+func parts(err error) []error {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		return joined.Unwrap()
+	}
+	return []error{err}
 }
 
 // The two words of a name that nobody chose.
