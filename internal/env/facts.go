@@ -34,11 +34,17 @@ func (u *up) prepare(ctx context.Context) (err error) {
 
 // gatherFacts finds what is there: this environment, others, what runs.
 func (u *up) gatherFacts(ctx context.Context) (string, error) {
-	if u.missing != nil {
+	detail, err := u.lookAround(ctx)
+	if u.missing != nil && err != nil {
+		u.blind = true
 		return "not all can be seen", nil // check says why
 	}
+	return detail, err
+}
+
+func (u *up) lookAround(ctx context.Context) (string, error) {
 	var err error
-	if !u.DryRun {
+	if !u.DryRun && u.missing == nil {
 		if u.choice, err = lockMachine(ctx); err != nil {
 			return "", err
 		}

@@ -3,6 +3,7 @@ package env
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"path/filepath"
@@ -15,18 +16,29 @@ import (
 )
 
 // check decides what the environment is to be, and finds all that speaks against
-// it. Nothing has been changed so far.
-func (u *up) check(context.Context) (string, error) {
-	if u.missing != nil {
-		return "", u.missing
+// it. Nothing has been changed so far. A dry run with objections shows the plan as
+// well.
+func (u *up) check(ctx context.Context) (string, error) {
+	o := u.missing
+	if u.blind {
+		return "", o
 	}
 	if err := u.decide(); err != nil {
-		return "", err
+		var more Objections
+		if !errors.As(err, &more) && o == nil {
+			return "", err
+		}
+		return "", append(o, more...)
 	}
 	u.lab = u.env.Lab(u.Binary)
-	o := u.collisions()
+	o = append(o, u.collisions()...)
 	o = append(o, u.lost()...)
 	o = append(o, u.vmPlan().objections(u.Force)...)
+	if len(o) > 0 && u.DryRun { // what would be done without them is worth knowing
+		if _, err := u.showPlan(ctx); err != nil {
+			return "", err
+		}
+	}
 	return "nothing speaks against it", o.err()
 }
 

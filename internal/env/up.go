@@ -35,6 +35,7 @@ type up struct {
 
 	// Facts.
 	missing Objections // what this machine lacks
+	blind   bool       // and therefore nothing of what follows is known
 	was     *Env       // nil: there is none yet
 	others  []Env
 	states  map[string]lab.State // by machine
