@@ -18,7 +18,9 @@ import (
 func TestArguments(t *testing.T) {
 	for _, c := range []struct{ argv, want string }{
 		{"/usr/bin/ingot ps -o json", "ps -o json"},
-		{"flintlockd run --config x --bridge-name br0", "host --config x --bridge-name br0"},
+		{"flintlockd run --config x --bridge-name br0", "run --config x --bridge-name br0"},
+		{"flintlockd", "run --help"},
+		{"flintlockd --help", "run --help"},
 		{"/usr/local/bin/flintlockd version", "version"},
 		{"ctr -n flintlock images ls", "ctr -n flintlock images ls"},
 		{"dhcp-lease-list", "dhcp-lease-list"},

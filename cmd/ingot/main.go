@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -29,6 +30,9 @@ func Main() int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	root := rootCommand()
+	if len(os.Args) > 0 && filepath.Base(os.Args[0]) == daemonName {
+		root = daemonCommand()
+	}
 	root.SetArgs(arguments(os.Args))
 	cmd, err := execute(ctx, root)
 	return report(err, environment(cmd))
@@ -76,12 +80,28 @@ func arguments(argv []string) []string {
 		return append([]string{"ctr"}, args...)
 	case "dhcp-lease-list", "dhcp-leases-list":
 		return append([]string{"dhcp-lease-list"}, args...)
-	case "flintlockd":
-		if len(args) > 0 && args[0] == "run" {
-			return append([]string{"host"}, args[1:]...)
+	case daemonName:
+		if len(args) == 0 || slices.Contains([]string{"-h", "--help", "help"}, args[0]) {
+			return []string{"run", "--help"}
 		}
 	}
 	return args
+}
+
+// daemonName is flintlock's daemon's, which ours takes the place of in unit files.
+const daemonName = "flintlockd"
+
+func daemonCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:           daemonName,
+		Short:         "The microVM host's daemon, in the place of flintlock's",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	run := hostCommand()
+	run.Use, run.Short = "run", "Run the microVM host's daemon in the foreground"
+	root.AddCommand(run, versionCommand())
+	return root
 }
 
 func rootCommand() *cobra.Command {
