@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -90,7 +91,8 @@ const (
 	noAnswer
 )
 
-// guestKey is run in the guest as root: it waits until sshd listens, puts the key
+// guestKey is run in the guest as root: it waits until sshd listens, which it says
+// on standard error if that is not at once, puts the key
 // in its place before all others (one before it may be tied to a command), and
 // prints the host keys.
 const guestKey = `
@@ -103,6 +105,7 @@ if ! listens; then
 	while ! listens; do
 		n=$((n+1)); [ $n -lt 120 ] || exit 62
 		sleep 1
+		[ $n -gt 1 ] || echo wait >&2
 	done
 fi
 line=$(grep "^$user:" /etc/passwd) || exit 61
@@ -131,10 +134,12 @@ func (c *cloud) ssh(ctx context.Context, vm microVM, user string, command []stri
 	}
 	var hostKeys bytes.Buffer
 	public := strings.Fields(keys.public)
+	p := newProgress()
 	code, err := ask(ctx, vm, &ingotv1.ExecStart{
 		Uid: vm.uid(), User: "root", WorkingDir: "/", Env: map[string]string{},
 		Args: append([]string{"sh", "-c", guestKey, "sh", user}, public...),
-	}, &hostKeys)
+	}, &hostKeys, heard(func() { p.say("wait for the sshd of "+vm.String(), "") }))
+	p.clear()
 	if err != nil {
 		return err
 	}
@@ -175,10 +180,17 @@ func (c *cloud) ssh(ctx context.Context, vm microVM, user string, command []stri
 	return nil
 }
 
+// heard is told that there was output.
+type heard func()
+
+func (h heard) Write(p []byte) (int, error) {
+	h()
+	return len(p), nil
+}
+
 // ask runs a command in a guest for its output and code.
-func ask(ctx context.Context, vm microVM, start *ingotv1.ExecStart, stdout *bytes.Buffer) (int, error) {
-	var stderr bytes.Buffer
-	code, err := newRemote(vm, start).run(ctx, stdout, &stderr)
+func ask(ctx context.Context, vm microVM, start *ingotv1.ExecStart, stdout, stderr io.Writer) (int, error) {
+	code, err := newRemote(vm, start).run(ctx, stdout, stderr)
 	if err != nil {
 		return 0, fmt.Errorf("ask the agent of %s: %w", vm, err)
 	}
