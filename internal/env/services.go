@@ -4,12 +4,10 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
@@ -20,9 +18,6 @@ import (
 	"ingot/guest"
 	images "ingot/internal/image/build"
 )
-
-// answerTime is how long the hub and hosts may take until they answer.
-const answerTime = time.Minute
 
 // awaitHub waits until the hub answers, and has it set its rules again, which it
 // does when it starts, if somebody took one away.
@@ -37,7 +32,7 @@ func (u *up) awaitHub(ctx context.Context) (string, error) {
 		facts, err = client.Facts(ctx, &emptypb.Empty{}, grpc.WaitForReady(true))
 		return err
 	}
-	if err := await(ctx, silence(name), ask); err != nil {
+	if err := u.answers(ctx, name, ask); err != nil {
 		return "", err
 	}
 	nat := facts.GetNat()
@@ -47,7 +42,7 @@ func (u *up) awaitHub(ctx context.Context) (string, error) {
 	if err := u.lab.Restart(ctx, name, "hub"); err != nil {
 		return "", err
 	}
-	return "it answers, its rules are set again", await(ctx, silence(name), ask)
+	return "it answers, its rules are set again", u.answers(ctx, name, ask)
 }
 
 // awaitHosts waits until all hosts answer.
@@ -56,41 +51,13 @@ func (u *up) awaitHosts(ctx context.Context) (string, error) {
 	for _, m := range u.env.Hosts() {
 		client := v1alpha1.NewMicroVMClient(u.conns.Hosts[m.Name])
 		group.Go(func() error {
-			return await(ctx, silence(m.Name), func(ctx context.Context) error {
+			return u.answers(ctx, m.Name, func(ctx context.Context) error {
 				_, err := client.ListMicroVMs(ctx, &v1alpha1.ListMicroVMsRequest{}, grpc.WaitForReady(true))
 				return err
 			})
 		})
 	}
 	return "all answer", group.Wait()
-}
-
-// silence is what is wrong with a machine whose service does not answer.
-func silence(machine string) string {
-	return machine + " does not answer, see `ingot machine logs " + machine + "`"
-}
-
-// await asks again and again until the answer is good. If it never is, wrong says
-// what that means.
-func await(ctx context.Context, wrong string, ask func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, answerTime)
-	defer cancel()
-	for wait := 20 * time.Millisecond; ; wait = min(2*wait, 500*time.Millisecond) {
-		try, cancel := context.WithTimeout(ctx, 5*time.Second)
-		err := ask(try)
-		cancel()
-		if err == nil {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			if cause := context.Cause(ctx); !errors.Is(cause, context.DeadlineExceeded) {
-				err = cause
-			}
-			return fmt.Errorf("%s: %w", wrong, err)
-		case <-time.After(wait):
-		}
-	}
 }
 
 // building are our images while they are being built.

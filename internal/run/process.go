@@ -28,23 +28,39 @@ type Process struct {
 // (proc_pid_stat(5), field 22). With the pid it names a process for as long as
 // the machine is up. A zombie has no start time: it is dead.
 func StartTime(pid int) (uint64, error) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
-		return 0, fmt.Errorf("process %d: %w", pid, errdefs.ErrNotFound)
-	}
-	if err != nil {
-		return 0, fmt.Errorf("read state of process %d: %w", pid, err)
-	}
-	// The name stands in parentheses and may contain anything.
-	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
 	const state, start = 0, 19
-	if len(fields) <= start {
-		return 0, fmt.Errorf("read state of process %d: %d fields", pid, len(fields))
+	fields, err := stat(pid, start)
+	if err != nil {
+		return 0, err
 	}
 	if fields[state][0] == 'Z' || fields[state][0] == 'X' {
 		return 0, fmt.Errorf("process %d has ended: %w", pid, errdefs.ErrNotFound)
 	}
 	return strconv.ParseUint(string(fields[start]), 10, 64)
+}
+
+// Stopped says whether a process stands still, by SIGSTOP or in a debugger.
+func Stopped(pid int) bool {
+	fields, err := stat(pid, 0)
+	return err == nil && (fields[0][0] == 'T' || fields[0][0] == 't')
+}
+
+// stat are the fields of proc_pid_stat(5) from the third on, up to that of index
+// last at least.
+func stat(pid, last int) ([][]byte, error) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return nil, fmt.Errorf("process %d: %w", pid, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read state of process %d: %w", pid, err)
+	}
+	// The name stands in parentheses and may contain anything.
+	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
+	if len(fields) <= last {
+		return nil, fmt.Errorf("read state of process %d: %d fields", pid, len(fields))
+	}
+	return fields, nil
 }
 
 // FindProcess opens a running process by its pid and start time (0: any). One

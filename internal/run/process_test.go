@@ -57,6 +57,26 @@ func TestProcessEndIsNoticedAndReaped(t *testing.T) {
 	}
 }
 
+func TestStopped(t *testing.T) {
+	p, _ := start(t, "sleep", "60")
+	for _, c := range []struct {
+		signal unix.Signal
+		stands bool
+	}{{unix.SIGSTOP, true}, {unix.SIGCONT, false}} {
+		if err := p.Signal(c.signal); err != nil {
+			t.Fatal(err)
+		}
+		for deadline := time.Now().Add(5 * time.Second); run.Stopped(p.PID) != c.stands; time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("after %v it stands: %v", c.signal, !c.stands)
+			}
+		}
+	}
+	if run.Stopped(0) {
+		t.Error("nobody stands still")
+	}
+}
+
 func TestProcessOfAnotherStartTimeIsNotFound(t *testing.T) {
 	p, when := start(t, "sleep", "60")
 	if _, err := run.FindProcess(p.PID, when+1); !errdefs.IsNotFound(err) {
