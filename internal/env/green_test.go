@@ -125,3 +125,17 @@ func TestHear(t *testing.T) {
 	}()
 	<-done
 }
+
+// An interrupt is told as one, whatever it made of the step.
+func TestInterrupted(t *testing.T) {
+	ctx, cancel := context.WithCancelCause(t.Context())
+	u := &up{name: "one"}
+	killed := errors.New("dpkg-deb: signal: killed")
+	if err := u.failed(ctx, "images", killed); !errors.Is(err, killed) {
+		t.Errorf("not interrupted: %v", err)
+	}
+	cancel(errors.New("interrupt signal received")) // as signal.NotifyContext has it
+	if err := u.failed(ctx, "images", killed); !errors.Is(err, context.Canceled) {
+		t.Errorf("interrupted: %v", err)
+	}
+}

@@ -91,7 +91,7 @@ func Up(ctx context.Context, name string, o Options) (Env, error) {
 		start := time.Now()
 		detail, err := step.do(ctx)
 		if err != nil {
-			return u.env, u.failed(step.name, err)
+			return u.env, u.failed(ctx, step.name, err)
 		}
 		u.say("%-14s %-50s %5.1f s", step.name, detail, time.Since(start).Seconds())
 		if step.name == "plan" && o.DryRun {
@@ -101,8 +101,12 @@ func Up(ctx context.Context, name string, o Options) (Env, error) {
 	return u.env, nil
 }
 
-// failed says in which step it was. Objections say themselves what they are about.
-func (u *up) failed(step string, err error) error {
+// failed says in which step it was. Objections say themselves what they are about,
+// and what an interrupt made of a step is of no interest.
+func (u *up) failed(ctx context.Context, step string, err error) error {
+	if ctx.Err() != nil {
+		err = ctx.Err()
+	}
 	var all Objections
 	if errors.As(err, &all) {
 		return err

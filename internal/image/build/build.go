@@ -8,6 +8,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"cmp"
+	"context"
 	"fmt"
 	"io"
 	"os"
@@ -38,6 +39,18 @@ func (o Options) say(format string, args ...any) {
 	if o.Progress != nil {
 		o.Progress(fmt.Sprintf(format, args...))
 	}
+}
+
+// build is what all images have in common.
+func build(ctx context.Context, what string, assemble func() (v1.Image, error)) (v1.Image, error) {
+	img, err := assemble()
+	if err != nil && ctx.Err() != nil {
+		err = ctx.Err() // the programs that were killed say odd things
+	}
+	if err != nil {
+		return nil, fmt.Errorf("build %s image: %w", what, err)
+	}
+	return img, nil
 }
 
 // OCIImage is an image, for callers that only pass it on.

@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"io"
 	"log"
 	"math/big"
@@ -132,7 +133,19 @@ func TestKernelAnew(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	debs, err := filepath.Glob(DefaultCache + "/deb/linux-image-*.deb")
+	again, err := Kernel(t.Context(), Options{Cache: freshCache(t)}, []byte("init"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if digest(t, again) != digest(t, img) {
+		t.Error("the same package made another image")
+	}
+}
+
+// freshCache has the packages of the usual one, and nothing else.
+func freshCache(t *testing.T) string {
+	t.Helper()
+	debs, err := filepath.Glob(DefaultCache + "/deb/*.deb")
 	if err != nil || len(debs) == 0 {
 		t.Fatalf("no packages in the cache: %v", err)
 	}
@@ -145,12 +158,21 @@ func TestKernelAnew(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	again, err := Kernel(t.Context(), Options{Cache: cache}, []byte("init"))
-	if err != nil {
+	return cache
+}
+
+// An interrupt is what it is called, whatever the programs say that it has killed.
+func TestInterruptedBuild(t *testing.T) {
+	need.Binary(t, "apt-get")
+	if _, err := Kernel(t.Context(), Options{}, []byte("init")); err != nil { // for the package
 		t.Fatal(err)
 	}
-	if digest(t, again) != digest(t, img) {
-		t.Error("the same package made another image")
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	defer time.AfterFunc(time.Second, cancel).Stop() // in the middle
+	_, err := Kernel(ctx, Options{Cache: freshCache(t)}, []byte("init"))
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
 	}
 }
 

@@ -58,22 +58,26 @@ esac
 // Busybox builds a root image from Debian's static busybox: a link for each of
 // its applets but init, so that the guest's own init stays in charge.
 func Busybox(ctx context.Context, o Options) (v1.Image, error) {
+	return build(ctx, "busybox", func() (v1.Image, error) { return busybox(ctx, o) })
+}
+
+func busybox(ctx context.Context, o Options) (v1.Image, error) {
 	p, err := fetch(ctx, o, "busybox-static")
 	if err != nil {
-		return nil, fmt.Errorf("build busybox image: %w", err)
+		return nil, err
 	}
 	program, err := busyboxProgram(ctx, p)
 	if err != nil {
-		return nil, fmt.Errorf("build busybox image: %w", err)
+		return nil, err
 	}
 	applets, err := applets(ctx, o, program)
 	if err != nil {
-		return nil, fmt.Errorf("build busybox image: %w", err)
+		return nil, err
 	}
 	o.say("assemble busybox image %s, %d applets", p.version, len(applets))
 	layer, err := memoryLayer(func(a *archive) { busyboxRoot(a, program, applets) })
 	if err != nil {
-		return nil, fmt.Errorf("build busybox image: %w", err)
+		return nil, err
 	}
 	return assemble(v1.Config{
 		Cmd:    []string{"sh"},

@@ -40,21 +40,25 @@ var wanted = []string{
 // Kernel builds the kernel image: Debian's kernel for virtual machines as an
 // ELF file, and an initramfs with its drivers and init.
 func Kernel(ctx context.Context, o Options, init []byte) (v1.Image, error) {
+	return build(ctx, "kernel", func() (v1.Image, error) { return kernelImage(ctx, o, init) })
+}
+
+func kernelImage(ctx context.Context, o Options, init []byte) (v1.Image, error) {
 	k, err := kernel(ctx, o)
 	if err != nil {
-		return nil, fmt.Errorf("build kernel image: %w", err)
+		return nil, err
 	}
 	o.say("assemble kernel image %s", k.version)
 	var initrd bytes.Buffer
 	if err := boot.Initramfs(&initrd, init, k.modules); err != nil {
-		return nil, fmt.Errorf("build kernel image: %w", err)
+		return nil, err
 	}
 	second, err := memoryLayer(func(a *archive) {
 		a.dir("boot", 0o755)
 		a.file(InitrdPath, 0o644, initrd.Bytes())
 	})
 	if err != nil {
-		return nil, fmt.Errorf("build kernel image: %w", err)
+		return nil, err
 	}
 	return assemble(v1.Config{Labels: map[string]string{labelTitle: "kernel", LabelVersion: k.version}}, k.layer, second)
 }

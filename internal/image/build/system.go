@@ -76,11 +76,7 @@ cp -a "$2"/. "$1"/
 // Debian builds a root image with systemd, sshd and cloud-init, of the release
 // and from the archives of this machine, by mmdebstrap.
 func Debian(ctx context.Context, o Options) (v1.Image, error) {
-	img, err := debian(ctx, o)
-	if err != nil {
-		return nil, fmt.Errorf("build debian image: %w", err)
-	}
-	return img, nil
+	return build(ctx, "debian", func() (v1.Image, error) { return debian(ctx, o) })
 }
 
 func debian(ctx context.Context, o Options) (v1.Image, error) {
