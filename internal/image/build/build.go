@@ -42,7 +42,12 @@ func (o Options) say(format string, args ...any) {
 }
 
 // build is what all images have in common.
-func build(ctx context.Context, what string, assemble func() (v1.Image, error)) (v1.Image, error) {
+func build(ctx context.Context, o Options, what string, assemble func() (v1.Image, error)) (v1.Image, error) {
+	cache, err := o.hold()
+	if err != nil {
+		return nil, fmt.Errorf("build %s image: %w", what, err)
+	}
+	defer cache.Close()
 	img, err := assemble()
 	if err != nil && ctx.Err() != nil {
 		err = ctx.Err() // the programs that were killed say odd things

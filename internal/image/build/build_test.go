@@ -176,6 +176,57 @@ func TestInterruptedBuild(t *testing.T) {
 	}
 }
 
+// What killed builds have left in the cache goes with the next, unless one is at work.
+func TestLeftovers(t *testing.T) {
+	o := Options{Cache: t.TempDir()}
+	left := []string{".busybox-1/busybox", ".debian-1/own/x", ".ingot-1", "deb/.download-1/a.deb", "kernel/6.1/.ingot-1"}
+	litter := func() {
+		for _, name := range append(left, "deb/a.deb", "kernel/6.1/modules", "debian-bookworm-1.tar.gz") {
+			path := filepath.Join(o.Cache, name)
+			if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, nil, 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	files := func() (n int) {
+		filepath.WalkDir(o.Cache, func(_ string, d os.DirEntry, _ error) error {
+			if !d.IsDir() {
+				n++
+			}
+			return nil
+		})
+		return n
+	}
+	hold := func() *os.File {
+		t.Helper()
+		f, err := o.hold()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f
+	}
+	litter()
+	first := hold()
+	if n := files(); n != 3 {
+		t.Errorf("%d files after the first", n)
+	}
+	litter()
+	second := hold()
+	if n := files(); n != 3+len(left) {
+		t.Errorf("%d files, of which %d may be the first's", n, len(left))
+	}
+	first.Close()
+	hold().Close() // the second is at work
+	if n := files(); n != 3+len(left) {
+		t.Errorf("%d files, of which %d may be the second's", n, len(left))
+	}
+	second.Close()
+	hold().Close()
+	if n := files(); n != 3 {
+		t.Errorf("%d files in the end", n)
+	}
+}
+
 func TestBusybox(t *testing.T) {
 	need.Binary(t, "apt-get")
 	img, err := Busybox(t.Context(), Options{})

@@ -58,7 +58,7 @@ esac
 // Busybox builds a root image from Debian's static busybox: a link for each of
 // its applets but init, so that the guest's own init stays in charge.
 func Busybox(ctx context.Context, o Options) (v1.Image, error) {
-	return build(ctx, "busybox", func() (v1.Image, error) { return busybox(ctx, o) })
+	return build(ctx, o, "busybox", func() (v1.Image, error) { return busybox(ctx, o) })
 }
 
 func busybox(ctx context.Context, o Options) (v1.Image, error) {

@@ -40,7 +40,7 @@ var wanted = []string{
 // Kernel builds the kernel image: Debian's kernel for virtual machines as an
 // ELF file, and an initramfs with its drivers and init.
 func Kernel(ctx context.Context, o Options, init []byte) (v1.Image, error) {
-	return build(ctx, "kernel", func() (v1.Image, error) { return kernelImage(ctx, o, init) })
+	return build(ctx, o, "kernel", func() (v1.Image, error) { return kernelImage(ctx, o, init) })
 }
 
 func kernelImage(ctx context.Context, o Options, init []byte) (v1.Image, error) {

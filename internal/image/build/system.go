@@ -76,15 +76,12 @@ cp -a "$2"/. "$1"/
 // Debian builds a root image with systemd, sshd and cloud-init, of the release
 // and from the archives of this machine, by mmdebstrap.
 func Debian(ctx context.Context, o Options) (v1.Image, error) {
-	return build(ctx, "debian", func() (v1.Image, error) { return debian(ctx, o) })
+	return build(ctx, o, "debian", func() (v1.Image, error) { return debian(ctx, o) })
 }
 
 func debian(ctx context.Context, o Options) (v1.Image, error) {
 	if _, err := exec.LookPath("mmdebstrap"); err != nil {
 		return nil, fmt.Errorf("mmdebstrap is missing: apt-get install mmdebstrap: %w", errdefs.ErrFailedPrecondition)
-	}
-	if err := os.MkdirAll(o.cache(), 0o755); err != nil {
-		return nil, err
 	}
 	if _, err := candidate(ctx, o, "systemd"); err != nil { // fetches apt's lists if there are none
 		return nil, err
