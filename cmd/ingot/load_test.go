@@ -103,7 +103,10 @@ func TestKilledUnderLoad(t *testing.T) {
 	t.Logf("killed %v under %d calls", killed, calls)
 	for _, vm := range m.list(t) { // who was killed often may wait for a minute
 		phase := ""
-		await := func() bool { phase = m.phase(t, vm.Spec.GetUid()); return phase == "running" || phase == "stopped" || phase == "" }
+		await := func() bool {
+			phase = m.phase(t, vm.Spec.GetUid())
+			return phase == "running" || phase == "stopped" || phase == ""
+		}
 		for deadline := time.Now().Add(90 * time.Second); !await(); time.Sleep(5 * time.Millisecond) {
 			if time.Now().After(deadline) {
 				t.Fatalf("%s does not settle: %v", vm.Spec.GetUid(), m.status(t, vm.Spec.GetUid()))

@@ -35,7 +35,7 @@ microVM runs. What else is on a disk is its guest's to grow. A disk never shrink
 				if err != nil {
 					return fmt.Errorf("resize %s on %s: %w", vm, vm.host.Name, err)
 				}
-				fmt.Fprintln(cmd.ErrOrStderr(), resized(vm.String(), inUnits(size), r))
+				fmt.Fprintln(cmd.ErrOrStderr(), pasteable(resized(vm.String(), inUnits(size), r), c.name))
 				fmt.Fprintln(cmd.OutOrStdout(), vm)
 				return nil
 			})
@@ -50,7 +50,7 @@ microVM runs. What else is on a disk is its guest's to grow. A disk never shrink
 func resized(name, size string, r *ingotv1.ResizeResponse) string {
 	switch {
 	case r.GetLater() != "":
-		return fmt.Sprintf("%s from its next start on (ingot vm stop %s && ingot vm start %s): %s", size, name, name, r.GetLater())
+		return fmt.Sprintf("%s from its next start on (`ingot vm restart %s`): %s", size, name, r.GetLater())
 	case r.GetMicrovm().GetStatus().GetPhase() == "running":
 		return fmt.Sprintf("grown to %s; its file system follows, if that is ext4", size)
 	}

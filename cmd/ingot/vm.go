@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -15,6 +17,7 @@ import (
 
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/api/services/microvm/v1alpha1"
+	"ingot/internal/vm"
 )
 
 // vmCommand is `ingot vm …`.
@@ -27,7 +30,8 @@ func vmCommand() *cobra.Command {
 	list.Use, list.Aliases = "list", []string{"ls"}
 	remove := rmCommand()
 	remove.Use, remove.Aliases = "delete NAME…", []string{"rm"}
-	cmd.AddCommand(vmCreateCommand(), list, vmGetCommand(), vmStartCommand(), vmStopCommand(), vmResizeCommand(), remove,
+	cmd.AddCommand(vmCreateCommand(), list, vmGetCommand(), vmStartCommand(), vmStopCommand(), vmRestartCommand(),
+		vmPauseCommand(), vmResumeCommand(), vmLabelCommand(), vmResizeCommand(), remove,
 		logsCommand(), consoleCommand(), execCommand())
 	return cmd
 }
@@ -55,18 +59,23 @@ func withCloud(cmd *cobra.Command, f func(c *cloud) error) error {
 
 func psCommand() *cobra.Command {
 	var out *output
-	var namespace string
+	var namespace, labels string
 	cmd := &cobra.Command{
 		Use:   "ps",
 		Short: "List microVMs",
 		Args:  cobra.NoArgs,
 		RunE: inCloud(func(cmd *cobra.Command, c *cloud, _ []string) error {
 			ctx := cmd.Context()
+			selector, err := vm.ParseSelector(labels)
+			if err != nil {
+				return misused(cmd, "--selector: %w", err)
+			}
 			var leases map[string]*ingotv1.Lease
 			var wg sync.WaitGroup
 			wg.Go(func() { leases = c.leases(ctx) })
 			vms, err := c.list(ctx, namespace)
 			wg.Wait()
+			vms = slices.DeleteFunc(vms, func(v microVM) bool { return !selector.Matches(v.GetSpec().GetLabels()) })
 			views := make([]vmView, len(vms))
 			for i, vm := range vms {
 				views[i] = view(vm, leases)
@@ -76,6 +85,7 @@ func psCommand() *cobra.Command {
 	}
 	out = outputFlag(cmd)
 	cmd.Flags().StringVarP(&namespace, "namespace", "n", "", "only this namespace")
+	cmd.Flags().StringVarP(&labels, "selector", "l", "", "only with these labels: key=value, key!=value, key, !key, with commas between them")
 	return cmd
 }
 
@@ -169,6 +179,93 @@ func vmStopCommand() *cobra.Command {
 	}
 	cmd.Flags().DurationVarP(&timeout, "timeout", "t", 30*time.Second, "how long the guest is asked before its power is cut; 0 cuts it at once")
 	return cmd
+}
+
+func vmRestartCommand() *cobra.Command {
+	var timeout time.Duration
+	cmd := &cobra.Command{
+		Use:               "restart NAME…",
+		Short:             "Shut microVMs down and boot them again",
+		Long:              "Shut microVMs down and boot them again, with the disks that they have. " + naming,
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: completeVMs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if timeout < 0 {
+				return misused(cmd, "--timeout is %s; it cannot be negative", timeout)
+			}
+			return withCloud(cmd, func(c *cloud) error {
+				return c.each(cmd, args, "restart", func(ctx context.Context, vm microVM) error {
+					_, err := vm.host.Restart(ctx, &ingotv1.RestartRequest{Uid: vm.uid(), Timeout: durationpb.New(timeout)})
+					return err
+				})
+			})
+		},
+	}
+	cmd.Flags().DurationVarP(&timeout, "timeout", "t", 30*time.Second, "how long the guest is asked before its power is cut; 0 cuts it at once")
+	return cmd
+}
+
+func vmPauseCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:               "pause NAME…",
+		Short:             "Have the CPUs of microVMs stand still",
+		Long:              "Have the CPUs of microVMs stand still, until `ingot vm resume`. " + naming,
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: completeVMs,
+		RunE: inCloud(func(cmd *cobra.Command, c *cloud, args []string) error {
+			return c.each(cmd, args, "pause", func(ctx context.Context, vm microVM) error {
+				_, err := vm.host.Pause(ctx, &ingotv1.PauseRequest{Uid: vm.uid()})
+				return err
+			})
+		}),
+	}
+}
+
+func vmResumeCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:               "resume NAME…",
+		Short:             "Have paused microVMs go on",
+		Long:              "Have paused microVMs go on. " + naming,
+		Args:              cobra.MinimumNArgs(1),
+		ValidArgsFunction: completeVMs,
+		RunE: inCloud(func(cmd *cobra.Command, c *cloud, args []string) error {
+			return c.each(cmd, args, "resume", func(ctx context.Context, vm microVM) error {
+				_, err := vm.host.Resume(ctx, &ingotv1.ResumeRequest{Uid: vm.uid()})
+				return err
+			})
+		}),
+	}
+}
+
+func vmLabelCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "label NAME KEY=VALUE… KEY-…",
+		Short: "Set a microVM's labels, and remove those of KEY-",
+		Long:  "Set a microVM's labels, and remove those of KEY-. `ingot ps -l` finds microVMs by them. " + naming,
+		Args:  cobra.MinimumNArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r := &ingotv1.UpdateRequest{Labels: map[string]string{}}
+			for _, arg := range args[1:] {
+				key, value, set := strings.Cut(arg, "=")
+				removed, remove := strings.CutSuffix(arg, "-")
+				switch {
+				case set && key != "":
+					r.Labels[key] = value
+				case !set && remove && removed != "":
+					r.RemoveLabels = append(r.RemoveLabels, removed)
+				default:
+					return misused(cmd, "%s is neither KEY=VALUE nor KEY-", arg)
+				}
+			}
+			return withCloud(cmd, func(c *cloud) error {
+				return c.each(cmd, args[:1], "label", func(ctx context.Context, vm microVM) error {
+					r.Uid = vm.uid()
+					_, err := vm.host.Update(ctx, r)
+					return err
+				})
+			})
+		},
+	}
 }
 
 func stop(ctx context.Context, vm microVM, timeout time.Duration) error {

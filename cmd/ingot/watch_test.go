@@ -222,4 +222,3 @@ func TestAskedAgain(t *testing.T) {
 	m.remove(t, uid2)
 	m.expectNothing(t)
 }
-

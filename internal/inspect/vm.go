@@ -95,6 +95,10 @@ func checkState(vm *types.MicroVM, now time.Time) finding {
 		}
 		found.bar = "stopped"
 		return found
+	case "paused":
+		found := pass("paused", notes...)
+		found.bar = "paused"
+		return found
 	}
 	detail := phase(vm)
 	if st.GetStep() != "" {
