@@ -218,7 +218,7 @@ func (x Mount_MountType) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Mount_MountType.Descriptor instead.
 func (Mount_MountType) EnumDescriptor() ([]byte, []int) {
-	return file_types_microvm_proto_rawDescGZIP(), []int{15, 0}
+	return file_types_microvm_proto_rawDescGZIP(), []int{16, 0}
 }
 
 // MicroVM is a microVM as the host knows it.
@@ -1176,6 +1176,7 @@ type MicroVMStatus struct {
 	Dir               string                             `protobuf:"bytes,1014,opt,name=dir,proto3" json:"dir,omitempty"`                           // its state directory on the host
 	BootTime          *durationpb.Duration               `protobuf:"bytes,1015,opt,name=boot_time,json=bootTime,proto3" json:"boot_time,omitempty"` // VMM start to agent ready
 	Step              string                             `protobuf:"bytes,1016,opt,name=step,proto3" json:"step,omitempty"`                         // what is being done now: pull, volume, network, boot
+	Conditions        []*Condition                       `protobuf:"bytes,1020,rep,name=conditions,proto3" json:"conditions,omitempty"`             // what is not as it was asked for
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -1378,6 +1379,90 @@ func (x *MicroVMStatus) GetStep() string {
 	return ""
 }
 
+func (x *MicroVMStatus) GetConditions() []*Condition {
+	if x != nil {
+		return x.Conditions
+	}
+	return nil
+}
+
+// Condition is something about a microVM that somebody should know.
+type Condition struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Type          string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"`       // NetworkAsRequested
+	Status        string                 `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"`   // True, False or Unknown
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`   // one word, for programs
+	Message       string                 `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"` // for people
+	Since         *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=since,proto3" json:"since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Condition) Reset() {
+	*x = Condition{}
+	mi := &file_types_microvm_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Condition) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Condition) ProtoMessage() {}
+
+func (x *Condition) ProtoReflect() protoreflect.Message {
+	mi := &file_types_microvm_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Condition.ProtoReflect.Descriptor instead.
+func (*Condition) Descriptor() ([]byte, []int) {
+	return file_types_microvm_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Condition) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *Condition) GetStatus() string {
+	if x != nil {
+		return x.Status
+	}
+	return ""
+}
+
+func (x *Condition) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Condition) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *Condition) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
 type VolumeStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Mount         *Mount                 `protobuf:"bytes,1,opt,name=mount,proto3" json:"mount,omitempty"`
@@ -1388,7 +1473,7 @@ type VolumeStatus struct {
 
 func (x *VolumeStatus) Reset() {
 	*x = VolumeStatus{}
-	mi := &file_types_microvm_proto_msgTypes[14]
+	mi := &file_types_microvm_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1400,7 +1485,7 @@ func (x *VolumeStatus) String() string {
 func (*VolumeStatus) ProtoMessage() {}
 
 func (x *VolumeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_types_microvm_proto_msgTypes[14]
+	mi := &file_types_microvm_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1413,7 +1498,7 @@ func (x *VolumeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VolumeStatus.ProtoReflect.Descriptor instead.
 func (*VolumeStatus) Descriptor() ([]byte, []int) {
-	return file_types_microvm_proto_rawDescGZIP(), []int{14}
+	return file_types_microvm_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *VolumeStatus) GetMount() *Mount {
@@ -1440,7 +1525,7 @@ type Mount struct {
 
 func (x *Mount) Reset() {
 	*x = Mount{}
-	mi := &file_types_microvm_proto_msgTypes[15]
+	mi := &file_types_microvm_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1452,7 +1537,7 @@ func (x *Mount) String() string {
 func (*Mount) ProtoMessage() {}
 
 func (x *Mount) ProtoReflect() protoreflect.Message {
-	mi := &file_types_microvm_proto_msgTypes[15]
+	mi := &file_types_microvm_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1465,7 +1550,7 @@ func (x *Mount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mount.ProtoReflect.Descriptor instead.
 func (*Mount) Descriptor() ([]byte, []int) {
-	return file_types_microvm_proto_rawDescGZIP(), []int{15}
+	return file_types_microvm_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Mount) GetType() Mount_MountType {
@@ -1494,7 +1579,7 @@ type NetworkInterfaceStatus struct {
 
 func (x *NetworkInterfaceStatus) Reset() {
 	*x = NetworkInterfaceStatus{}
-	mi := &file_types_microvm_proto_msgTypes[16]
+	mi := &file_types_microvm_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1506,7 +1591,7 @@ func (x *NetworkInterfaceStatus) String() string {
 func (*NetworkInterfaceStatus) ProtoMessage() {}
 
 func (x *NetworkInterfaceStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_types_microvm_proto_msgTypes[16]
+	mi := &file_types_microvm_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1519,7 +1604,7 @@ func (x *NetworkInterfaceStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NetworkInterfaceStatus.ProtoReflect.Descriptor instead.
 func (*NetworkInterfaceStatus) Descriptor() ([]byte, []int) {
-	return file_types_microvm_proto_rawDescGZIP(), []int{16}
+	return file_types_microvm_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *NetworkInterfaceStatus) GetHostDeviceName() string {
@@ -1679,7 +1764,7 @@ const file_types_microvm_proto_rawDesc = "" +
 	"\x14VirtioFSVolumeSource\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\"-\n" +
 	"\x15ContainerVolumeSource\x12\x14\n" +
-	"\x05image\x18\x01 \x01(\tR\x05image\"\xae\n" +
+	"\x05image\x18\x01 \x01(\tR\x05image\"\xeb\n" +
 	"\n" +
 	"\rMicroVMStatus\x12A\n" +
 	"\x05state\x18\x01 \x01(\x0e2+.flintlock.types.MicroVMStatus.MicroVMStateR\x05state\x12E\n" +
@@ -1708,7 +1793,10 @@ const file_types_microvm_proto_rawDesc = "" +
 	"\x03pid\x18\xf5\a \x01(\x05R\x03pid\x12\x11\n" +
 	"\x03dir\x18\xf6\a \x01(\tR\x03dir\x127\n" +
 	"\tboot_time\x18\xf7\a \x01(\v2\x19.google.protobuf.DurationR\bbootTime\x12\x13\n" +
-	"\x04step\x18\xf8\a \x01(\tR\x04step\x1aY\n" +
+	"\x04step\x18\xf8\a \x01(\tR\x04step\x12;\n" +
+	"\n" +
+	"conditions\x18\xfc\a \x03(\v2\x1a.flintlock.types.ConditionR\n" +
+	"conditions\x1aY\n" +
 	"\fVolumesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x123\n" +
 	"\x05value\x18\x02 \x01(\v2\x1d.flintlock.types.VolumeStatusR\x05value:\x028\x01\x1am\n" +
@@ -1720,7 +1808,13 @@ const file_types_microvm_proto_rawDesc = "" +
 	"\aCREATED\x10\x01\x12\n" +
 	"\n" +
 	"\x06FAILED\x10\x02\x12\f\n" +
-	"\bDELETING\x10\x03\"[\n" +
+	"\bDELETING\x10\x03\"\x9b\x01\n" +
+	"\tCondition\x12\x12\n" +
+	"\x04type\x18\x01 \x01(\tR\x04type\x12\x16\n" +
+	"\x06status\x18\x02 \x01(\tR\x06status\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x18\n" +
+	"\amessage\x18\x04 \x01(\tR\amessage\x120\n" +
+	"\x05since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\"[\n" +
 	"\fVolumeStatus\x12,\n" +
 	"\x05mount\x18\x01 \x01(\v2\x16.flintlock.types.MountR\x05mount\x12\x1d\n" +
 	"\n" +
@@ -1757,7 +1851,7 @@ func file_types_microvm_proto_rawDescGZIP() []byte {
 }
 
 var file_types_microvm_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_types_microvm_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_types_microvm_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_types_microvm_proto_goTypes = []any{
 	(RestartPolicy)(0),              // 0: flintlock.types.RestartPolicy
 	(NetworkInterface_IfaceType)(0), // 1: flintlock.types.NetworkInterface.IfaceType
@@ -1777,59 +1871,62 @@ var file_types_microvm_proto_goTypes = []any{
 	(*VirtioFSVolumeSource)(nil),    // 15: flintlock.types.VirtioFSVolumeSource
 	(*ContainerVolumeSource)(nil),   // 16: flintlock.types.ContainerVolumeSource
 	(*MicroVMStatus)(nil),           // 17: flintlock.types.MicroVMStatus
-	(*VolumeStatus)(nil),            // 18: flintlock.types.VolumeStatus
-	(*Mount)(nil),                   // 19: flintlock.types.Mount
-	(*NetworkInterfaceStatus)(nil),  // 20: flintlock.types.NetworkInterfaceStatus
-	nil,                             // 21: flintlock.types.MicroVMSpec.LabelsEntry
-	nil,                             // 22: flintlock.types.MicroVMSpec.MetadataEntry
-	nil,                             // 23: flintlock.types.Process.EnvEntry
-	nil,                             // 24: flintlock.types.Kernel.CmdlineEntry
-	nil,                             // 25: flintlock.types.MicroVMStatus.VolumesEntry
-	nil,                             // 26: flintlock.types.MicroVMStatus.NetworkInterfacesEntry
-	(*timestamppb.Timestamp)(nil),   // 27: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 28: google.protobuf.Duration
+	(*Condition)(nil),               // 18: flintlock.types.Condition
+	(*VolumeStatus)(nil),            // 19: flintlock.types.VolumeStatus
+	(*Mount)(nil),                   // 20: flintlock.types.Mount
+	(*NetworkInterfaceStatus)(nil),  // 21: flintlock.types.NetworkInterfaceStatus
+	nil,                             // 22: flintlock.types.MicroVMSpec.LabelsEntry
+	nil,                             // 23: flintlock.types.MicroVMSpec.MetadataEntry
+	nil,                             // 24: flintlock.types.Process.EnvEntry
+	nil,                             // 25: flintlock.types.Kernel.CmdlineEntry
+	nil,                             // 26: flintlock.types.MicroVMStatus.VolumesEntry
+	nil,                             // 27: flintlock.types.MicroVMStatus.NetworkInterfacesEntry
+	(*timestamppb.Timestamp)(nil),   // 28: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 29: google.protobuf.Duration
 }
 var file_types_microvm_proto_depIdxs = []int32{
 	5,  // 0: flintlock.types.MicroVM.spec:type_name -> flintlock.types.MicroVMSpec
 	17, // 1: flintlock.types.MicroVM.status:type_name -> flintlock.types.MicroVMStatus
-	21, // 2: flintlock.types.MicroVMSpec.labels:type_name -> flintlock.types.MicroVMSpec.LabelsEntry
+	22, // 2: flintlock.types.MicroVMSpec.labels:type_name -> flintlock.types.MicroVMSpec.LabelsEntry
 	8,  // 3: flintlock.types.MicroVMSpec.kernel:type_name -> flintlock.types.Kernel
 	9,  // 4: flintlock.types.MicroVMSpec.initrd:type_name -> flintlock.types.Initrd
 	13, // 5: flintlock.types.MicroVMSpec.root_volume:type_name -> flintlock.types.Volume
 	13, // 6: flintlock.types.MicroVMSpec.additional_volumes:type_name -> flintlock.types.Volume
 	10, // 7: flintlock.types.MicroVMSpec.interfaces:type_name -> flintlock.types.NetworkInterface
-	22, // 8: flintlock.types.MicroVMSpec.metadata:type_name -> flintlock.types.MicroVMSpec.MetadataEntry
-	27, // 9: flintlock.types.MicroVMSpec.created_at:type_name -> google.protobuf.Timestamp
-	27, // 10: flintlock.types.MicroVMSpec.updated_at:type_name -> google.protobuf.Timestamp
-	27, // 11: flintlock.types.MicroVMSpec.deleted_at:type_name -> google.protobuf.Timestamp
+	23, // 8: flintlock.types.MicroVMSpec.metadata:type_name -> flintlock.types.MicroVMSpec.MetadataEntry
+	28, // 9: flintlock.types.MicroVMSpec.created_at:type_name -> google.protobuf.Timestamp
+	28, // 10: flintlock.types.MicroVMSpec.updated_at:type_name -> google.protobuf.Timestamp
+	28, // 11: flintlock.types.MicroVMSpec.deleted_at:type_name -> google.protobuf.Timestamp
 	7,  // 12: flintlock.types.MicroVMSpec.cpu_config:type_name -> flintlock.types.CPUConfig
 	0,  // 13: flintlock.types.MicroVMSpec.restart_policy:type_name -> flintlock.types.RestartPolicy
 	6,  // 14: flintlock.types.MicroVMSpec.process:type_name -> flintlock.types.Process
-	23, // 15: flintlock.types.Process.env:type_name -> flintlock.types.Process.EnvEntry
-	24, // 16: flintlock.types.Kernel.cmdline:type_name -> flintlock.types.Kernel.CmdlineEntry
+	24, // 15: flintlock.types.Process.env:type_name -> flintlock.types.Process.EnvEntry
+	25, // 16: flintlock.types.Kernel.cmdline:type_name -> flintlock.types.Kernel.CmdlineEntry
 	1,  // 17: flintlock.types.NetworkInterface.type:type_name -> flintlock.types.NetworkInterface.IfaceType
 	11, // 18: flintlock.types.NetworkInterface.address:type_name -> flintlock.types.StaticAddress
 	12, // 19: flintlock.types.NetworkInterface.overrides:type_name -> flintlock.types.NetworkOverrides
 	14, // 20: flintlock.types.Volume.source:type_name -> flintlock.types.VolumeSource
 	2,  // 21: flintlock.types.MicroVMStatus.state:type_name -> flintlock.types.MicroVMStatus.MicroVMState
-	25, // 22: flintlock.types.MicroVMStatus.volumes:type_name -> flintlock.types.MicroVMStatus.VolumesEntry
-	19, // 23: flintlock.types.MicroVMStatus.kernel_mount:type_name -> flintlock.types.Mount
-	19, // 24: flintlock.types.MicroVMStatus.initrd_mount:type_name -> flintlock.types.Mount
-	26, // 25: flintlock.types.MicroVMStatus.network_interfaces:type_name -> flintlock.types.MicroVMStatus.NetworkInterfacesEntry
-	27, // 26: flintlock.types.MicroVMStatus.started_at:type_name -> google.protobuf.Timestamp
-	27, // 27: flintlock.types.MicroVMStatus.ended_at:type_name -> google.protobuf.Timestamp
-	27, // 28: flintlock.types.MicroVMStatus.last_crash_at:type_name -> google.protobuf.Timestamp
-	27, // 29: flintlock.types.MicroVMStatus.retry_at:type_name -> google.protobuf.Timestamp
-	28, // 30: flintlock.types.MicroVMStatus.boot_time:type_name -> google.protobuf.Duration
-	19, // 31: flintlock.types.VolumeStatus.mount:type_name -> flintlock.types.Mount
-	3,  // 32: flintlock.types.Mount.type:type_name -> flintlock.types.Mount.MountType
-	18, // 33: flintlock.types.MicroVMStatus.VolumesEntry.value:type_name -> flintlock.types.VolumeStatus
-	20, // 34: flintlock.types.MicroVMStatus.NetworkInterfacesEntry.value:type_name -> flintlock.types.NetworkInterfaceStatus
-	35, // [35:35] is the sub-list for method output_type
-	35, // [35:35] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	26, // 22: flintlock.types.MicroVMStatus.volumes:type_name -> flintlock.types.MicroVMStatus.VolumesEntry
+	20, // 23: flintlock.types.MicroVMStatus.kernel_mount:type_name -> flintlock.types.Mount
+	20, // 24: flintlock.types.MicroVMStatus.initrd_mount:type_name -> flintlock.types.Mount
+	27, // 25: flintlock.types.MicroVMStatus.network_interfaces:type_name -> flintlock.types.MicroVMStatus.NetworkInterfacesEntry
+	28, // 26: flintlock.types.MicroVMStatus.started_at:type_name -> google.protobuf.Timestamp
+	28, // 27: flintlock.types.MicroVMStatus.ended_at:type_name -> google.protobuf.Timestamp
+	28, // 28: flintlock.types.MicroVMStatus.last_crash_at:type_name -> google.protobuf.Timestamp
+	28, // 29: flintlock.types.MicroVMStatus.retry_at:type_name -> google.protobuf.Timestamp
+	29, // 30: flintlock.types.MicroVMStatus.boot_time:type_name -> google.protobuf.Duration
+	18, // 31: flintlock.types.MicroVMStatus.conditions:type_name -> flintlock.types.Condition
+	28, // 32: flintlock.types.Condition.since:type_name -> google.protobuf.Timestamp
+	20, // 33: flintlock.types.VolumeStatus.mount:type_name -> flintlock.types.Mount
+	3,  // 34: flintlock.types.Mount.type:type_name -> flintlock.types.Mount.MountType
+	19, // 35: flintlock.types.MicroVMStatus.VolumesEntry.value:type_name -> flintlock.types.VolumeStatus
+	21, // 36: flintlock.types.MicroVMStatus.NetworkInterfacesEntry.value:type_name -> flintlock.types.NetworkInterfaceStatus
+	37, // [37:37] is the sub-list for method output_type
+	37, // [37:37] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_types_microvm_proto_init() }
@@ -1851,7 +1948,7 @@ func file_types_microvm_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_types_microvm_proto_rawDesc), len(file_types_microvm_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   23,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -12,6 +12,7 @@ import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	anypb "google.golang.org/protobuf/types/known/anypb"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	emptypb "google.golang.org/protobuf/types/known/emptypb"
 	types "ingot/api/types"
 	reflect "reflect"
@@ -404,11 +405,203 @@ func (x *ListMessage) GetMicrovm() *types.MicroVM {
 	return nil
 }
 
+// flintlock has ServerInfo from v0.15.0 on. Its file of that version could not be
+// read: the names are as its clients use them, the numbers are the order in which
+// these name the fields.
+type ServerInfoResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Version       *VersionInfo           `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
+	Uptime        *durationpb.Duration   `protobuf:"bytes,2,opt,name=uptime,proto3" json:"uptime,omitempty"`
+	Exec          *GuestAgentServiceInfo `protobuf:"bytes,3,opt,name=exec,proto3" json:"exec,omitempty"`
+	SshProxy      *GuestAgentServiceInfo `protobuf:"bytes,4,opt,name=ssh_proxy,json=sshProxy,proto3" json:"ssh_proxy,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServerInfoResponse) Reset() {
+	*x = ServerInfoResponse{}
+	mi := &file_services_microvm_v1alpha1_microvms_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServerInfoResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServerInfoResponse) ProtoMessage() {}
+
+func (x *ServerInfoResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_services_microvm_v1alpha1_microvms_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServerInfoResponse.ProtoReflect.Descriptor instead.
+func (*ServerInfoResponse) Descriptor() ([]byte, []int) {
+	return file_services_microvm_v1alpha1_microvms_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ServerInfoResponse) GetVersion() *VersionInfo {
+	if x != nil {
+		return x.Version
+	}
+	return nil
+}
+
+func (x *ServerInfoResponse) GetUptime() *durationpb.Duration {
+	if x != nil {
+		return x.Uptime
+	}
+	return nil
+}
+
+func (x *ServerInfoResponse) GetExec() *GuestAgentServiceInfo {
+	if x != nil {
+		return x.Exec
+	}
+	return nil
+}
+
+func (x *ServerInfoResponse) GetSshProxy() *GuestAgentServiceInfo {
+	if x != nil {
+		return x.SshProxy
+	}
+	return nil
+}
+
+type VersionInfo struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Version       string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"` // of the flintlock that this stands in for: v0.15.2
+	BuildDate     string                 `protobuf:"bytes,2,opt,name=build_date,json=buildDate,proto3" json:"build_date,omitempty"`
+	CommitHash    string                 `protobuf:"bytes,3,opt,name=commit_hash,json=commitHash,proto3" json:"commit_hash,omitempty"`
+	IngotVersion  string                 `protobuf:"bytes,1000,opt,name=ingot_version,json=ingotVersion,proto3" json:"ingot_version,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VersionInfo) Reset() {
+	*x = VersionInfo{}
+	mi := &file_services_microvm_v1alpha1_microvms_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VersionInfo) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VersionInfo) ProtoMessage() {}
+
+func (x *VersionInfo) ProtoReflect() protoreflect.Message {
+	mi := &file_services_microvm_v1alpha1_microvms_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VersionInfo.ProtoReflect.Descriptor instead.
+func (*VersionInfo) Descriptor() ([]byte, []int) {
+	return file_services_microvm_v1alpha1_microvms_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *VersionInfo) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *VersionInfo) GetBuildDate() string {
+	if x != nil {
+		return x.BuildDate
+	}
+	return ""
+}
+
+func (x *VersionInfo) GetCommitHash() string {
+	if x != nil {
+		return x.CommitHash
+	}
+	return ""
+}
+
+func (x *VersionInfo) GetIngotVersion() string {
+	if x != nil {
+		return x.IngotVersion
+	}
+	return ""
+}
+
+// GuestAgentServiceInfo is a service on the same listener.
+type GuestAgentServiceInfo struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Enabled       bool                   `protobuf:"varint,1,opt,name=enabled,proto3" json:"enabled,omitempty"`
+	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"` // host:port as clients reach it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GuestAgentServiceInfo) Reset() {
+	*x = GuestAgentServiceInfo{}
+	mi := &file_services_microvm_v1alpha1_microvms_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GuestAgentServiceInfo) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GuestAgentServiceInfo) ProtoMessage() {}
+
+func (x *GuestAgentServiceInfo) ProtoReflect() protoreflect.Message {
+	mi := &file_services_microvm_v1alpha1_microvms_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GuestAgentServiceInfo.ProtoReflect.Descriptor instead.
+func (*GuestAgentServiceInfo) Descriptor() ([]byte, []int) {
+	return file_services_microvm_v1alpha1_microvms_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *GuestAgentServiceInfo) GetEnabled() bool {
+	if x != nil {
+		return x.Enabled
+	}
+	return false
+}
+
+func (x *GuestAgentServiceInfo) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
 var File_services_microvm_v1alpha1_microvms_proto protoreflect.FileDescriptor
 
 const file_services_microvm_v1alpha1_microvms_proto_rawDesc = "" +
 	"\n" +
-	"(services/microvm/v1alpha1/microvms.proto\x12\x1dmicrovm.services.api.v1alpha1\x1a\x19google/protobuf/any.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x13types/microvm.proto\"\xa2\x02\n" +
+	"(services/microvm/v1alpha1/microvms.proto\x12\x1dmicrovm.services.api.v1alpha1\x1a\x19google/protobuf/any.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x13types/microvm.proto\"\xa2\x02\n" +
 	"\x14CreateMicroVMRequest\x126\n" +
 	"\amicrovm\x18\x01 \x01(\v2\x1c.flintlock.types.MicroVMSpecR\amicrovm\x12]\n" +
 	"\bmetadata\x18\x02 \x03(\v2A.microvm.services.api.v1alpha1.CreateMicroVMRequest.MetadataEntryR\bmetadata\x12 \n" +
@@ -432,14 +625,31 @@ const file_services_microvm_v1alpha1_microvms_proto_rawDesc = "" +
 	"\x14ListMicroVMsResponse\x122\n" +
 	"\amicrovm\x18\x01 \x03(\v2\x18.flintlock.types.MicroVMR\amicrovm\"A\n" +
 	"\vListMessage\x122\n" +
-	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm2\xc7\x04\n" +
+	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm\"\xaa\x02\n" +
+	"\x12ServerInfoResponse\x12D\n" +
+	"\aversion\x18\x01 \x01(\v2*.microvm.services.api.v1alpha1.VersionInfoR\aversion\x121\n" +
+	"\x06uptime\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x06uptime\x12H\n" +
+	"\x04exec\x18\x03 \x01(\v24.microvm.services.api.v1alpha1.GuestAgentServiceInfoR\x04exec\x12Q\n" +
+	"\tssh_proxy\x18\x04 \x01(\v24.microvm.services.api.v1alpha1.GuestAgentServiceInfoR\bsshProxy\"\x8d\x01\n" +
+	"\vVersionInfo\x12\x18\n" +
+	"\aversion\x18\x01 \x01(\tR\aversion\x12\x1d\n" +
+	"\n" +
+	"build_date\x18\x02 \x01(\tR\tbuildDate\x12\x1f\n" +
+	"\vcommit_hash\x18\x03 \x01(\tR\n" +
+	"commitHash\x12$\n" +
+	"\ringot_version\x18\xe8\a \x01(\tR\fingotVersion\"K\n" +
+	"\x15GuestAgentServiceInfo\x12\x18\n" +
+	"\aenabled\x18\x01 \x01(\bR\aenabled\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress2\xa0\x05\n" +
 	"\aMicroVM\x12z\n" +
 	"\rCreateMicroVM\x123.microvm.services.api.v1alpha1.CreateMicroVMRequest\x1a4.microvm.services.api.v1alpha1.CreateMicroVMResponse\x12\\\n" +
 	"\rDeleteMicroVM\x123.microvm.services.api.v1alpha1.DeleteMicroVMRequest\x1a\x16.google.protobuf.Empty\x12q\n" +
 	"\n" +
 	"GetMicroVM\x120.microvm.services.api.v1alpha1.GetMicroVMRequest\x1a1.microvm.services.api.v1alpha1.GetMicroVMResponse\x12w\n" +
 	"\fListMicroVMs\x122.microvm.services.api.v1alpha1.ListMicroVMsRequest\x1a3.microvm.services.api.v1alpha1.ListMicroVMsResponse\x12v\n" +
-	"\x12ListMicroVMsStream\x122.microvm.services.api.v1alpha1.ListMicroVMsRequest\x1a*.microvm.services.api.v1alpha1.ListMessage0\x01B.Z,ingot/api/services/microvm/v1alpha1;v1alpha1b\x06proto3"
+	"\x12ListMicroVMsStream\x122.microvm.services.api.v1alpha1.ListMicroVMsRequest\x1a*.microvm.services.api.v1alpha1.ListMessage0\x01\x12W\n" +
+	"\n" +
+	"ServerInfo\x12\x16.google.protobuf.Empty\x1a1.microvm.services.api.v1alpha1.ServerInfoResponseB.Z,ingot/api/services/microvm/v1alpha1;v1alpha1b\x06proto3"
 
 var (
 	file_services_microvm_v1alpha1_microvms_proto_rawDescOnce sync.Once
@@ -453,7 +663,7 @@ func file_services_microvm_v1alpha1_microvms_proto_rawDescGZIP() []byte {
 	return file_services_microvm_v1alpha1_microvms_proto_rawDescData
 }
 
-var file_services_microvm_v1alpha1_microvms_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_services_microvm_v1alpha1_microvms_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_services_microvm_v1alpha1_microvms_proto_goTypes = []any{
 	(*CreateMicroVMRequest)(nil),  // 0: microvm.services.api.v1alpha1.CreateMicroVMRequest
 	(*CreateMicroVMResponse)(nil), // 1: microvm.services.api.v1alpha1.CreateMicroVMResponse
@@ -463,35 +673,45 @@ var file_services_microvm_v1alpha1_microvms_proto_goTypes = []any{
 	(*ListMicroVMsRequest)(nil),   // 5: microvm.services.api.v1alpha1.ListMicroVMsRequest
 	(*ListMicroVMsResponse)(nil),  // 6: microvm.services.api.v1alpha1.ListMicroVMsResponse
 	(*ListMessage)(nil),           // 7: microvm.services.api.v1alpha1.ListMessage
-	nil,                           // 8: microvm.services.api.v1alpha1.CreateMicroVMRequest.MetadataEntry
-	(*types.MicroVMSpec)(nil),     // 9: flintlock.types.MicroVMSpec
-	(*types.MicroVM)(nil),         // 10: flintlock.types.MicroVM
-	(*anypb.Any)(nil),             // 11: google.protobuf.Any
-	(*emptypb.Empty)(nil),         // 12: google.protobuf.Empty
+	(*ServerInfoResponse)(nil),    // 8: microvm.services.api.v1alpha1.ServerInfoResponse
+	(*VersionInfo)(nil),           // 9: microvm.services.api.v1alpha1.VersionInfo
+	(*GuestAgentServiceInfo)(nil), // 10: microvm.services.api.v1alpha1.GuestAgentServiceInfo
+	nil,                           // 11: microvm.services.api.v1alpha1.CreateMicroVMRequest.MetadataEntry
+	(*types.MicroVMSpec)(nil),     // 12: flintlock.types.MicroVMSpec
+	(*types.MicroVM)(nil),         // 13: flintlock.types.MicroVM
+	(*durationpb.Duration)(nil),   // 14: google.protobuf.Duration
+	(*anypb.Any)(nil),             // 15: google.protobuf.Any
+	(*emptypb.Empty)(nil),         // 16: google.protobuf.Empty
 }
 var file_services_microvm_v1alpha1_microvms_proto_depIdxs = []int32{
-	9,  // 0: microvm.services.api.v1alpha1.CreateMicroVMRequest.microvm:type_name -> flintlock.types.MicroVMSpec
-	8,  // 1: microvm.services.api.v1alpha1.CreateMicroVMRequest.metadata:type_name -> microvm.services.api.v1alpha1.CreateMicroVMRequest.MetadataEntry
-	10, // 2: microvm.services.api.v1alpha1.CreateMicroVMResponse.microvm:type_name -> flintlock.types.MicroVM
-	10, // 3: microvm.services.api.v1alpha1.GetMicroVMResponse.microvm:type_name -> flintlock.types.MicroVM
-	10, // 4: microvm.services.api.v1alpha1.ListMicroVMsResponse.microvm:type_name -> flintlock.types.MicroVM
-	10, // 5: microvm.services.api.v1alpha1.ListMessage.microvm:type_name -> flintlock.types.MicroVM
-	11, // 6: microvm.services.api.v1alpha1.CreateMicroVMRequest.MetadataEntry.value:type_name -> google.protobuf.Any
-	0,  // 7: microvm.services.api.v1alpha1.MicroVM.CreateMicroVM:input_type -> microvm.services.api.v1alpha1.CreateMicroVMRequest
-	2,  // 8: microvm.services.api.v1alpha1.MicroVM.DeleteMicroVM:input_type -> microvm.services.api.v1alpha1.DeleteMicroVMRequest
-	3,  // 9: microvm.services.api.v1alpha1.MicroVM.GetMicroVM:input_type -> microvm.services.api.v1alpha1.GetMicroVMRequest
-	5,  // 10: microvm.services.api.v1alpha1.MicroVM.ListMicroVMs:input_type -> microvm.services.api.v1alpha1.ListMicroVMsRequest
-	5,  // 11: microvm.services.api.v1alpha1.MicroVM.ListMicroVMsStream:input_type -> microvm.services.api.v1alpha1.ListMicroVMsRequest
-	1,  // 12: microvm.services.api.v1alpha1.MicroVM.CreateMicroVM:output_type -> microvm.services.api.v1alpha1.CreateMicroVMResponse
-	12, // 13: microvm.services.api.v1alpha1.MicroVM.DeleteMicroVM:output_type -> google.protobuf.Empty
-	4,  // 14: microvm.services.api.v1alpha1.MicroVM.GetMicroVM:output_type -> microvm.services.api.v1alpha1.GetMicroVMResponse
-	6,  // 15: microvm.services.api.v1alpha1.MicroVM.ListMicroVMs:output_type -> microvm.services.api.v1alpha1.ListMicroVMsResponse
-	7,  // 16: microvm.services.api.v1alpha1.MicroVM.ListMicroVMsStream:output_type -> microvm.services.api.v1alpha1.ListMessage
-	12, // [12:17] is the sub-list for method output_type
-	7,  // [7:12] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	12, // 0: microvm.services.api.v1alpha1.CreateMicroVMRequest.microvm:type_name -> flintlock.types.MicroVMSpec
+	11, // 1: microvm.services.api.v1alpha1.CreateMicroVMRequest.metadata:type_name -> microvm.services.api.v1alpha1.CreateMicroVMRequest.MetadataEntry
+	13, // 2: microvm.services.api.v1alpha1.CreateMicroVMResponse.microvm:type_name -> flintlock.types.MicroVM
+	13, // 3: microvm.services.api.v1alpha1.GetMicroVMResponse.microvm:type_name -> flintlock.types.MicroVM
+	13, // 4: microvm.services.api.v1alpha1.ListMicroVMsResponse.microvm:type_name -> flintlock.types.MicroVM
+	13, // 5: microvm.services.api.v1alpha1.ListMessage.microvm:type_name -> flintlock.types.MicroVM
+	9,  // 6: microvm.services.api.v1alpha1.ServerInfoResponse.version:type_name -> microvm.services.api.v1alpha1.VersionInfo
+	14, // 7: microvm.services.api.v1alpha1.ServerInfoResponse.uptime:type_name -> google.protobuf.Duration
+	10, // 8: microvm.services.api.v1alpha1.ServerInfoResponse.exec:type_name -> microvm.services.api.v1alpha1.GuestAgentServiceInfo
+	10, // 9: microvm.services.api.v1alpha1.ServerInfoResponse.ssh_proxy:type_name -> microvm.services.api.v1alpha1.GuestAgentServiceInfo
+	15, // 10: microvm.services.api.v1alpha1.CreateMicroVMRequest.MetadataEntry.value:type_name -> google.protobuf.Any
+	0,  // 11: microvm.services.api.v1alpha1.MicroVM.CreateMicroVM:input_type -> microvm.services.api.v1alpha1.CreateMicroVMRequest
+	2,  // 12: microvm.services.api.v1alpha1.MicroVM.DeleteMicroVM:input_type -> microvm.services.api.v1alpha1.DeleteMicroVMRequest
+	3,  // 13: microvm.services.api.v1alpha1.MicroVM.GetMicroVM:input_type -> microvm.services.api.v1alpha1.GetMicroVMRequest
+	5,  // 14: microvm.services.api.v1alpha1.MicroVM.ListMicroVMs:input_type -> microvm.services.api.v1alpha1.ListMicroVMsRequest
+	5,  // 15: microvm.services.api.v1alpha1.MicroVM.ListMicroVMsStream:input_type -> microvm.services.api.v1alpha1.ListMicroVMsRequest
+	16, // 16: microvm.services.api.v1alpha1.MicroVM.ServerInfo:input_type -> google.protobuf.Empty
+	1,  // 17: microvm.services.api.v1alpha1.MicroVM.CreateMicroVM:output_type -> microvm.services.api.v1alpha1.CreateMicroVMResponse
+	16, // 18: microvm.services.api.v1alpha1.MicroVM.DeleteMicroVM:output_type -> google.protobuf.Empty
+	4,  // 19: microvm.services.api.v1alpha1.MicroVM.GetMicroVM:output_type -> microvm.services.api.v1alpha1.GetMicroVMResponse
+	6,  // 20: microvm.services.api.v1alpha1.MicroVM.ListMicroVMs:output_type -> microvm.services.api.v1alpha1.ListMicroVMsResponse
+	7,  // 21: microvm.services.api.v1alpha1.MicroVM.ListMicroVMsStream:output_type -> microvm.services.api.v1alpha1.ListMessage
+	8,  // 22: microvm.services.api.v1alpha1.MicroVM.ServerInfo:output_type -> microvm.services.api.v1alpha1.ServerInfoResponse
+	17, // [17:23] is the sub-list for method output_type
+	11, // [11:17] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_services_microvm_v1alpha1_microvms_proto_init() }
@@ -506,7 +726,7 @@ func file_services_microvm_v1alpha1_microvms_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_services_microvm_v1alpha1_microvms_proto_rawDesc), len(file_services_microvm_v1alpha1_microvms_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

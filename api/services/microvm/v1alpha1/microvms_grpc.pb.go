@@ -27,6 +27,7 @@ const (
 	MicroVM_GetMicroVM_FullMethodName         = "/microvm.services.api.v1alpha1.MicroVM/GetMicroVM"
 	MicroVM_ListMicroVMs_FullMethodName       = "/microvm.services.api.v1alpha1.MicroVM/ListMicroVMs"
 	MicroVM_ListMicroVMsStream_FullMethodName = "/microvm.services.api.v1alpha1.MicroVM/ListMicroVMsStream"
+	MicroVM_ServerInfo_FullMethodName         = "/microvm.services.api.v1alpha1.MicroVM/ServerInfo"
 )
 
 // MicroVMClient is the client API for MicroVM service.
@@ -42,6 +43,9 @@ type MicroVMClient interface {
 	ListMicroVMs(ctx context.Context, in *ListMicroVMsRequest, opts ...grpc.CallOption) (*ListMicroVMsResponse, error)
 	// ListMicroVMsStream is a finite listing, not a watch.
 	ListMicroVMsStream(ctx context.Context, in *ListMicroVMsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ListMessage], error)
+	// ServerInfo says which flintlock this is as good as, and what else it serves. Clients
+	// refuse a host whose version is older than what they need.
+	ServerInfo(ctx context.Context, in *emptypb.Empty, opts ...grpc.CallOption) (*ServerInfoResponse, error)
 }
 
 type microVMClient struct {
@@ -111,6 +115,16 @@ func (c *microVMClient) ListMicroVMsStream(ctx context.Context, in *ListMicroVMs
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type MicroVM_ListMicroVMsStreamClient = grpc.ServerStreamingClient[ListMessage]
 
+func (c *microVMClient) ServerInfo(ctx context.Context, in *emptypb.Empty, opts ...grpc.CallOption) (*ServerInfoResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ServerInfoResponse)
+	err := c.cc.Invoke(ctx, MicroVM_ServerInfo_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // MicroVMServer is the server API for MicroVM service.
 // All implementations must embed UnimplementedMicroVMServer
 // for forward compatibility.
@@ -124,6 +138,9 @@ type MicroVMServer interface {
 	ListMicroVMs(context.Context, *ListMicroVMsRequest) (*ListMicroVMsResponse, error)
 	// ListMicroVMsStream is a finite listing, not a watch.
 	ListMicroVMsStream(*ListMicroVMsRequest, grpc.ServerStreamingServer[ListMessage]) error
+	// ServerInfo says which flintlock this is as good as, and what else it serves. Clients
+	// refuse a host whose version is older than what they need.
+	ServerInfo(context.Context, *emptypb.Empty) (*ServerInfoResponse, error)
 	mustEmbedUnimplementedMicroVMServer()
 }
 
@@ -148,6 +165,9 @@ func (UnimplementedMicroVMServer) ListMicroVMs(context.Context, *ListMicroVMsReq
 }
 func (UnimplementedMicroVMServer) ListMicroVMsStream(*ListMicroVMsRequest, grpc.ServerStreamingServer[ListMessage]) error {
 	return status.Error(codes.Unimplemented, "method ListMicroVMsStream not implemented")
+}
+func (UnimplementedMicroVMServer) ServerInfo(context.Context, *emptypb.Empty) (*ServerInfoResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ServerInfo not implemented")
 }
 func (UnimplementedMicroVMServer) mustEmbedUnimplementedMicroVMServer() {}
 func (UnimplementedMicroVMServer) testEmbeddedByValue()                 {}
@@ -253,6 +273,24 @@ func _MicroVM_ListMicroVMsStream_Handler(srv interface{}, stream grpc.ServerStre
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type MicroVM_ListMicroVMsStreamServer = grpc.ServerStreamingServer[ListMessage]
 
+func _MicroVM_ServerInfo_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(emptypb.Empty)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MicroVMServer).ServerInfo(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: MicroVM_ServerInfo_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MicroVMServer).ServerInfo(ctx, req.(*emptypb.Empty))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // MicroVM_ServiceDesc is the grpc.ServiceDesc for MicroVM service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -275,6 +313,10 @@ var MicroVM_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListMicroVMs",
 			Handler:    _MicroVM_ListMicroVMs_Handler,
+		},
+		{
+			MethodName: "ServerInfo",
+			Handler:    _MicroVM_ServerInfo_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
