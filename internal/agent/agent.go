@@ -78,6 +78,8 @@ type Command struct {
 	// each output, and so is its end. It waits for a host for some minutes, and is
 	// then hung up on. An ID is never given twice.
 	ID string `json:"id,omitempty"`
+	// Port, of Dial, is joined instead of a program's streams; all else is empty.
+	Port uint16 `json:"port,omitempty"`
 }
 
 // Resumption is where a lasting command is taken up: what had come from it.
@@ -97,7 +99,7 @@ func (e *Error) Error() string { return e.Text }
 // The messages inside frames, as JSON.
 type (
 	request struct {
-		Op      string   `json:"op"` // info, exec, shutdown
+		Op      string   `json:"op"` // info, exec, dial, shutdown
 		Command *Command `json:"command,omitempty"`
 		Stdin   bool     `json:"stdin,omitempty"`
 		Reboot  bool     `json:"reboot,omitempty"`

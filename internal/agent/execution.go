@@ -125,6 +125,9 @@ func (x *execution) finish(r result) {
 }
 
 func (x *execution) execute(cmd Command, hasStdin bool) result {
+	if cmd.Port != 0 {
+		return x.relay(cmd.Port)
+	}
 	if x.s.h.Command != nil {
 		var err error
 		if cmd, err = x.s.h.Command(cmd); err != nil {
@@ -157,7 +160,7 @@ func (x *execution) execute(cmd Command, hasStdin bool) result {
 	if !hasStdin {
 		x.in.end(io.EOF)
 	}
-	input.Go(func() { x.feed(p.in, cmd.TTY) })
+	input.Go(func() { x.feed(p.in, endOfInput(cmd)) })
 	for i, f := range p.out {
 		if f != nil {
 			copies.Go(func() { x.drain(f, i) })
@@ -364,17 +367,21 @@ func (x *execution) apply(c control) {
 	}
 }
 
-// feed gives the command its input. A terminal's end of input is ^D.
-func (x *execution) feed(w *os.File, tty bool) {
+// endOfInput tells a command that there is no more. A terminal's is ^D.
+func endOfInput(cmd Command) func(*os.File) {
+	if cmd.TTY {
+		return func(w *os.File) { w.Write([]byte{4}) }
+	}
+	return func(w *os.File) { w.Close() }
+}
+
+// feed gives the command its input, and then end.
+func (x *execution) feed(w *os.File, end func(*os.File)) {
 	buf := make([]byte, maxPayload)
 	for {
 		n, err := x.in.read(buf)
 		if err != nil {
-			if tty {
-				w.Write([]byte{4})
-			} else {
-				w.Close()
-			}
+			end(w)
 			return
 		}
 		if _, err := w.Write(buf[:n]); err != nil {

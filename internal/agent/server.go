@@ -243,12 +243,24 @@ func (s *Server) open(f frame) {
 			return
 		}
 		s.answer(f.stream, result{})
-	case r.Op == "exec" && r.Command != nil && s.streams[f.stream] == nil:
+	case r.runs() && s.streams[f.stream] == nil:
 		if err := s.exec(f.stream, r); err != nil {
 			s.answer(f.stream, result{Code: 126, Error: err.Error(), Unknown: errors.Is(err, ErrUnknown)})
 		}
 	default:
 		s.answer(f.stream, result{Code: 126, Error: "unknown request " + r.Op})
+	}
+}
+
+// runs says whether the request is for a command, or for a port.
+func (r request) runs() bool {
+	switch c := r.Command; {
+	case c == nil:
+		return false
+	case r.Op == "dial":
+		return c.Port != 0 && c.ID == "" && r.Resume == nil
+	default:
+		return r.Op == "exec" && c.Port == 0
 	}
 }
 

@@ -40,7 +40,7 @@ func (c *Client) Resume(ctx context.Context, cmd Command, from Resumption, in io
 }
 
 func (c *Client) exec(ctx context.Context, r request, in io.Reader, out, errOut io.Writer) (*Session, error) {
-	if len(r.Command.Args) == 0 && !r.Command.Main {
+	if len(r.Command.Args) == 0 && !r.Command.Main && r.Command.Port == 0 {
 		return nil, errors.New("run in the guest: no command")
 	}
 	id, s, err := c.open(ctx, r)
