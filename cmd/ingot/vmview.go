@@ -42,6 +42,16 @@ type vmView struct {
 	Started     *time.Time        `json:"started"`
 	Ended       *time.Time        `json:"ended"`
 	LastCrash   *crashView        `json:"last_crash"`
+	Conditions  []conditionView   `json:"conditions"`
+}
+
+// conditionView is something that is not as it was asked for.
+type conditionView struct {
+	Type    string     `json:"type"`
+	Status  string     `json:"status"`
+	Reason  string     `json:"reason"`
+	Message string     `json:"message"`
+	Since   *time.Time `json:"since"`
 }
 
 type diskView struct {
@@ -68,7 +78,7 @@ func view(vm microVM, leases map[string]*ingotv1.Lease) vmView {
 		IP: address(vm.MicroVM, leases), Addresses: append([]string{}, st.GetAddresses()...),
 		Driver: cmp.Or(st.GetDriver(), spec.GetProvider()), Accelerator: st.GetAccelerator(),
 		Image: spec.GetRootVolume().GetSource().GetContainerSource(), Kernel: spec.GetKernel().GetImage(),
-		VCPU: spec.GetVcpu(), MemoryMB: spec.GetMemoryInMb(), Labels: spec.GetLabels(), Interfaces: []interfaceView{},
+		VCPU: spec.GetVcpu(), MemoryMB: spec.GetMemoryInMb(), Labels: spec.GetLabels(), Interfaces: []interfaceView{}, Conditions: []conditionView{},
 		PID: st.GetPid(), Dir: st.GetDir(), Agent: st.GetAgentReady(), Restarts: st.GetRestarts(), ExitCode: st.GetExitCode(),
 		Created: when(spec.GetCreatedAt()), Started: when(st.GetStartedAt()), Ended: when(st.GetEndedAt()),
 	}
@@ -80,6 +90,9 @@ func view(vm microVM, leases map[string]*ingotv1.Lease) vmView {
 	}
 	if at := when(st.GetLastCrashAt()); at != nil {
 		v.LastCrash = &crashView{at, st.GetLastCrashReason()}
+	}
+	for _, c := range st.GetConditions() {
+		v.Conditions = append(v.Conditions, conditionView{c.GetType(), c.GetStatus(), c.GetReason(), c.GetMessage(), when(c.GetSince())})
 	}
 	for _, id := range slices.Sorted(maps.Keys(st.GetNetworkInterfaces())) {
 		i := st.GetNetworkInterfaces()[id]

@@ -159,7 +159,7 @@ func (u *up) hostConfig(m Machine) any {
 		platform = append(platform, other.Address)
 	}
 	platform = append(platform, u.lab.RootEnd(), u.lab.HubEnd())
-	return yaml.MapSlice{
+	c := yaml.MapSlice{
 		{Key: "grpc-endpoint", Value: netip.AddrPortFrom(m.Address, hub.HostPort).String()},
 		{Key: "tls-cert", Value: "/etc/ingot/pki/cert.pem"},
 		{Key: "tls-key", Value: "/etc/ingot/pki/key.pem"},
@@ -167,7 +167,6 @@ func (u *up) hostConfig(m Machine) any {
 		{Key: "tls-client-ca", Value: "/etc/ingot/pki/ca.pem"},
 		{Key: "token-file", Value: "/etc/ingot/token"},
 		{Key: "bridge-name", Value: lab.Bridge},
-		{Key: "parent-iface", Value: lab.Segment},
 		{Key: "default-registry", Value: u.env.RegistryAddress()},
 		{Key: "registry-ca", Value: "/etc/ingot/pki/ca.pem"},
 		{Key: "segment", Value: lab.Segment},
@@ -176,6 +175,10 @@ func (u *up) hostConfig(m Machine) any {
 		{Key: "hub", Value: u.env.Hub().Address},
 		{Key: "trusted", Value: u.env.Uplink},
 	}
+	if !m.Hub { // which a macvtap guest of its own can't reach: it gets a tap
+		c = append(c, yaml.MapItem{Key: "parent-iface", Value: lab.Segment})
+	}
+	return c
 }
 
 func (u *up) startRoles(ctx context.Context) (string, error) {

@@ -438,15 +438,16 @@ func (h *Host) suit(s *vm.Spec) error {
 			return fmt.Errorf("memory_in_mb: %d is more than this machine has, %d: %w", s.Memory, total>>20, errdefs.ErrResourceExhausted)
 		}
 	}
-	for _, v := range append([]vm.Volume{s.Root}, s.Volumes...) {
+	for i, v := range s.Volumes {
 		if v.VirtioFS != "" {
-			return &vm.FieldError{Field: "additional_volumes", Problem: "virtiofs not supported by the microvm provider"}
+			return &vm.FieldError{Field: fmt.Sprintf("additional_volumes[%d].source.virtiofs_source", i), Problem: "virtiofs not supported by the microvm provider"}
 		}
 	}
+	noMacvtap := h.noMacvtap(*s)
 	for i := range s.Interfaces {
 		n := &s.Interfaces[i]
-		if n.Kind == vm.Macvtap && h.c.Parent == "" {
-			n.Kind = vm.Tap
+		if n.Kind == vm.Macvtap && noMacvtap != "" {
+			n.Kind, n.Instead, n.Because = vm.Tap, vm.Macvtap, noMacvtap
 		}
 		if n.Kind == vm.Tap && n.Bridge == "" {
 			n.Bridge = h.c.Bridge
@@ -462,6 +463,18 @@ func (h *Host) suit(s *vm.Spec) error {
 		})
 	}
 	return nil
+}
+
+// noMacvtap is why a microVM can't have a macvtap, which is what an interface is whose
+// type nobody set; empty if it can.
+func (h *Host) noMacvtap(s vm.Spec) string {
+	if h.c.Parent == "" {
+		return "the host has no parent-iface"
+	}
+	if d, err := h.driver(s); err == nil && !slices.Contains(d.Features(), vmm.Macvtap) {
+		return d.Name() + " has none"
+	}
+	return ""
 }
 
 // Users are what hypervisors run as: one each, so that none can reach another's
@@ -542,7 +555,9 @@ func (h *Host) Delete(uid string) error {
 		return err
 	}
 	return v.want(func(r *record) error {
-		r.Deleting = true
+		if !r.Deleting {
+			r.Deleting, r.DeletedAt = true, time.Now().UTC()
+		}
 		return nil
 	})
 }

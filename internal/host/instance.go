@@ -119,7 +119,7 @@ func (v *instance) view() View {
 func (v *instance) viewLocked() View {
 	w := View{Spec: v.record.Spec, Status: v.status, Dir: v.dir}
 	if v.record.Deleting {
-		w.Status.Phase = vm.Deleting
+		w.Status.Phase, w.Status.DeletedAt = vm.Deleting, v.record.DeletedAt
 	}
 	return w
 }
@@ -215,6 +215,7 @@ func (v *instance) set(change func(*vm.Status)) {
 // caller holds v.mu.
 func (v *instance) tell() {
 	v.status.Version++
+	v.status.UpdatedAt = time.Now().UTC()
 	v.dirty = true
 	v.show()
 	w := v.viewLocked()

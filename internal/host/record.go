@@ -29,6 +29,8 @@ type record struct {
 	// spec that was asked for: asked for again, it is not made again.
 	Key   string `json:"key,omitempty"`
 	Asked string `json:"asked,omitempty"`
+	// DeletedAt is when that was asked for.
+	DeletedAt time.Time `json:"deleted_at,omitzero"`
 	// StopBy is when the guest's time to shut down is over, also for the daemon
 	// that comes after the one that was told.
 	StopBy time.Time `json:"stop_by,omitzero"`

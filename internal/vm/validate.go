@@ -1,15 +1,19 @@
 package vm
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"regexp"
+	"slices"
 	"strings"
 	"unicode"
 
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
+	"github.com/goccy/go-yaml"
 )
 
 // The metadata interface, as flintlock's guests know it.
@@ -39,6 +43,8 @@ func (s *Spec) Normalize() {
 var (
 	nameRule  = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$`)
 	ifaceRule = regexp.MustCompile(`^[a-z][a-z0-9_]{0,14}$`)
+	// A bridge is the operator's own, whatever he calls it.
+	bridgeRule = regexp.MustCompile(`^[!-.0-~]{1,15}$`)
 	// A partition is its number, or its UUID as GPT or MBR has it.
 	partitionRule = regexp.MustCompile(`^([0-9]{1,3}|[0-9A-Fa-f]{8}-([0-9A-Fa-f]{2}|[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{4}-[0-9A-Fa-f]{12}))$`)
 	uidRule       = regexp.MustCompile(`^[0-9A-HJKMNP-TV-Z]{26}$`) // a ULID
@@ -65,6 +71,9 @@ func (s Spec) Validate() error {
 	all.check(s.Memory >= MinMemory && s.Memory <= MaxMemory, "memory_in_mb", "%d is not between %d and %d", s.Memory, MinMemory, MaxMemory)
 	all.image("kernel.image", s.Kernel.Image)
 	all.path("kernel.filename", s.Kernel.Path)
+	for key := range s.Labels {
+		all.check(key != "", "labels", "a label has no name")
+	}
 	for key, value := range s.Kernel.Cmdline {
 		all.check(key != "" && !strings.ContainsAny(key+value, "\n\x00") && !strings.ContainsAny(key, " \t="), "kernel.cmdline", "%q=%q can't stand on a command line", key, value)
 	}
@@ -74,6 +83,8 @@ func (s Spec) Validate() error {
 	}
 	s.validateVolumes(&all)
 	s.validateInterfaces(&all)
+	s.validateMetadata(&all)
+	s.Process.validate(&all)
 	switch s.Restart {
 	case RestartAlways, RestartOnFailure, RestartNever:
 	default:
@@ -102,11 +113,38 @@ func (s Spec) validateInterfaces(all *mistakes) {
 		all.check(!seen[n.ID], field+".device_id", "%q is there twice", n.ID)
 		seen[n.ID] = true
 		all.check(n.Kind == Tap || n.Kind == Macvtap, field+".type", "%q is neither TAP nor MACVTAP", n.Kind)
+		all.check(n.Bridge == "" || bridgeRule.MatchString(n.Bridge) && n.Bridge != "." && n.Bridge != "..",
+			field+".overrides.bridge_name", "%q is not an interface's name", n.Bridge)
 		if n.MAC != "" {
 			mac, err := net.ParseMAC(n.MAC)
-			all.check(err == nil && len(mac) == 6 && mac[0]&1 == 0, field+".guest_mac", "%q is not a card's MAC address", n.MAC)
+			all.check(err == nil && len(mac) == 6 && mac[0]&1 == 0 && !bytes.Equal(mac, make([]byte, 6)), field+".guest_mac", "%q is not a card's MAC address", n.MAC)
+			all.check(!seen[mac.String()], field+".guest_mac", "%q is there twice", n.MAC)
+			seen[mac.String()] = true // no interface is called so
 		}
 		all.check(!n.Gateway.IsValid() || n.Address.IsValid(), field+".address.gateway", "a gateway needs an address")
+		all.check(!n.Gateway.IsValid() || n.Address.Addr().Is4() == n.Gateway.Is4(), field+".address.gateway", "%s and %s are not of one family", n.Gateway, n.Address)
+		for _, a := range slices.Concat(n.Nameservers, []netip.Addr{n.Gateway}) { // a zone is the guest's own, and may be any text
+			all.check(a.Zone() == "", field+".address", "%q has a zone", a)
+		}
+	}
+}
+
+// validateMetadata wants what is added to later to be such that it can be.
+func (s Spec) validateMetadata(all *mistakes) {
+	for key := range s.Metadata {
+		all.check(key != "", "metadata", "a value has no name")
+	}
+	var fields map[string]any
+	err := yaml.Unmarshal([]byte(s.Metadata["meta-data"]), &fields)
+	all.check(err == nil, "metadata[meta-data]", "it is not YAML: %.200v", err)
+}
+
+func (p Process) validate(all *mistakes) {
+	for key, value := range p.Env {
+		all.check(key != "" && !strings.ContainsAny(key, "=\x00") && !strings.Contains(value, "\x00"), "process.env", "%q can't be a variable", key)
+	}
+	for _, word := range slices.Concat(p.Entrypoint, p.Args, []string{p.Dir, p.User, p.StopSignal}) {
+		all.check(!strings.Contains(word, "\x00"), "process", "%q has a NUL in it", word)
 	}
 }
 

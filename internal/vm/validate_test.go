@@ -2,6 +2,7 @@ package vm_test
 
 import (
 	"errors"
+	"net/netip"
 	"strings"
 	"testing"
 
@@ -46,14 +47,30 @@ func TestValidateNamesTheField(t *testing.T) {
 		"additional_volumes[0].mount_point": func(s *vm.Spec) {
 			s.Volumes = []vm.Volume{{ID: "d", Image: "x", MountPoint: "/a init=/bin/sh"}}
 		},
-		"kernel.cmdline":                   func(s *vm.Spec) { s.Kernel.Cmdline = map[string]string{"a b": ""} },
-		"initrd.image":                     func(s *vm.Spec) { s.Initrd = &vm.File{} },
-		"root_volume.source":               func(s *vm.Spec) { s.Root.Image = "" },
-		"additional_volumes[0].id":         func(s *vm.Spec) { s.Volumes = []vm.Volume{{ID: "root", Image: "x"}} },
-		"interfaces[0].guest_mac":          func(s *vm.Spec) { s.Interfaces[0].MAC = "01:00:00:00:00:01" },
-		"interfaces[0].device_id":          func(s *vm.Spec) { s.Interfaces[0].ID = "ETH 0" },
-		"interfaces[1].device_id":          func(s *vm.Spec) { s.Interfaces = append(s.Interfaces, s.Interfaces[0]) },
-		"interfaces[0].type":               func(s *vm.Spec) { s.Interfaces[0].Kind = "veth" },
+		"kernel.cmdline":                      func(s *vm.Spec) { s.Kernel.Cmdline = map[string]string{"a b": ""} },
+		"initrd.image":                        func(s *vm.Spec) { s.Initrd = &vm.File{} },
+		"root_volume.source":                  func(s *vm.Spec) { s.Root.Image = "" },
+		"additional_volumes[0].id":            func(s *vm.Spec) { s.Volumes = []vm.Volume{{ID: "root", Image: "x"}} },
+		"interfaces[0].guest_mac":             func(s *vm.Spec) { s.Interfaces[0].MAC = "01:00:00:00:00:01" },
+		"interfaces[0].device_id":             func(s *vm.Spec) { s.Interfaces[0].ID = "ETH 0" },
+		"interfaces[1].device_id":             func(s *vm.Spec) { s.Interfaces = append(s.Interfaces, s.Interfaces[0]) },
+		"interfaces[0].type":                  func(s *vm.Spec) { s.Interfaces[0].Kind = "veth" },
+		"interfaces[0].overrides.bridge_name": func(s *vm.Spec) { s.Interfaces[0].Bridge = "../br0" },
+		"interfaces[0].address": func(s *vm.Spec) {
+			s.Interfaces[0].Nameservers = []netip.Addr{netip.MustParseAddr("fe80::1%x\n  - y")}
+		},
+		"interfaces[0].address.gateway": func(s *vm.Spec) {
+			s.Interfaces[0].Address, s.Interfaces[0].Gateway = netip.MustParsePrefix("10.0.0.2/24"), netip.MustParseAddr("fd00::1")
+		},
+		"interfaces[1].guest_mac": func(s *vm.Spec) {
+			s.Interfaces[0].MAC = "02:00:00:00:00:01"
+			s.Interfaces = append(s.Interfaces, vm.Interface{ID: "eth2", Kind: vm.Tap, MAC: "02:00:00:00:00:01"})
+		},
+		"labels":                           func(s *vm.Spec) { s.Labels = map[string]string{"": "x"} },
+		"metadata":                         func(s *vm.Spec) { s.Metadata = map[string]string{"": "x"} },
+		"metadata[meta-data]":              func(s *vm.Spec) { s.Metadata = map[string]string{"meta-data": "a: [b"} },
+		"process.env":                      func(s *vm.Spec) { s.Process.Env = map[string]string{"A=B": "c"} },
+		"process":                          func(s *vm.Spec) { s.Process.Args = []string{"a\x00b"} },
 		"restart_policy":                   func(s *vm.Spec) { s.Restart = "sometimes" },
 		"additional_volumes[0].source":     func(s *vm.Spec) { s.Volumes = []vm.Volume{{ID: "d"}} },
 		"additional_volumes[0].size_in_mb": func(s *vm.Spec) { s.Volumes = []vm.Volume{{ID: "d", Image: "x", Size: -1}} },

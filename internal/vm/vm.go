@@ -93,6 +93,10 @@ type Interface struct {
 	Gateway     netip.Addr   `json:"gateway,omitzero"`
 	Nameservers []netip.Addr `json:"nameservers,omitempty"`
 	Metadata    bool         `json:"metadata,omitempty"` // the metadata service is reached by it
+	// Instead is the kind that was asked for, where the host can't do that.
+	Instead LinkKind `json:"instead,omitempty"`
+	// Because is why it can't.
+	Because string `json:"because,omitempty"`
 }
 
 // Process overrides what an image without an init of its own runs, as OCI's
@@ -147,6 +151,9 @@ type Status struct {
 	Step    string `json:"step,omitempty"`   // what is being done now: pull, volume, network, boot
 	Reason  string `json:"reason,omitempty"` // why it is not running, or why it last failed
 	Version int    `json:"version"`          // grows with every change
+
+	UpdatedAt time.Time `json:"updated_at,omitzero"` // of the last change
+	DeletedAt time.Time `json:"deleted_at,omitzero"` // when that was asked for
 
 	Driver      string `json:"driver,omitempty"`
 	Accelerator string `json:"accelerator,omitempty"` // kvm or tcg

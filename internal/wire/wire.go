@@ -4,7 +4,9 @@
 package wire
 
 import (
+	"cmp"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -23,8 +25,8 @@ import (
 // not there.
 const NotFound = "microvm spec %s not found"
 
-// SpecFromProto reads a spec as flintlock's clients write it. The error is a
-// *vm.FieldError.
+// SpecFromProto reads a spec as flintlock's clients write it. The error has all that
+// can't be read, each a *vm.FieldError.
 func SpecFromProto(p *types.MicroVMSpec) (vm.Spec, error) {
 	s := vm.Spec{
 		UID: p.GetUid(), Namespace: p.GetNamespace(), Name: p.GetId(), Labels: maps.Clone(p.GetLabels()),
@@ -41,11 +43,18 @@ func SpecFromProto(p *types.MicroVMSpec) (vm.Spec, error) {
 			StopSignal: p.GetProcess().GetStopSignal(), Attach: p.GetProcess().GetAttach(),
 		},
 	}
+	var mistakes []error
 	switch p.GetRestartPolicy() {
+	case types.RestartPolicy_ALWAYS:
 	case types.RestartPolicy_ON_FAILURE:
 		s.Restart = vm.RestartOnFailure
 	case types.RestartPolicy_NEVER:
 		s.Restart = vm.RestartNever
+	default:
+		mistakes = append(mistakes, &vm.FieldError{Field: "restart_policy", Problem: fmt.Sprintf("there is no policy %d", p.GetRestartPolicy())})
+	}
+	if c := p.GetCpuConfig(); len(c.GetFeaturesToEnable())+len(c.GetKvmCapabilitiesToDisable()) > 0 {
+		mistakes = append(mistakes, &vm.FieldError{Field: "cpu_config", Problem: "cpu configuration not supported by the microvm provider"})
 	}
 	if p.Initrd != nil {
 		s.Initrd = &vm.File{Image: image(p.Initrd.GetImage()), Path: p.Initrd.GetFilename()}
@@ -55,9 +64,7 @@ func SpecFromProto(p *types.MicroVMSpec) (vm.Spec, error) {
 	}
 	for i, n := range p.GetInterfaces() {
 		iface, err := interfaceFromProto(fmt.Sprintf("interfaces[%d]", i), n)
-		if err != nil {
-			return vm.Spec{}, err
-		}
+		mistakes = append(mistakes, err...)
 		s.Interfaces = append(s.Interfaces, iface)
 	}
 	for key, value := range p.GetMetadata() {
@@ -65,6 +72,9 @@ func SpecFromProto(p *types.MicroVMSpec) (vm.Spec, error) {
 			s.Metadata = map[string]string{}
 		}
 		s.Metadata[key] = decode(value)
+	}
+	if err := errors.Join(mistakes...); err != nil {
+		return vm.Spec{}, err
 	}
 	return s, nil
 }
@@ -94,38 +104,72 @@ func volumeFromProto(v *types.Volume) vm.Volume {
 	}
 }
 
-func interfaceFromProto(field string, n *types.NetworkInterface) (vm.Interface, error) {
-	i := vm.Interface{ID: n.GetDeviceId(), MAC: n.GetGuestMac(), Bridge: n.GetOverrides().GetBridgeName(), Kind: vm.Macvtap}
-	if n.GetType() == types.NetworkInterface_TAP {
-		i.Kind = vm.Tap
+func interfaceFromProto(field string, n *types.NetworkInterface) (i vm.Interface, mistakes []error) {
+	wrong := func(what, format string, a ...any) {
+		mistakes = append(mistakes, &vm.FieldError{Field: field + what, Problem: fmt.Sprintf(format, a...)})
 	}
-	if n.Address == nil {
-		return i, nil
+	i = vm.Interface{ID: n.GetDeviceId(), MAC: n.GetGuestMac(), Bridge: n.GetOverrides().GetBridgeName()}
+	switch n.GetType() {
+	case types.NetworkInterface_MACVTAP:
+		i.Kind = vm.Macvtap
+	case types.NetworkInterface_TAP:
+		i.Kind = vm.Tap
+	default:
+		wrong(".type", "there is no type %d", n.GetType())
+	}
+	if n.GetAddress() == nil {
+		return i, mistakes
 	}
 	var err error
 	if i.Address, err = netip.ParsePrefix(n.Address.GetAddress()); err != nil {
-		return i, &vm.FieldError{Field: field + ".address.address", Problem: fmt.Sprintf("%q is not an address with a prefix length", n.Address.GetAddress())}
+		wrong(".address.address", "%q is not an address with a prefix length", n.Address.GetAddress())
 	}
 	if gateway := n.Address.GetGateway(); gateway != "" {
-		// flintlock wants a prefix length here and drops it; take both forms.
-		host, _, _ := strings.Cut(gateway, "/")
-		if i.Gateway, err = netip.ParseAddr(host); err != nil {
-			return i, &vm.FieldError{Field: field + ".address.gateway", Problem: fmt.Sprintf("%q is not an address", gateway)}
+		if i.Gateway, err = parseGateway(gateway); err != nil {
+			wrong(".address.gateway", "%q is not an address", gateway)
 		}
 	}
 	for _, text := range n.Address.GetNameservers() {
 		server, err := netip.ParseAddr(text)
 		if err != nil {
-			return i, &vm.FieldError{Field: field + ".address.nameservers", Problem: fmt.Sprintf("%q is not an address", text)}
+			wrong(".address.nameservers", "%q is not an address", text)
 		}
 		i.Nameservers = append(i.Nameservers, server)
 	}
-	return i, nil
+	return i, mistakes
+}
+
+// parseGateway takes an address with a prefix length, which flintlock wants and drops,
+// and one without.
+func parseGateway(text string) (netip.Addr, error) {
+	if p, err := netip.ParsePrefix(text); err == nil {
+		return p.Addr(), nil
+	}
+	return netip.ParseAddr(text)
 }
 
 // ToProto writes a microVM for flintlock's clients, and for ours.
 func ToProto(s vm.Spec, st vm.Status, dir string) *types.MicroVM {
-	return &types.MicroVM{Version: int32(st.Version), Spec: specToProto(s), Status: statusToProto(st, dir)}
+	p := &types.MicroVM{Version: int32(st.Version), Spec: specToProto(s), Status: statusToProto(st, dir)}
+	p.Spec.UpdatedAt, p.Spec.DeletedAt = stamp(st.UpdatedAt), stamp(st.DeletedAt)
+	if driver := cmp.Or(s.Driver, st.Driver); driver != "" { // also the one that the host has chosen
+		p.Spec.Provider = &driver
+	}
+	p.Status.Conditions = conditions(s)
+	return p
+}
+
+// conditions are what is not as it was asked for.
+func conditions(s vm.Spec) (list []*types.Condition) {
+	for _, n := range s.Interfaces {
+		if n.Instead == vm.Macvtap {
+			list = append(list, &types.Condition{
+				Type: "NetworkAsRequested", Status: "False", Reason: "MacvtapUnavailable", Since: stamp(s.CreatedAt),
+				Message: fmt.Sprintf("%s is a %s on bridge %s and not a %s: %s", n.ID, n.Kind, n.Bridge, n.Instead, n.Because),
+			})
+		}
+	}
+	return list
 }
 
 func specToProto(s vm.Spec) *types.MicroVMSpec {
@@ -135,9 +179,6 @@ func specToProto(s vm.Spec) *types.MicroVMSpec {
 			Image: s.Kernel.Image, Filename: &s.Kernel.Path, Cmdline: s.Kernel.Cmdline, AddNetworkConfig: s.Kernel.AddNetworkConfig,
 		},
 		RootVolume: volumeToProto(s.Root), AllowGuestAgent: s.GuestAgent, CreatedAt: stamp(s.CreatedAt),
-	}
-	if s.Driver != "" {
-		p.Provider = &s.Driver
 	}
 	if s.Initrd != nil {
 		p.Initrd = &types.Initrd{Image: s.Initrd.Image, Filename: &s.Initrd.Path}
@@ -208,9 +249,9 @@ func interfaceToProto(n vm.Interface) *types.NetworkInterface {
 	return p
 }
 
-// state is what flintlock's clients know of a phase. A microVM that was stopped
+// State is what flintlock's clients know of a phase. A microVM that was stopped
 // is CREATED to them: its start has succeeded.
-func state(p vm.Phase) types.MicroVMStatus_MicroVMState {
+func State(p vm.Phase) types.MicroVMStatus_MicroVMState {
 	switch p {
 	case vm.Running, vm.Paused, vm.Stopping, vm.Stopped:
 		return types.MicroVMStatus_CREATED
@@ -224,7 +265,7 @@ func state(p vm.Phase) types.MicroVMStatus_MicroVMState {
 
 func statusToProto(st vm.Status, dir string) *types.MicroVMStatus {
 	p := &types.MicroVMStatus{
-		State: state(st.Phase), Retry: int32(st.Retry), Phase: string(st.Phase), Step: st.Step, Reason: st.Reason,
+		State: State(st.Phase), Retry: int32(st.Retry), Phase: string(st.Phase), Step: st.Step, Reason: st.Reason,
 		Driver: st.Driver, Accelerator: st.Accelerator, Restarts: int32(st.Restarts), Pid: int32(st.PID),
 		StartedAt: stamp(st.StartedAt), EndedAt: stamp(st.EndedAt), LastCrashAt: stamp(st.LastCrashAt), RetryAt: stamp(st.RetryAt),
 		LastCrashReason: st.LastCrashReason, AgentReady: st.AgentReady, ExitCode: int32(st.ExitCode), Dir: dir,
