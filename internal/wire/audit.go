@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/peer"
 
 	ingotv1 "ingot/api/ingot/v1"
+	execv1 "ingot/api/services/microvmexec/v1alpha1"
 	"ingot/api/types"
 )
 
@@ -36,12 +37,15 @@ func audit(ctx context.Context, log *slog.Logger, method, target string, result 
 // harmless says whether a request is for a command in a guest by which `ingot
 // inspect` looks at it, again and again. They change nothing there.
 func harmless(request any) bool {
-	r, ok := request.(interface{ GetStart() *ingotv1.ExecStart })
-	if !ok || len(r.GetStart().GetArgs()) == 0 {
-		return false
+	switch r := request.(type) {
+	case interface{ GetStart() *ingotv1.ExecStart }:
+		s := r.GetStart()
+		return len(s.GetArgs()) > 0 && slices.Contains([]string{"true", "ping"}, s.GetArgs()[0]) && !s.GetStdin() && len(s.GetEnv()) == 0
+	case interface{ GetStart() *execv1.ExecStart }: // flintlock's clients ask so whether a guest is ready
+		s := r.GetStart()
+		return s.GetCmd() == "true" && !s.GetShell() && !s.GetHasStdin() && len(s.GetEnv()) == 0
 	}
-	s := r.GetStart()
-	return slices.Contains([]string{"true", "ping"}, s.GetArgs()[0]) && !s.GetStdin() && len(s.GetEnv()) == 0
+	return false
 }
 
 // caller is the name in the client's certificate, and its address.
@@ -69,6 +73,7 @@ func target(request any) string {
 		}
 		ofIP    interface{ GetIp() string }
 		ofStart interface{ GetStart() *ingotv1.ExecStart }
+		ofExec  interface{ GetStart() *execv1.ExecStart }
 		ofMany  interface{ GetImages() []string }
 	)
 	switch r := request.(type) {
@@ -84,7 +89,12 @@ func target(request any) string {
 		return r.GetIp()
 	case ofMany:
 		return strings.Join(r.GetImages(), " ")
-	case ofStart: // the arguments may be secrets
+	case ofExec: // the arguments may be secrets, and so may a shell's line
+		if r.GetStart().GetShell() {
+			return r.GetStart().GetUid() + " sh"
+		}
+		return r.GetStart().GetUid() + " " + r.GetStart().GetCmd()
+	case ofStart:
 		return strings.TrimSpace(r.GetStart().GetUid() + " " + strings.Join(r.GetStart().GetArgs()[:min(1, len(r.GetStart().GetArgs()))], ""))
 	}
 	return ""

@@ -18,35 +18,51 @@ import (
 	"ingot/internal/pki"
 )
 
-// ServerOptions are what all our gRPC servers share: the token, if there is one,
-// errors with their codes, a panic that ends a call and not the daemon, a line in
-// the log for each call that changes something, and patience with clients that
-// ping often.
+// ServerOptions are what all our gRPC servers share: a Door, and patience with clients
+// that ping often.
 func ServerOptions(token pki.Secret, log *slog.Logger) []grpc.ServerOption {
+	door := Door{Token: token, Log: log}
 	return []grpc.ServerOption{
-		grpc.MaxRecvMsgSize(16 << 20),
+		grpc.MaxRecvMsgSize(MaxMessage),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
-		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (answer any, err error) {
-			began := time.Now()
-			defer func() { audit(ctx, log, info.FullMethod, target(req), "took", time.Since(began), "err", err) }()
-			defer recovered(info.FullMethod, log, &err)
-			if err := authorize(ctx, token); err != nil {
-				return nil, err
-			}
-			answer, err = next(ctx, req)
-			return answer, Error(err)
-		}),
-		grpc.ChainStreamInterceptor(func(srv any, s grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
-			began := time.Now()
-			a := &auditedStream{ServerStream: s, method: info.FullMethod, log: log}
-			defer func() { a.end(time.Since(began), err) }()
-			defer recovered(info.FullMethod, log, &err)
-			if err := authorize(s.Context(), token); err != nil {
-				return err
-			}
-			return Error(next(srv, a))
-		}),
+		grpc.ChainUnaryInterceptor(door.Unary),
+		grpc.ChainStreamInterceptor(door.Stream),
 	}
+}
+
+// MaxMessage is how large a request may be: a spec has its user data in it.
+const MaxMessage = 16 << 20
+
+// Door is what each call passes, however it came: the token, if there is one, errors
+// with their codes, a panic that ends a call and not the daemon, and a line in the log
+// for each call that changes something.
+type Door struct {
+	Token pki.Secret
+	Log   *slog.Logger
+}
+
+// Unary is the door of calls with one answer.
+func (d Door) Unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (answer any, err error) {
+	began := time.Now()
+	defer func() { audit(ctx, d.Log, info.FullMethod, target(req), "took", time.Since(began), "err", err) }()
+	defer recovered(info.FullMethod, d.Log, &err)
+	if err := authorize(ctx, d.Token); err != nil {
+		return nil, err
+	}
+	answer, err = next(ctx, req)
+	return answer, Error(err)
+}
+
+// Stream is the door of streams.
+func (d Door) Stream(srv any, s grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
+	began := time.Now()
+	a := &auditedStream{ServerStream: s, method: info.FullMethod, log: d.Log}
+	defer func() { a.end(time.Since(began), err) }()
+	defer recovered(info.FullMethod, d.Log, &err)
+	if err := authorize(s.Context(), d.Token); err != nil {
+		return err
+	}
+	return Error(next(srv, a))
 }
 
 func recovered(method string, log *slog.Logger, err *error) {
