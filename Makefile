@@ -7,6 +7,8 @@ export GOFLAGS = -trimpath -buildvcs=false
 export PATH := $(PATH):/usr/sbin:/sbin:/var/cache/ingot/tools/usr/sbin
 GO = $(shell scripts/go)
 VERSION = $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+REVISION = $(shell git rev-parse HEAD 2>/dev/null)
+DATE = $(shell TZ=UTC git log -1 --date=format-local:%Y-%m-%dT%H:%M:%SZ --format=%cd 2>/dev/null)
 # Packages that share memory between goroutines and build quickly with the race detector.
 RACE = ./internal/agent ./internal/boot ./internal/dhcp ./internal/dns ./internal/lab ./internal/logfile ./internal/metadata \
 	./internal/nat ./internal/pki ./internal/rpc ./internal/run ./internal/vm ./internal/wire
@@ -21,7 +23,7 @@ help: ## list these words
 	@sed -n 's/^\([a-z0-9]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
 
 build: guest/bin/init ## build bin/ingot
-	@$(GO) build -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ingot ./cmd/ingot
+	@$(GO) build -ldflags '-s -w -X main.version=$(VERSION) -X main.revision=$(REVISION) -X main.date=$(DATE)' -o bin/ingot ./cmd/ingot
 	@for name in flintlockd ctr dhcp-lease-list dhcp-leases-list; do ln -sf ingot bin/$$name; done
 
 # The guest's init is built into ingot. It is written only if it has changed.

@@ -49,6 +49,12 @@ type hostConfig struct {
 	StateDir        string `yaml:"state-dir"`
 	DefaultProvider string `yaml:"default-provider"`
 	Verbosity       int    `yaml:"verbosity"`
+	EnableExec      bool   `yaml:"enable-exec-api"`
+	EnableSSHProxy  bool   `yaml:"enable-ssh-proxy-api"`
+
+	// AdvertiseAddress is where clients reach gRPC, if not where they came; the port
+	// may be left out.
+	AdvertiseAddress string `yaml:"advertise-address"`
 
 	TokenFile       string `yaml:"token-file"`
 	DefaultRegistry string `yaml:"default-registry"` // what short image names mean
@@ -98,7 +104,7 @@ func hostCommand() *cobra.Command {
 	for _, key := range vainFlags {
 		cmd.Flags().String(key, "", "has no effect: for those who had flintlock's daemon")
 	}
-	for _, key := range []string{"insecure", "tls-client-validate", "firecracker-detach", "cloudhypervisor-detach"} {
+	for _, key := range []string{"insecure", "tls-client-validate", "enable-exec-api", "enable-ssh-proxy-api", "firecracker-detach", "cloudhypervisor-detach"} {
 		cmd.Flags().Lookup(key).NoOptDefVal = "true"
 	}
 	return cmd
@@ -111,6 +117,7 @@ var (
 	hostFlags = []string{
 		"grpc-endpoint", "basic-auth-token", "insecure", "tls-cert", "tls-key", "tls-client-validate", "tls-client-ca",
 		"containerd-socket", "containerd-ns", "bridge-name", "parent-iface", "state-dir", "default-provider",
+		"enable-exec-api", "enable-ssh-proxy-api", "advertise-address",
 	}
 	vainFlags = []string{
 		"containerd-kernel-ss", "firecracker-bin", "firecracker-detach", "cloudhypervisor-bin", "cloudhypervisor-detach",
@@ -231,20 +238,29 @@ func runHost(ctx context.Context, c hostConfig, file string) error {
 		StateDir: c.StateDir, Bridge: c.BridgeName, Parent: c.ParentInterface, DefaultDriver: c.DefaultProvider, Pool: c.Pool,
 		Guard: guard.Set, Images: images, Drivers: []vmm.Driver{qemu.New(qemu.Config{KVM: verdict, Log: log})}, Log: log.With("controller", "microvm"),
 	})
-	server := rpc.New(rpc.Config{
+	config := rpc.Config{
 		Listen: c.GRPCEndpoint, TLS: security, Token: pki.Secret(c.BasicAuthToken), Host: h, Images: images,
-		Pool: c.Pool, Segment: c.Segment, Version: b.Version, ConfigFile: file, StateDir: c.StateDir, Log: log,
-	})
+		Pool: c.Pool, Segment: c.Segment, Version: b.Version, Revision: b.Revision, BuildDate: b.Date,
+		ConfigFile: file, StateDir: c.StateDir, Log: log, ExecAPI: c.EnableExec, SSHProxyAPI: c.EnableSSHProxy, Advertise: c.AdvertiseAddress,
+	}
+	server := rpc.New(config)
 	collector := image.Collector{Images: images, VMs: h.Specs, Unused: c.ImageKeep, Pool: c.Pool}
-	return run.All(ctx, log, keep(guard, log), h, run.Func(collector.String(), collector.Run), run.Func(server.String(), func(ctx context.Context, ready func()) error {
+	tasks := []run.Task{keep(guard, log), h, run.Func(collector.String(), collector.Run), after(h, server)}
+	return run.All(ctx, log, tasks...)
+}
+
+// after runs a server once the host knows its microVMs, so that nobody is told of half
+// of them.
+func after(h *host.Host, server run.Task) run.Task {
+	return run.Func(server.String(), func(ctx context.Context, ready func()) error {
 		select {
-		case <-h.Ready(): // so that nobody is told of half the microVMs
+		case <-h.Ready():
 		case <-ctx.Done():
 			return nil
 		}
 		ready()
 		return server.Run(ctx)
-	}))
+	})
 }
 
 // guard keeps guests from this machine's services and from other machines', and to
@@ -254,13 +270,9 @@ func (c hostConfig) guard() (*nat.Guard, error) {
 	if c.Segment == "" {
 		return nat.OpenGuard(nat.Host{})
 	}
-	_, port, err := net.SplitHostPort(c.GRPCEndpoint)
+	ports, err := c.ports()
 	if err != nil {
-		return nil, fmt.Errorf("grpc-endpoint: %w", err)
-	}
-	number, err := net.LookupPort("tcp", port)
-	if err != nil {
-		return nil, fmt.Errorf("grpc-endpoint: %w", err)
+		return nil, err
 	}
 	segment, err := link.Get(c.Segment)
 	if err != nil {
@@ -268,8 +280,25 @@ func (c hostConfig) guard() (*nat.Guard, error) {
 	}
 	return nat.OpenGuard(nat.Host{
 		Segment: c.Segment, MAC: segment.MAC, Bridge: c.BridgeName, Port: c.SegmentPort,
-		Platform: c.Machines, Hub: c.Hub, Trusted: c.Trusted, Management: []uint16{uint16(number)},
+		Platform: c.Machines, Hub: c.Hub, Trusted: c.Trusted, Management: ports,
 	})
+}
+
+// ports are those of the host's own services.
+func (c hostConfig) ports() (ports []uint16, err error) {
+	endpoints := [][2]string{{"grpc-endpoint", c.GRPCEndpoint}}
+	for _, e := range endpoints {
+		_, port, err := net.SplitHostPort(e[1])
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", e[0], err)
+		}
+		number, err := net.LookupPort("tcp", port)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", e[0], err)
+		}
+		ports = append(ports, uint16(number))
+	}
+	return ports, nil
 }
 
 // keep is the task that keeps the guard's rules in force.

@@ -174,6 +174,8 @@ func (u *up) hostConfig(m Machine) any {
 		{Key: "machines", Value: platform},
 		{Key: "hub", Value: u.env.Hub().Address},
 		{Key: "trusted", Value: u.env.Uplink},
+		{Key: "enable-exec-api", Value: true}, // as well kept as Ingot's own
+		{Key: "enable-ssh-proxy-api", Value: true},
 	}
 	if !m.Hub { // which a macvtap guest of its own can't reach: it gets a tap
 		c = append(c, yaml.MapItem{Key: "parent-iface", Value: lab.Segment})

@@ -18,7 +18,7 @@ import (
 // microVM is flintlock's service.
 type microVM struct {
 	v1alpha1.UnimplementedMicroVMServer
-	host *host.Host
+	Config
 }
 
 func message(v host.View) *types.MicroVM { return wire.ToProto(v.Spec, v.Status, v.Dir) }
@@ -37,7 +37,7 @@ func (s *microVM) CreateMicroVM(ctx context.Context, r *v1alpha1.CreateMicroVMRe
 	if len(r.GetRequestKey()) > mostKey {
 		return nil, &vm.FieldError{Field: "request_key", Problem: fmt.Sprintf("has more than %d characters", mostKey)}
 	}
-	v, err := s.host.Create(ctx, spec, r.GetRequestKey())
+	v, err := s.Host.Create(ctx, spec, r.GetRequestKey())
 	if err != nil {
 		return nil, err
 	}
@@ -52,14 +52,14 @@ func (s *microVM) DeleteMicroVM(_ context.Context, r *v1alpha1.DeleteMicroVMRequ
 	if r.GetUid() == "" {
 		return nil, errEmptyUID
 	}
-	return &emptypb.Empty{}, s.host.Delete(r.Uid)
+	return &emptypb.Empty{}, s.Host.Delete(r.Uid)
 }
 
 func (s *microVM) GetMicroVM(_ context.Context, r *v1alpha1.GetMicroVMRequest) (*v1alpha1.GetMicroVMResponse, error) {
 	if r.GetUid() == "" {
 		return nil, errEmptyUID
 	}
-	v, err := s.host.Get(r.Uid)
+	v, err := s.Host.Get(r.Uid)
 	if err != nil {
 		return nil, err
 	}
@@ -68,7 +68,7 @@ func (s *microVM) GetMicroVM(_ context.Context, r *v1alpha1.GetMicroVMRequest) (
 
 func (s *microVM) ListMicroVMs(_ context.Context, r *v1alpha1.ListMicroVMsRequest) (*v1alpha1.ListMicroVMsResponse, error) {
 	var answer v1alpha1.ListMicroVMsResponse
-	for _, v := range s.host.List(r.GetNamespace(), r.GetName()) {
+	for _, v := range s.Host.List(r.GetNamespace(), r.GetName()) {
 		answer.Microvm = append(answer.Microvm, message(v))
 	}
 	return &answer, nil
@@ -78,7 +78,7 @@ func (s *microVM) ListMicroVMsStream(r *v1alpha1.ListMicroVMsRequest, stream v1a
 	if r.GetNamespace() == "" {
 		return status.Error(codes.InvalidArgument, "invalid request: namespace is required")
 	}
-	for _, v := range s.host.List(r.Namespace, "") {
+	for _, v := range s.Host.List(r.Namespace, "") {
 		if err := stream.Send(&v1alpha1.ListMessage{Microvm: message(v)}); err != nil {
 			return err
 		}

@@ -1,5 +1,5 @@
-// Package rpc serves a host over gRPC: flintlock's MicroVM service and ingot.v1's
-// Host, on one listener. It keeps nothing and decides nothing.
+// Package rpc serves a host over gRPC: flintlock's services and ingot.v1's Host, on one
+// listener. It keeps nothing and decides nothing.
 package rpc
 
 import (
@@ -17,6 +17,8 @@ import (
 
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/api/services/microvm/v1alpha1"
+	execv1 "ingot/api/services/microvmexec/v1alpha1"
+	sshv1 "ingot/api/services/microvmsshproxy/v1alpha1"
 	"ingot/internal/host"
 	"ingot/internal/image"
 	"ingot/internal/pki"
@@ -34,9 +36,15 @@ type Config struct {
 	Pool       string // where volumes live
 	Segment    string // the interface whose address is the host's
 	Version    string
+	Revision   string // and when it was made; empty: not known
+	BuildDate  string
 	ConfigFile string
 	StateDir   string
 	Log        *slog.Logger
+
+	ExecAPI     bool   // serve MicroVMExec
+	SSHProxyAPI bool   // serve MicroVMSSHProxy
+	Advertise   string // where clients reach Listen; empty: where they came
 }
 
 // Server serves one host.
@@ -66,9 +74,15 @@ func (s *Server) Run(ctx context.Context) error {
 		options = append(options, grpc.Creds(credentials.NewTLS(s.c.TLS)))
 	}
 	g := grpc.NewServer(options...)
-	v1alpha1.RegisterMicroVMServer(g, &microVM{host: s.c.Host})
+	v1alpha1.RegisterMicroVMServer(g, &microVM{Config: s.c})
 	h := &hostService{Config: s.c}
 	ingotv1.RegisterHostServer(g, h)
+	if s.c.ExecAPI {
+		execv1.RegisterMicroVMExecServer(g, &microVMExec{hostService: h})
+	}
+	if s.c.SSHProxyAPI {
+		sshv1.RegisterMicroVMSSHProxyServer(g, &microVMSSHProxy{hostService: h, port: sshPort})
+	}
 	grpc_health_v1.RegisterHealthServer(g, health.NewServer())
 	reflection.Register(g)
 	l, err := run.Listen(ctx, net.ListenConfig{}, "tcp", s.c.Listen)
