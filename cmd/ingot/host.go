@@ -49,6 +49,8 @@ type hostConfig struct {
 	StateDir        string `yaml:"state-dir"`
 	DefaultProvider string `yaml:"default-provider"`
 	Verbosity       int    `yaml:"verbosity"`
+	EnableHTTP      bool   `yaml:"enable-http"`
+	HTTPEndpoint    string `yaml:"http-endpoint"`
 	EnableExec      bool   `yaml:"enable-exec-api"`
 	EnableSSHProxy  bool   `yaml:"enable-ssh-proxy-api"`
 
@@ -75,7 +77,7 @@ const hostConfigFile = "/etc/opt/flintlockd/config.yaml"
 
 func defaultHostConfig() hostConfig {
 	return hostConfig{
-		GRPCEndpoint: "localhost:9090", Containerd: "/run/containerd/containerd.sock", ContainerdNS: image.DefaultNamespace,
+		GRPCEndpoint: "localhost:9090", HTTPEndpoint: "localhost:8090", Containerd: "/run/containerd/containerd.sock", ContainerdNS: image.DefaultNamespace,
 		StateDir: "/var/lib/flintlock", Pool: "/var/lib/containerd",
 		RegistryAuth: "/etc/ingot/registry-auth.json", ImageKeep: image.DefaultUnused,
 	}
@@ -104,7 +106,7 @@ func hostCommand() *cobra.Command {
 	for _, key := range vainFlags {
 		cmd.Flags().String(key, "", "has no effect: for those who had flintlock's daemon")
 	}
-	for _, key := range []string{"insecure", "tls-client-validate", "enable-exec-api", "enable-ssh-proxy-api", "firecracker-detach", "cloudhypervisor-detach"} {
+	for _, key := range []string{"insecure", "tls-client-validate", "enable-http", "enable-exec-api", "enable-ssh-proxy-api", "firecracker-detach", "cloudhypervisor-detach"} {
 		cmd.Flags().Lookup(key).NoOptDefVal = "true"
 	}
 	return cmd
@@ -117,7 +119,7 @@ var (
 	hostFlags = []string{
 		"grpc-endpoint", "basic-auth-token", "insecure", "tls-cert", "tls-key", "tls-client-validate", "tls-client-ca",
 		"containerd-socket", "containerd-ns", "bridge-name", "parent-iface", "state-dir", "default-provider",
-		"enable-exec-api", "enable-ssh-proxy-api", "advertise-address",
+		"enable-http", "http-endpoint", "enable-exec-api", "enable-ssh-proxy-api", "advertise-address",
 	}
 	vainFlags = []string{
 		"containerd-kernel-ss", "firecracker-bin", "firecracker-detach", "cloudhypervisor-bin", "cloudhypervisor-detach",
@@ -246,6 +248,9 @@ func runHost(ctx context.Context, c hostConfig, file string) error {
 	server := rpc.New(config)
 	collector := image.Collector{Images: images, VMs: h.Specs, Unused: c.ImageKeep, Pool: c.Pool}
 	tasks := []run.Task{keep(guard, log), h, run.Func(collector.String(), collector.Run), after(h, server)}
+	if c.EnableHTTP {
+		tasks = append(tasks, after(h, rpc.NewGateway(config, c.HTTPEndpoint)))
+	}
 	return run.All(ctx, log, tasks...)
 }
 
@@ -287,6 +292,9 @@ func (c hostConfig) guard() (*nat.Guard, error) {
 // ports are those of the host's own services.
 func (c hostConfig) ports() (ports []uint16, err error) {
 	endpoints := [][2]string{{"grpc-endpoint", c.GRPCEndpoint}}
+	if c.EnableHTTP {
+		endpoints = append(endpoints, [2]string{"http-endpoint", c.HTTPEndpoint})
+	}
 	for _, e := range endpoints {
 		_, port, err := net.SplitHostPort(e[1])
 		if err != nil {

@@ -325,6 +325,12 @@ func (h *Host) Create(ctx context.Context, s vm.Spec, key string) (View, error) 
 	if err := h.suit(&s); err != nil {
 		return View{}, err
 	}
+	h.mu.Lock()
+	err := h.awake()
+	h.mu.Unlock()
+	if err != nil {
+		return View{}, fmt.Errorf("create microVM %s/%s: %w", s.Namespace, s.Name, err)
+	}
 	if h.asked(s.UID, key) == nil { // else it was looked at before
 		if err := h.c.Images.Check(ctx, needs(s)); err != nil {
 			return View{}, err
@@ -395,13 +401,21 @@ func addMACs(s *vm.Spec) {
 	}
 }
 
+// awake says whether the host takes microVMs. The caller holds h.mu.
+func (h *Host) awake() error {
+	if h.ctx == nil || h.ctx.Err() != nil {
+		return fmt.Errorf("the daemon is not ready: %w", errdefs.ErrUnavailable)
+	}
+	return nil
+}
+
 // reserve takes a uid and a key, and a user for them. The host does not end before
 // Done is called on h.running.
 func (h *Host) reserve(uid, key string) (user int, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.ctx == nil || h.ctx.Err() != nil {
-		return 0, fmt.Errorf("the daemon is not ready: %w", errdefs.ErrUnavailable)
+	if err := h.awake(); err != nil {
+		return 0, err
 	}
 	if h.making[uid] || h.vms[uid] != nil {
 		return 0, fmt.Errorf("uid %s is being created: %w", uid, errdefs.ErrUnavailable)

@@ -1,5 +1,6 @@
 // Package rpc serves a host over gRPC: flintlock's services and ingot.v1's Host, on one
-// listener. It keeps nothing and decides nothing.
+// listener; and flintlock's MicroVM over HTTP, on another. It keeps nothing and decides
+// nothing.
 package rpc
 
 import (
