@@ -59,14 +59,16 @@ type entry struct {
 
 // journal keeps what has happened, in a file, so that who watches misses nothing when
 // the daemon is killed: an event is told only once it is written. A power failure may
-// take the last ones with it; what is so then is told anew. It is bounded: who comes
-// too late has to look at all microVMs again.
+// take the last ones with it, and they are told all the same where the disk is full:
+// who has had what is not in the file, or comes too late for its bounds, has to look
+// at all microVMs again.
 type journal struct {
 	dir string
 	log *slog.Logger
 
 	mu      sync.Mutex // guards what follows; nothing is written under it
-	id      string     // of the journal: cursors of another one mean nothing
+	id      string     // another one for each daemon, and after each failure to write
+	before  []span     // those before it
 	seq     uint64     // the newest event's
 	written uint64     // the newest one's that is in the file
 	pending []entry
@@ -75,8 +77,15 @@ type journal struct {
 	wake    chan struct{}
 
 	// The writer's.
-	file *os.File
-	size int64
+	file   *os.File
+	size   int64
+	headed bool // the file says which id what follows has
+}
+
+// span is an id that cursors had, and the newest event that they may name.
+type span struct {
+	id  string
+	end uint64
 }
 
 const (
@@ -87,14 +96,17 @@ const (
 	recentEvents = 512
 )
 
-// journalHead is the first line of a journal's file.
+// journalHead is a line before events: the id that cursors had when they were written. A
+// file begins with one.
 type journalHead struct {
 	Journal string `json:"journal"`
 }
 
 func newJournal(dir string, log *slog.Logger) *journal {
-	return &journal{dir: dir, log: log, more: make(chan struct{}), wake: make(chan struct{}, 1)}
+	return &journal{dir: dir, log: log, id: journalID(), more: make(chan struct{}), wake: make(chan struct{}, 1)}
 }
+
+func journalID() string { return strings.ToLower(rand.Text()[:12]) }
 
 func (j *journal) paths() [2]string {
 	path := filepath.Join(j.dir, journalName)
@@ -102,12 +114,16 @@ func (j *journal) paths() [2]string {
 }
 
 // open reads what is there, and returns the last event of each microVM that is not
-// gone.
+// gone. It writes nothing: a daemon starts on a full disk, too.
 func (j *journal) open() (map[string]entry, error) {
 	last := map[string]entry{}
 	for _, path := range j.paths() {
-		id, good, err := readJournal(path, func(e entry) {
+		good, err := readJournal(path, func(id string, e entry) {
 			j.seq = e.Seq
+			if n := len(j.before); n == 0 || j.before[n-1].id != id {
+				j.before = append(j.before, span{id: id})
+			}
+			j.before[len(j.before)-1].end = e.Seq
 			last[e.UID] = e
 			if e.Kind == Deleted {
 				delete(last, e.UID)
@@ -124,65 +140,39 @@ func (j *journal) open() (map[string]entry, error) {
 				return nil, err
 			}
 		}
-		j.id = id
 	}
 	j.written = j.seq
-	if j.id == "" {
-		j.id = strings.ToLower(rand.Text()[:12])
-	}
-	return last, j.append()
+	return last, nil
 }
 
-// append opens the file to write on.
-func (j *journal) append() error {
-	if err := os.MkdirAll(j.dir, 0o700); err != nil {
-		return err
-	}
-	f, err := os.OpenFile(j.paths()[1], os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	j.file = f
-	if j.size, err = f.Seek(0, io.SeekEnd); err != nil || j.size > 0 {
-		return err
-	}
-	b, err := json.Marshal(journalHead{j.id})
-	if err != nil {
-		return err
-	}
-	n, err := f.Write(append(b, '\n'))
-	j.size += int64(n)
-	return err
-}
-
-// readJournal reads a journal's file, as far as its lines are whole.
-func readJournal(path string, each func(entry)) (id string, good int64, err error) {
+// readJournal reads a journal's file, as far as its lines are whole, and says how far
+// that is.
+func readJournal(path string, each func(id string, e entry)) (good int64, err error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return "", 0, err
+		return 0, err
 	}
 	defer f.Close()
-	lines := bufio.NewReader(f)
-	for {
+	id := ""
+	for lines := bufio.NewReader(f); ; {
 		line, err := lines.ReadBytes('\n')
 		if errors.Is(err, io.EOF) {
-			return id, good, nil
+			return good, nil
 		}
 		if err != nil {
-			return id, good, err
+			return good, err
 		}
-		if good == 0 {
-			var head journalHead
-			if json.Unmarshal(line, &head) != nil || head.Journal == "" {
-				return "", 0, nil // nothing of it is known
-			}
-			id = head.Journal
+		var read struct {
+			journalHead
+			entry
+		}
+		if json.Unmarshal(line, &read) != nil || id == "" && read.Journal == "" {
+			return good, nil // nothing from here on is known
+		}
+		if read.Journal != "" {
+			id = read.Journal
 		} else {
-			var e entry
-			if json.Unmarshal(line, &e) != nil {
-				return id, good, nil
-			}
-			each(e)
+			each(id, read.entry)
 		}
 		good += int64(len(line))
 	}
@@ -207,7 +197,11 @@ func (j *journal) relabel(kind EventKind, v View, was map[string]string) {
 
 // run writes what is noted until ctx ends and all is written.
 func (j *journal) run(ctx context.Context) {
-	defer j.file.Close()
+	defer func() {
+		if j.file != nil {
+			j.file.Close()
+		}
+	}()
 	for ended := false; ; {
 		j.mu.Lock()
 		batch := j.pending
@@ -216,7 +210,8 @@ func (j *journal) run(ctx context.Context) {
 		switch {
 		case len(batch) > 0:
 			if err := j.write(batch); err != nil {
-				j.log.Error("the journal of events is not kept any more: who watches may miss some", "err", err)
+				j.log.Error("events are not in the journal: who does not watch now has to begin anew", "err", err)
+				j.part()
 			}
 			j.tell(batch)
 		case ended:
@@ -231,24 +226,66 @@ func (j *journal) run(ctx context.Context) {
 	}
 }
 
+// write puts events into the file, all or none of them.
 func (j *journal) write(batch []entry) error {
+	if err := j.turn(); err != nil {
+		return err
+	}
 	var text bytes.Buffer
+	lines := json.NewEncoder(&text)
+	if !j.headed {
+		if err := lines.Encode(journalHead{j.id}); err != nil { // only this goroutine changes it
+			return err
+		}
+	}
 	for _, e := range batch {
-		b, err := json.Marshal(e)
+		if err := lines.Encode(e); err != nil {
+			return err
+		}
+	}
+	if _, err := j.file.Write(text.Bytes()); err != nil {
+		return errors.Join(err, j.file.Truncate(j.size))
+	}
+	j.size += int64(text.Len())
+	j.headed = true
+	return nil
+}
+
+// turn opens the file, and begins another one when it is full.
+func (j *journal) turn() error {
+	paths := j.paths()
+	if j.file != nil && j.size > journalSize {
+		err := errors.Join(os.Rename(paths[1], paths[0]), j.file.Close())
+		j.file = nil
 		if err != nil {
 			return err
 		}
-		text.Write(append(b, '\n'))
 	}
-	if j.size > journalSize {
-		paths := j.paths()
-		if err := errors.Join(j.file.Close(), os.Rename(paths[1], paths[0]), j.append()); err != nil {
-			return err
-		}
+	if j.file != nil {
+		return nil
 	}
-	n, err := j.file.Write(text.Bytes())
-	j.size += int64(n)
-	return err
+	if err := os.MkdirAll(j.dir, 0o700); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(paths[1], os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return errors.Join(err, f.Close())
+	}
+	j.file, j.size, j.headed = f, info.Size(), false
+	return nil
+}
+
+// part takes another id: the file, from which the next daemon tells what cursors mean,
+// is not to take one of an event that it has not for one of a later event.
+func (j *journal) part() {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.before = append(j.before, span{j.id, j.seq}) // they are in memory, for a while
+	j.id, j.headed = journalID(), false
 }
 
 // tell shows what is written.
@@ -268,7 +305,23 @@ func (j *journal) tell(batch []entry) {
 func (j *journal) now() string {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	return cursor(j.id, j.seq)
+	return j.cursorLocked(j.seq)
+}
+
+// cursor is that of an event.
+func (j *journal) cursor(seq uint64) string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.cursorLocked(seq)
+}
+
+func (j *journal) cursorLocked(seq uint64) string {
+	for _, s := range j.before {
+		if seq <= s.end {
+			return cursor(s.id, seq)
+		}
+	}
+	return cursor(j.id, seq)
 }
 
 func cursor(id string, seq uint64) string { return id + "-" + strconv.FormatUint(seq, 10) }
@@ -282,10 +335,12 @@ func (j *journal) at(text string) (uint64, error) {
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if id != j.id || seq > j.seq {
-		return 0, errMissed
+	for _, s := range append(j.before, span{j.id, j.seq}) {
+		if s.id == id && seq <= s.end {
+			return seq, nil
+		}
 	}
-	return seq, nil
+	return 0, errMissed
 }
 
 var errMissed = fmt.Errorf("the events after this cursor are not kept any more: watch anew, without one: %w", errdefs.ErrOutOfRange)
@@ -316,7 +371,7 @@ func (j *journal) after(ctx context.Context, seq uint64) ([]entry, error) {
 func (j *journal) old(seq uint64) ([]entry, error) {
 	var found []entry
 	for _, path := range j.paths() {
-		_, _, err := readJournal(path, func(e entry) {
+		_, err := readJournal(path, func(_ string, e entry) {
 			if e.Seq > seq && (len(found) == 0 || e.Seq == found[len(found)-1].Seq+1) {
 				found = append(found, e)
 			}
@@ -364,7 +419,7 @@ func (h *Host) event(e entry) Event {
 		v.Spec = i.view().Spec
 		v.Spec.Labels = e.Labels
 	}
-	return Event{Cursor: cursor(h.events.id, e.Seq), Kind: e.Kind, Was: e.Was, View: v}
+	return Event{Cursor: h.events.cursor(e.Seq), Kind: e.Kind, Was: e.Was, View: v}
 }
 
 // catchUp notes what has happened without a word in the journal: the daemon before was

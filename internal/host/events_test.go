@@ -2,17 +2,21 @@ package host
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
+	"ingot/internal/need"
 	"ingot/internal/vm"
 )
 
@@ -129,7 +133,7 @@ func TestJournalTurns(t *testing.T) {
 			j.add(Changed, long)
 			n++
 		}
-		for j.now() != cursor(j.id, uint64(n)) || func() bool { j.mu.Lock(); defer j.mu.Unlock(); return j.written != uint64(n) }() {
+		for j.now() != j.cursor(uint64(n)) || func() bool { j.mu.Lock(); defer j.mu.Unlock(); return j.written != uint64(n) }() {
 			time.Sleep(time.Millisecond)
 		}
 	}
@@ -148,5 +152,118 @@ func TestJournalTurns(t *testing.T) {
 		if info, err := os.Stat(path); err != nil || info.Size() > 4*journalSize {
 			t.Errorf("%s: %v, %v", path, info, err)
 		}
+	}
+}
+
+// awaitTold waits until n events were told.
+func awaitTold(t *testing.T, j *journal, n int) {
+	t.Helper()
+	if all := collect(t, j, j.cursor(0), n); !slices.Equal(all, upTo(n)) {
+		t.Fatalf("told: %v", all)
+	}
+}
+
+// A power failure takes the last events with it, and the next daemon tells others: who
+// has had those that are lost is not told that nothing has happened since.
+func TestJournalLosesItsEnd(t *testing.T) {
+	dir := t.TempDir()
+	j, _, end := openJournal(t, dir)
+	for range 5 {
+		j.add(Changed, named("vm", vm.Running))
+	}
+	awaitTold(t, j, 5)
+	kept := j.now()
+	info, err := os.Stat(filepath.Join(dir, journalName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 5 {
+		j.add(Changed, named("vm", vm.Stopped))
+	}
+	awaitTold(t, j, 10)
+	lost := j.now()
+	end()
+	if err := os.Truncate(filepath.Join(dir, journalName), info.Size()); err != nil {
+		t.Fatal(err)
+	}
+	j, _, end = openJournal(t, dir)
+	if j.now() != kept {
+		t.Errorf("the newest is %s, it was %s", j.now(), kept)
+	}
+	for range 10 {
+		j.add(Changed, named("vm", vm.Failed))
+	}
+	if all := collect(t, j, kept, 10); !slices.Equal(all, upTo(15)[5:]) {
+		t.Errorf("after those that were kept: %v", all)
+	}
+	last := j.now()
+	end()
+	j, _, _ = openJournal(t, dir)
+	for range 2 {
+		if _, err := j.at(lost); !errdefs.IsOutOfRange(err) {
+			t.Errorf("after one that was lost: %v", err)
+		}
+		if _, err := j.at(last); err != nil {
+			t.Errorf("after one of another daemon: %v", err)
+		}
+		j.add(Changed, named("vm", vm.Running))
+	}
+}
+
+// With a full disk events are told and not kept, and the next daemon knows that.
+func TestJournalOnAFullDisk(t *testing.T) {
+	need.Root(t)
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(dir, 0)
+	j, _, end := openJournal(t, dir)
+	j.add(Changed, named("vm", vm.Running))
+	awaitTold(t, j, 1)
+	kept := j.now()
+	ballast := filepath.Join(dir, "ballast")
+	if err := os.WriteFile(ballast, make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("fill the disk: %v", err)
+	}
+	long := named("vm", vm.Running)
+	long.Status.Reason = strings.Repeat("x", 8000) // more than the file's last page has room for
+	j.add(Changed, long)
+	awaitTold(t, j, 2)
+	told := j.now()
+	j.add(Changed, long)
+	awaitTold(t, j, 3)
+	end()
+	check := func(j *journal) {
+		t.Helper()
+		if _, err := j.at(told); !errdefs.IsOutOfRange(err) {
+			t.Errorf("after one that was not kept: %v", err)
+		}
+		if seq, err := j.at(kept); err != nil || seq != 1 {
+			t.Errorf("after one that was: %d, %v", seq, err)
+		}
+	}
+	j, last, end := openJournal(t, dir) // still full
+	if last["vm"].Seq != 1 {
+		t.Errorf("found again: %v", last)
+	}
+	check(j)
+	j.add(Changed, long)
+	awaitTold(t, j, 2)
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	j.add(Changed, long)
+	awaitTold(t, j, 3)
+	end()
+	j, last, _ = openJournal(t, dir)
+	check(j)
+	if last["vm"].Seq != 3 {
+		t.Errorf("kept again: %v", last)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if _, err := j.after(ctx, 1); !errdefs.IsOutOfRange(err) {
+		t.Errorf("over what was not kept: %v", err)
 	}
 }
