@@ -335,18 +335,20 @@ func (x *execution) handle(f frame) {
 		x.abandon()
 	case kindControl:
 		var c control
-		if json.Unmarshal(f.payload, &c) != nil {
-			return
+		if json.Unmarshal(f.payload, &c) == nil {
+			x.control(c)
 		}
-		x.mu.Lock()
-		defer x.mu.Unlock()
-		if x.process == nil {
-			if len(x.early) < 16 {
-				x.early = append(x.early, c)
-			}
-			return
-		}
+	}
+}
+
+// control resizes or signals, at once or when there is a process.
+func (x *execution) control(c control) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.process != nil {
 		x.apply(c)
+	} else if len(x.early) < 16 {
+		x.early = append(x.early, c)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"io"
 	mathrand "math/rand/v2"
 	"net"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -230,6 +231,26 @@ func TestLastingTakenUp(t *testing.T) {
 	var refused *Error
 	if _, err := x.Wait(); !errors.As(err, &refused) {
 		t.Errorf("the first: %v", err)
+	}
+}
+
+// Who takes a command up has its terminal as large as its own.
+func TestLastingTerminal(t *testing.T) {
+	g := newGuest(t)
+	cmd := sh("stty size; read x; stty size")
+	cmd.ID, cmd.TTY, cmd.Rows, cmd.Cols = "terminal", true, 24, 80
+	c := g.connect(t)
+	first := &lines{}
+	if _, err := c.Exec(context10(t), cmd, zeroes(t), first, nil); err != nil {
+		t.Fatal(err)
+	}
+	first.wait(t, "24 80")
+	c.Close()
+	cmd.Rows, cmd.Cols = 50, 132
+	k := &taken{}
+	code, err := k.talk(t, g.connect(t), cmd, false, []byte("\n"))
+	if code != 0 || err != nil || !strings.Contains(string(k.bytes[0]), "50 132") {
+		t.Errorf("code %d, %v, output %q", code, err, k.bytes[0])
 	}
 }
 

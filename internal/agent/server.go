@@ -275,7 +275,7 @@ func (s *Server) exec(stream uint32, r request) error {
 	running := 0
 	for x := range s.execs {
 		if r.Command.ID != "" && x.id == r.Command.ID {
-			return s.join(x, l, r.Resume)
+			return s.join(x, l, r)
 		}
 		if !x.hasEnded() {
 			running++
@@ -301,13 +301,16 @@ func (s *Server) exec(stream uint32, r request) error {
 	return nil
 }
 
-func (s *Server) join(x *execution, l *link, from *Resumption) error {
+func (s *Server) join(x *execution, l *link, r request) error {
+	from := r.Resume
 	if from == nil { // a start that nobody has heard of
 		from = &Resumption{}
 	}
 	if err := x.join(l, *from); err != nil {
 		return err
 	}
+	// Its terminal may have become another's, or what was said of it been lost.
+	x.control(control{Rows: r.Command.Rows, Cols: r.Command.Cols})
 	maps.DeleteFunc(s.streams, func(_ uint32, other *execution) bool { return other == x })
 	s.streams[l.stream] = x
 	return nil
