@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -15,9 +16,12 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 
 	ingotv1 "ingot/api/ingot/v1"
+	"ingot/api/types"
 )
 
 // deafHost takes no message of a command's stream but the first.
@@ -92,6 +96,43 @@ func TestExecIsGivenUp(t *testing.T) {
 	}
 	if !errors.Is(context.Cause(ctx), errIgnored) {
 		t.Errorf("cause %v", context.Cause(ctx))
+	}
+}
+
+// forgetfulHost loses a command, and then claims that its guest has had more than was
+// ever typed.
+type forgetfulHost struct {
+	ingotv1.UnimplementedHostServer
+}
+
+func (forgetfulHost) Exec(stream ingotv1.Host_ExecServer) error {
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	joined := &ingotv1.ExecJoined{Lasting: true}
+	if first.GetStart().GetResume() == nil {
+		stream.Send(&ingotv1.ExecResponse{Payload: &ingotv1.ExecResponse_Joined{Joined: joined}})
+		return status.Error(codes.Unavailable, "the daemon ends")
+	}
+	joined.Stdin = 1 << 40
+	stream.Send(&ingotv1.ExecResponse{Payload: &ingotv1.ExecResponse_Joined{Joined: joined}})
+	<-stream.Context().Done()
+	return stream.Context().Err()
+}
+
+func (forgetfulHost) Watch(_ *ingotv1.WatchRequest, stream ingotv1.Host_WatchServer) error {
+	return stream.Send(&ingotv1.WatchResponse{Microvm: &types.MicroVM{Status: &types.MicroVMStatus{Phase: "running", AgentReady: true}}})
+}
+
+// A guest that says what cannot be of its input is told so to the person.
+func TestExecWithAWrongGuest(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	s := onHost(serveHost(t, forgetfulHost{}))
+	close(s.typed)
+	if _, err := s.run(ctx, io.Discard, io.Discard); err == nil || !strings.Contains(err.Error(), "from byte 1099511627776 on") {
+		t.Errorf("error %v", err)
 	}
 }
 

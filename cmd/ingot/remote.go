@@ -189,11 +189,19 @@ func (r *remote) converse(ctx context.Context, resume bool, stdout, stderr io.Wr
 	s := newSender(r, stream, !resume)
 	ctx, cancel := context.WithCancel(ctx)
 	var sending sync.WaitGroup
-	sending.Go(func() { s.run(ctx) })
+	var wrong error
+	sending.Go(func() {
+		if wrong = s.run(ctx); wrong != nil {
+			hangUp()
+		}
+	})
 	context.AfterFunc(ctx, func() { time.AfterFunc(farewellWait, hangUp) })
 	code, err := r.receive(s, stdout, stderr)
 	cancel()
 	sending.Wait()
+	if wrong != nil {
+		return 0, wrong
+	}
 	if err == nil {
 		for err == nil { // the daemon hears that we have the code
 			_, err = stream.Recv()

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"sync/atomic"
 
 	ingotv1 "ingot/api/ingot/v1"
@@ -65,8 +66,8 @@ var always = func() <-chan struct{} {
 
 // run sends until ctx ends, no more of what is typed than the guest takes: else a
 // signal would wait behind it. The end of the stream tells the guest that nobody will
-// come back.
-func (s *sender) run(ctx context.Context) {
+// come back. An error means that the guest is wrong.
+func (s *sender) run(ctx context.Context) error {
 	defer s.stream.CloseSend()
 	joined := s.fresh
 	for {
@@ -82,8 +83,11 @@ func (s *sender) run(ctx context.Context) {
 		var r *ingotv1.ExecRequest
 		select {
 		case <-ctx.Done():
-			return
+			return nil
 		case s.at = <-s.joined:
+			if s.at < s.from || s.at > s.from+uint64(len(s.input)) {
+				return fmt.Errorf("the guest wants its input from byte %d on: there is that from %d to %d", s.at, s.from, s.from+uint64(len(s.input)))
+			}
 			joined = true
 			continue
 		case <-s.more:
@@ -99,7 +103,7 @@ func (s *sender) run(ctx context.Context) {
 			r = s.next()
 		}
 		if send(s.stream, r) != nil {
-			return
+			return nil // receive has the reason
 		}
 	}
 }
