@@ -40,7 +40,10 @@ func (h *Host) Restart(ctx context.Context, uid string, timeout time.Duration) (
 	}); err != nil {
 		return View{}, err
 	}
-	return v.await(ctx, func(s vm.Status) bool { return s.Phase == vm.Running && s.StartedAt.After(asked) })
+	runs := func(s vm.Status) bool {
+		return (s.Phase == vm.Running || s.Phase == vm.Paused) && s.StartedAt.After(asked)
+	}
+	return v.await(ctx, runs, func(r record) bool { return !r.Stopped || r.Again })
 }
 
 // Pause has a running microVM's CPUs stand still, until Resume. Of one that ends
@@ -72,11 +75,11 @@ func (h *Host) setPaused(ctx context.Context, uid string, paused bool, then vm.P
 	}); err != nil {
 		return View{}, err
 	}
-	return v.await(ctx, func(s vm.Status) bool { return s.Phase == then })
+	return v.await(ctx, func(s vm.Status) bool { return s.Phase == then }, func(r record) bool { return r.Paused == paused && !r.Stopped })
 }
 
-// await waits until a microVM is as it should be.
-func (v *instance) await(ctx context.Context, so func(vm.Status) bool) (View, error) {
+// await waits until a microVM is so, as long as that is still what it should be.
+func (v *instance) await(ctx context.Context, so func(vm.Status) bool, still func(record) bool) (View, error) {
 	views, cancel := v.subscribe()
 	defer cancel()
 	for {
@@ -87,8 +90,10 @@ func (v *instance) await(ctx context.Context, so func(vm.Status) bool) (View, er
 				return View{}, fmt.Errorf("microvm spec %s not found%w", v.spec.UID, silent{errdefs.ErrNotFound})
 			case so(w.Status):
 				return w, nil
-			case w.Status.Phase == vm.Deleting, w.Status.Phase == vm.Failed, w.Status.Phase == vm.Stopped && v.stays():
+			case w.Status.Phase == vm.Deleting, w.Status.Phase == vm.Failed:
 				return View{}, fmt.Errorf("microvm %s is %s: %s: %w", w.Spec.Name, w.Status.Phase, w.Status.Reason, errdefs.ErrFailedPrecondition)
+			case !v.wants(still):
+				return View{}, fmt.Errorf("microvm %s is %s: it has ended, or somebody wants something else of it: %w", w.Spec.Name, w.Status.Phase, errdefs.ErrFailedPrecondition)
 			}
 		case <-ctx.Done():
 			return View{}, context.Cause(ctx)
@@ -96,11 +101,10 @@ func (v *instance) await(ctx context.Context, so func(vm.Status) bool) (View, er
 	}
 }
 
-// stays says whether it is wanted that it does not run, and not that it does again.
-func (v *instance) stays() bool {
+func (v *instance) wants(this func(record) bool) bool {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	return v.record.Stopped && !v.record.Again
+	return this(v.record)
 }
 
 // pause stops the CPUs, or has them go on.

@@ -129,6 +129,28 @@ func TestWantEndsBackOff(t *testing.T) {
 	}
 }
 
+// Who waits for a pause that somebody has ended is told so, and does not wait on.
+func TestPauseIsOverruled(t *testing.T) {
+	v := testInstance(t)
+	h := v.host
+	h.vms[v.spec.UID], v.status.Phase = v, vm.Running
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	var pausing sync.WaitGroup
+	pausing.Go(func() {
+		if _, err := h.Pause(ctx, v.spec.UID); !errdefs.IsFailedPrecondition(err) {
+			t.Errorf("pause: %v", err)
+		}
+	})
+	for !v.wants(func(r record) bool { return r.Paused }) {
+		time.Sleep(time.Millisecond)
+	}
+	if _, err := h.Resume(ctx, v.spec.UID); err != nil { // nobody has paused it yet
+		t.Errorf("resume: %v", err)
+	}
+	pausing.Wait()
+}
+
 // A guest that writes faster than its viewers read is not held up, and holds
 // nobody up.
 func TestConsoleWithSlowViewers(t *testing.T) {
