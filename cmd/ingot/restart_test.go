@@ -54,6 +54,11 @@ func TestRestart(t *testing.T) {
 				return now.GetPhase() == end.want && now.GetPid() != before.GetPid()
 			})
 			leave()
+			if end.want == "failed" {
+				if r, err := m.host.Restart(t.Context(), &ingotv1.RestartRequest{Uid: uid}); err != nil || r.Microvm.Status.GetPhase() != "running" {
+					t.Errorf("restart of a failed one: %v, %v", r, err)
+				}
+			}
 			if restarted := now.GetRestarts() > before.GetRestarts(); restarted != (end.want == again) {
 				t.Errorf("%s of %s: %d restarts, before it %d", end.how, c.policy, now.GetRestarts(), before.GetRestarts())
 			}

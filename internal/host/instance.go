@@ -149,7 +149,7 @@ func (v *instance) want(change func(*record) error) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.status.Retry, v.status.RetryAt, v.mistakes = 0, time.Time{}, 0
-	if v.status.Phase == vm.Failed && !v.record.Stopped {
+	if v.status.Phase == vm.Failed && (!v.record.Stopped || v.record.Again) {
 		v.status.Phase, v.status.Reason = vm.Pending, ""
 	}
 	if v.interrupt != nil && (v.record.Stopped || v.record.Deleting) {
