@@ -447,7 +447,7 @@ func (v *instance) find(ctx context.Context) {
 	switch {
 	case exit != nil && !exit.At.Equal(heard) && exit.At.After(since):
 		v.ended(v.ours(*exit))
-	case exit == nil && phase == vm.Running:
+	case exit == nil && (phase == vm.Running || phase == vm.Paused):
 		v.ended(vmm.Exit{Cause: vmm.Unknown, Detail: "it ended while the daemon was away", At: time.Now()})
 	}
 	v.told = false

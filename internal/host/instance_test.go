@@ -151,6 +151,16 @@ func TestPauseIsOverruled(t *testing.T) {
 	pausing.Wait()
 }
 
+// A paused microVM whose end nobody has seen is not paused any more, either.
+func TestPausedAndLost(t *testing.T) {
+	v := testInstance(t)
+	v.record.Paused, v.status.Phase = true, vm.Paused
+	v.find(t.Context())
+	if s := v.view().Status; v.record.Paused || s.Phase != vm.Pending || s.Restarts != 1 {
+		t.Errorf("paused: %v, %+v", v.record.Paused, s)
+	}
+}
+
 // A guest that writes faster than its viewers read is not held up, and holds
 // nobody up.
 func TestConsoleWithSlowViewers(t *testing.T) {
