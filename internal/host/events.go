@@ -37,7 +37,7 @@ const (
 type Event struct {
 	Cursor string // with which Events goes on after it, also in the next daemon
 	Kind   EventKind
-	// Was are the labels before, if the change was one of labels.
+	// Was are the labels before, nil if the change was none of labels.
 	Was map[string]string
 	// View is the microVM as the change has made it. Of one that is gone the spec has
 	// no more than its names and labels.
@@ -53,7 +53,7 @@ type entry struct {
 	Namespace string            `json:"namespace"`
 	Name      string            `json:"name"`
 	Labels    map[string]string `json:"labels,omitempty"`
-	Was       map[string]string `json:"was,omitempty"`
+	Was       map[string]string `json:"was,omitzero"` // none is not the same as no others
 	Status    vm.Status         `json:"status"`
 }
 

@@ -121,6 +121,21 @@ func TestJournal(t *testing.T) {
 	}
 }
 
+// What had no labels before is told so by the file, too.
+func TestJournalOfLabels(t *testing.T) {
+	dir := t.TempDir()
+	j, _, end := openJournal(t, dir)
+	j.relabel(Changed, named("vm", vm.Running), map[string]string{})
+	j.add(Changed, named("vm", vm.Stopped))
+	awaitTold(t, j, 2)
+	end()
+	j, _, _ = openJournal(t, dir)
+	all, err := j.old(0)
+	if err != nil || len(all) != 2 || all[0].Was == nil || all[1].Was != nil {
+		t.Errorf("%+v, %v", all, err)
+	}
+}
+
 // The journal is bounded; who comes too late is told so, and the others miss nothing.
 func TestJournalTurns(t *testing.T) {
 	j, _, end := openJournal(t, t.TempDir())
