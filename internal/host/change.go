@@ -130,12 +130,10 @@ func (h *Host) Update(uid string, change func(labels, metadata map[string]string
 	if err != nil {
 		return View{}, err
 	}
-	var was map[string]string
 	if err := v.change(func(r *record) error {
 		if r.Deleting {
 			return fmt.Errorf("microvm %s is being deleted: %w", r.Spec.Name, errdefs.ErrFailedPrecondition)
 		}
-		was = clone(r.Spec.Labels)
 		labels, metadata := clone(r.Spec.Labels), clone(r.Spec.Metadata)
 		change(labels, metadata)
 		r.Spec.Labels, r.Spec.Metadata = labels, metadata
@@ -148,7 +146,8 @@ func (h *Host) Update(uid string, change func(labels, metadata map[string]string
 	defer v.mu.Unlock()
 	v.tell()
 	w := v.viewLocked()
-	h.events.relabel(Changed, w, was)
+	h.events.relabel(Changed, w, v.labeled) // of another Update, too, that has yet to tell
+	v.labeled = w.Spec.Labels
 	v.poke()
 	return w, nil
 }

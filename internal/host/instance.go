@@ -71,6 +71,7 @@ type instance struct {
 	record    record
 	status    vm.Status
 	noted     vm.Status          // as the journal of events has it
+	labeled   map[string]string  // likewise
 	dirty     bool               // the status is not on disk
 	mistakes  int                // tries in a row that failed by a mistake
 	interrupt context.CancelFunc // ends the try in progress
@@ -89,7 +90,7 @@ func newInstance(h *Host, r record) *instance {
 		host: h, spec: r.Spec, dir: r.Dir, user: r.User, key: r.Key, record: r, told: r.Stopped, status: status, wake: make(chan struct{}, 1), seen: make(chan struct{}), watchers: map[chan View]bool{},
 		log: h.c.Log.With("vm", r.Spec.Namespace+"/"+r.Spec.Name, "uid", r.Spec.UID),
 	}
-	v.noted = notable(v.view().Status)
+	v.noted, v.labeled = notable(v.view().Status), clone(r.Spec.Labels)
 	return v
 }
 

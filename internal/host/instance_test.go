@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"sync"
 	"testing"
@@ -158,6 +159,34 @@ func TestPausedAndLost(t *testing.T) {
 	v.find(t.Context())
 	if s := v.view().Status; v.record.Paused || s.Phase != vm.Pending || s.Restarts != 1 {
 		t.Errorf("paused: %v, %+v", v.record.Paused, s)
+	}
+}
+
+// Labels that are changed by many at once were what they became before.
+func TestLabelsInOrder(t *testing.T) {
+	v := testInstance(t)
+	h := v.host
+	h.vms[v.spec.UID], v.record.Spec.Kernel.Path = v, "vmlinux"
+	var all sync.WaitGroup
+	for i := range 8 {
+		all.Go(func() {
+			for j := range 50 {
+				if _, err := h.Update(v.spec.UID, func(labels, _ map[string]string) { labels[fmt.Sprint(i)] = fmt.Sprint(j) }); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
+	was := map[string]string{}
+	for _, e := range h.events.pending {
+		if !maps.Equal(e.Was, was) {
+			t.Fatalf("event %d: they were %d labels, and the event before has %d", e.Seq, len(e.Was), len(was))
+		}
+		was = e.Labels
+	}
+	if len(was) != 8 {
+		t.Errorf("at last %d labels", len(was))
 	}
 }
 
