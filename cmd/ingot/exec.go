@@ -76,6 +76,9 @@ func commandAfter(cmd *cobra.Command, args []string) ([]string, error) {
 	if err := cmd.Flags().Parse(args[1:]); err != nil {
 		return nil, misused(cmd, "%w", err)
 	}
+	if err := checkEnvironment(cmd); err != nil {
+		return nil, misused(cmd, "%w", err)
+	}
 	return cmd.Flags().Args(), nil
 }
 

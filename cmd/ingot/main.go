@@ -106,20 +106,11 @@ func daemonCommand() *cobra.Command {
 
 func rootCommand() *cobra.Command {
 	root := &cobra.Command{
-		Use:           "ingot",
-		Short:         "A microVM cloud from ordinary Linux machines",
-		SilenceUsage:  true,
-		SilenceErrors: true,
-		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
-			if name := environment(cmd); !env.ValidName(name) {
-				hint := ""
-				if cmd.Flags().Lookup("env-var") != nil {
-					hint = fmt.Sprintf("; a variable of the command is -e %s", name)
-				}
-				return fmt.Errorf("an environment cannot be called %q: only lower-case letters, digits and dashes, at most 32%s", name, hint)
-			}
-			return nil
-		},
+		Use:               "ingot",
+		Short:             "A microVM cloud from ordinary Linux machines",
+		SilenceUsage:      true,
+		SilenceErrors:     true,
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return checkEnvironment(cmd) },
 	}
 	root.PersistentFlags().String("env", "", "environment (default: $INGOT_ENV, else lab)")
 	root.AddCommand(
@@ -159,6 +150,19 @@ func rootCommand() *cobra.Command {
 // environment is the name of the environment that a command is about.
 func environment(cmd *cobra.Command) string {
 	return cmp.Or(chosenEnvironment(cmd), usualEnvironment())
+}
+
+// checkEnvironment refuses what is no environment's name, docker's --env above all.
+func checkEnvironment(cmd *cobra.Command) error {
+	name := environment(cmd)
+	if env.ValidName(name) {
+		return nil
+	}
+	hint := ""
+	if cmd.Flags().Lookup("env-var") != nil {
+		hint = fmt.Sprintf("; a variable of the command is -e %s", name)
+	}
+	return fmt.Errorf("an environment cannot be called %q: only lower-case letters, digits and dashes, at most 32%s", name, hint)
 }
 
 // chosenEnvironment is the name that a flag gives, or none.

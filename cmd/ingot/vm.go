@@ -64,29 +64,34 @@ func psCommand() *cobra.Command {
 		Use:   "ps",
 		Short: "List microVMs",
 		Args:  cobra.NoArgs,
-		RunE: inCloud(func(cmd *cobra.Command, c *cloud, _ []string) error {
-			ctx := cmd.Context()
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			selector, err := vm.ParseSelector(labels)
 			if err != nil {
 				return misused(cmd, "--selector: %w", err)
 			}
-			var leases map[string]*ingotv1.Lease
-			var wg sync.WaitGroup
-			wg.Go(func() { leases = c.leases(ctx) })
-			vms, err := c.list(ctx, namespace)
-			wg.Wait()
-			vms = slices.DeleteFunc(vms, func(v microVM) bool { return !selector.Matches(v.GetSpec().GetLabels()) })
-			views := make([]vmView, len(vms))
-			for i, vm := range vms {
-				views[i] = view(vm, leases)
-			}
-			return errors.Join(out.write(cmd.OutOrStdout(), views, func(w io.Writer) error { return vmTable(w, views) }), err)
-		}),
+			return withCloud(cmd, func(c *cloud) error { return c.ps(cmd, namespace, selector, out) })
+		},
 	}
 	out = outputFlag(cmd)
 	cmd.Flags().StringVarP(&namespace, "namespace", "n", "", "only this namespace")
 	cmd.Flags().StringVarP(&labels, "selector", "l", "", "only with these labels: key=value, key!=value, key, !key, with commas between them")
 	return cmd
+}
+
+// ps shows those microVMs that the hosts which answer have.
+func (c *cloud) ps(cmd *cobra.Command, namespace string, selector vm.Selector, out *output) error {
+	ctx := cmd.Context()
+	var leases map[string]*ingotv1.Lease
+	var wg sync.WaitGroup
+	wg.Go(func() { leases = c.leases(ctx) })
+	vms, err := c.list(ctx, namespace)
+	wg.Wait()
+	vms = slices.DeleteFunc(vms, func(v microVM) bool { return !selector.Matches(v.GetSpec().GetLabels()) })
+	views := make([]vmView, len(vms))
+	for i, vm := range vms {
+		views[i] = view(vm, leases)
+	}
+	return errors.Join(out.write(cmd.OutOrStdout(), views, func(w io.Writer) error { return vmTable(w, views) }), err)
 }
 
 func vmTable(w io.Writer, views []vmView) error {
