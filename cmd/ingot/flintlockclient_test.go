@@ -160,7 +160,7 @@ func at(v any, path ...string) any {
 	return v
 }
 
-const tlsConfig = `grpc-endpoint: 127.0.0.1:9090
+const closedConfig = `grpc-endpoint: 127.0.0.1:9090
 bridge-name: br0
 state-dir: %[1]s/state
 pool: %[1]s/containerd
@@ -175,9 +175,9 @@ enable-http: true
 http-endpoint: 127.0.0.1:8090
 `
 
-// TestFlintlock: a client that has only the proto files, a certificate and the token
+// TestFlintlockClient: a client that has only the proto files, a certificate and the token
 // creates a microVM, sees it start, works in it, and deletes it, by gRPC and by HTTP.
-func TestFlintlock(t *testing.T) {
+func TestFlintlockClient(t *testing.T) {
 	if !onMachine(t) {
 		return
 	}
@@ -192,7 +192,7 @@ func TestFlintlock(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := os.WriteFile(m.dir+"/config.yaml", fmt.Appendf(nil, tlsConfig, m.dir), 0o600); err != nil {
+	if err := os.WriteFile(m.dir+"/config.yaml", fmt.Appendf(nil, closedConfig, m.dir), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	security, err := pki.In(m.dir + "/client").Client()
