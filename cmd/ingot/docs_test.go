@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"os"
+	"os/exec"
 	"regexp"
 	"strings"
 	"testing"
@@ -62,6 +63,28 @@ func TestJSONDocs(t *testing.T) {
 	}
 	for name := range types {
 		t.Errorf("docs/json.md does not have %s", name)
+	}
+}
+
+// TestFlintlockDocs: each test that docs/flintlock.md names is there.
+func TestFlintlockDocs(t *testing.T) {
+	page, err := os.ReadFile("../../docs/flintlock.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("grep", "-rhoE", "--include=*_test.go", "^func (Test|Fuzz)[A-Za-z0-9]+\\(", "../..").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := regexp.MustCompile("`((?:Test|Fuzz)[A-Za-z0-9]+)(…?)`").FindAllStringSubmatch(string(page), -1)
+	if len(named) == 0 {
+		t.Error("it names no test")
+	}
+	for _, m := range named {
+		end := map[string]string{"": "("}[m[2]] // with an ellipsis, it is the beginning of some
+		if !strings.Contains(string(out), "func "+m[1]+end) {
+			t.Errorf("there is no %s%s", m[1], m[2])
+		}
 	}
 }
 

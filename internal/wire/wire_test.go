@@ -118,6 +118,19 @@ func TestMistakes(t *testing.T) {
 
 func ptr[T any](v T) *T { return &v }
 
+// TestState: flintlock's clients know four states, and go on from CREATED alone.
+func TestState(t *testing.T) {
+	for phase, want := range map[vm.Phase]types.MicroVMStatus_MicroVMState{
+		vm.Pending: types.MicroVMStatus_PENDING, vm.Starting: types.MicroVMStatus_PENDING, vm.Running: types.MicroVMStatus_CREATED,
+		vm.Paused: types.MicroVMStatus_CREATED, vm.Stopping: types.MicroVMStatus_CREATED, vm.Stopped: types.MicroVMStatus_CREATED,
+		vm.Failed: types.MicroVMStatus_FAILED, vm.Deleting: types.MicroVMStatus_DELETING,
+	} {
+		if got := wire.State(phase); got != want {
+			t.Errorf("%s: %v, want %v", phase, got, want)
+		}
+	}
+}
+
 // TestShown: what flintlock takes and does not give back comes back here, and what is
 // not as it was asked for is said.
 func TestShown(t *testing.T) {
