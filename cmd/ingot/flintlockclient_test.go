@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -449,5 +450,21 @@ func testHTTP(t *testing.T, security *tls.Config, uid string) {
 	})
 	if at(got, "code") != 5.0 || !strings.HasSuffix(at(got, "message").(string), "not found") || at(got, "details") == nil {
 		t.Errorf("gone: %v", got)
+	}
+}
+
+// TestPorts: guests are kept from the ports of all services of their host.
+func TestPorts(t *testing.T) {
+	c := defaultHostConfig()
+	c.GRPCEndpoint = "192.168.10.3:9090"
+	for on, want := range map[bool][]uint16{false: {9090}, true: {9090, 8090}} {
+		c.EnableHTTP = on
+		if got, err := c.ports(); err != nil || !slices.Equal(got, want) {
+			t.Errorf("HTTP %t: %v, %v, want %v", on, got, err, want)
+		}
+	}
+	c.HTTPEndpoint = "8090"
+	if got, err := c.ports(); err == nil {
+		t.Errorf("an endpoint without a port: %v", got)
 	}
 }
