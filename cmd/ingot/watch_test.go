@@ -86,6 +86,18 @@ func (w *watcher) of(uid string) (all []string) {
 	return all
 }
 
+// firstOf is the error of a watch that has nothing to tell.
+func (m *testMachine) firstOf(t *testing.T, r *ingotv1.WatchRequest) error {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	stream, err := m.host.Watch(ctx, r)
+	if err == nil {
+		_, err = stream.Recv()
+	}
+	return err
+}
+
 // TestWatch watches a microVM's whole life, of which a restarted daemon tells the rest.
 func TestWatch(t *testing.T) {
 	if !onMachine(t) {
@@ -144,12 +156,21 @@ func TestWatch(t *testing.T) {
 	if got := web.of(uid); len(got) < 3 || got[0] != "running" || got[len(got)-1] != "deleted" {
 		t.Errorf("by label: %q", got)
 	}
-	late, err := m.host.Watch(t.Context(), &ingotv1.WatchRequest{Resume: "other-1"})
-	if err == nil {
-		_, err = late.Recv()
-	}
-	if status.Code(err) != codes.OutOfRange {
-		t.Errorf("a cursor of elsewhere: %v", err)
+	w.mu.Lock()
+	last := w.seen[len(w.seen)-1].Cursor
+	w.mu.Unlock()
+	for _, c := range []struct {
+		what string
+		r    *ingotv1.WatchRequest
+		want codes.Code
+	}{
+		{"a cursor of elsewhere", &ingotv1.WatchRequest{Resume: "other-1"}, codes.OutOfRange},
+		{"one that is gone, from its end on", &ingotv1.WatchRequest{Uid: uid, Resume: last}, codes.NotFound},
+		{"one that is gone, by another label", &ingotv1.WatchRequest{Uid: uid, Selector: "app=other", Resume: w.seen[0].Cursor}, codes.NotFound},
+	} {
+		if err := m.firstOf(t, c.r); status.Code(err) != c.want {
+			t.Errorf("%s: %v", c.what, err)
+		}
 	}
 	stop()
 }

@@ -130,7 +130,13 @@ func (s *hostService) Watch(r *ingotv1.WatchRequest, stream ingotv1.Host_WatchSe
 	asked := func(s vm.Spec) bool {
 		return (r.GetUid() == "" || s.UID == r.GetUid()) && (r.GetNamespace() == "" || s.Namespace == r.GetNamespace())
 	}
-	cursor := r.GetResume()
+	cursor, end := r.GetResume(), ""
+	if _, err := s.Host.Get(r.GetUid()); err != nil && r.GetUid() != "" && cursor != "" {
+		// It is gone, and an earlier watch may have told so.
+		if end = s.Host.Now(); cursor == end {
+			return fmt.Errorf("watch: %w", err)
+		}
+	}
 	if cursor == "" {
 		cursor = s.Host.Now()
 		wanted := func(v host.View) bool { return asked(v.Spec) && selector.Matches(v.Spec.Labels) }
@@ -139,21 +145,17 @@ func (s *hostService) Watch(r *ingotv1.WatchRequest, stream ingotv1.Host_WatchSe
 		}
 	}
 	err = s.Host.Events(stream.Context(), cursor, func(e host.Event) error {
-		kind := kinds[e.Kind]
-		if !asked(e.View.Spec) {
-			return nil
+		kind, there := kinds[e.Kind], selector.Matches(e.View.Spec.Labels)
+		if !there && e.Was != nil && selector.Matches(e.Was) {
+			kind, there = ingotv1.WatchResponse_DELETED, true // from what is watched
 		}
-		if !selector.Matches(e.View.Spec.Labels) {
-			if e.Was == nil || !selector.Matches(e.Was) {
-				return nil
+		if there && asked(e.View.Spec) {
+			if err := stream.Send(&ingotv1.WatchResponse{Microvm: message(e.View), Kind: kind, Cursor: e.Cursor}); err != nil {
+				return err
 			}
-			kind = ingotv1.WatchResponse_DELETED // from what is watched
 		}
-		if err := stream.Send(&ingotv1.WatchResponse{Microvm: message(e.View), Kind: kind, Cursor: e.Cursor}); err != nil {
-			return err
-		}
-		if r.GetUid() != "" && e.Kind == host.Deleted {
-			return fmt.Errorf("watch: microvm spec %s not found: %w", r.Uid, errdefs.ErrNotFound)
+		if e.Cursor == end || e.Kind == host.Deleted && e.View.Spec.UID == r.GetUid() {
+			return fmt.Errorf("watch: microvm spec %s not found: %w", r.GetUid(), errdefs.ErrNotFound)
 		}
 		return nil
 	})
