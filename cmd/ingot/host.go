@@ -24,6 +24,7 @@ import (
 	"ingot/internal/image"
 	"ingot/internal/kvm"
 	"ingot/internal/link"
+	"ingot/internal/logline"
 	"ingot/internal/nat"
 	"ingot/internal/pki"
 	"ingot/internal/rpc"
@@ -214,7 +215,7 @@ func runHost(ctx context.Context, c hostConfig, file string) error {
 	if c.Verbosity >= 2 {
 		level = slog.LevelDebug
 	}
-	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+	log := logline.New(os.Stderr, logline.Text, level)
 	b := buildInfo()
 	log.Info(fmt.Sprintf("flintlockd, version=%s, commit=%s", b.Version, b.Revision))
 	security, err := c.tls()

@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"ingot/internal/hub"
+	"ingot/internal/logline"
 )
 
 // hubCommand runs the network hub in the foreground.
@@ -21,7 +22,7 @@ func hubCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			h, err := hub.New(c, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+			h, err := hub.New(c, logline.New(os.Stderr, logline.Text, slog.LevelInfo))
 			if err != nil {
 				return err
 			}

@@ -130,7 +130,7 @@ func (s *segment) converge(t *testing.T, p promises) {
 		err = h.stop()
 	}
 	s.endClients(t)
-	if log := h.log.String(); err != nil || strings.Contains(log, "level=WARN") || strings.Contains(log, "level=ERROR") {
+	if log := h.log.String(); err != nil || strings.Contains(log, "level=warning") || strings.Contains(log, "level=error") {
 		t.Errorf("the next hub: %v\n%s", err, log)
 	}
 	if n := hubs(); n != 0 {

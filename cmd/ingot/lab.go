@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"ingot/internal/lab"
+	"ingot/internal/logline"
 )
 
 // labCommand holds what a lab runs itself as. None is for people.
@@ -44,7 +45,7 @@ func labCommand() *cobra.Command {
 		&cobra.Command{
 			Use: "supervise RUNDIR", Short: "Keep a lab's roles running", Args: cobra.ExactArgs(1),
 			RunE: func(c *cobra.Command, args []string) error {
-				return lab.Supervise(c.Context(), args[0], os.Stdin, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+				return lab.Supervise(c.Context(), args[0], os.Stdin, logline.New(os.Stderr, logline.Text, slog.LevelInfo))
 			},
 		},
 	)
