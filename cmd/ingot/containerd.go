@@ -8,12 +8,12 @@ import (
 	"os"
 	"path/filepath"
 
-	systemd "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/goccy/go-yaml"
 	"github.com/spf13/cobra"
 
 	"ingot/internal/image/daemon"
 	"ingot/internal/pool"
+	"ingot/internal/run"
 	"ingot/internal/vm"
 )
 
@@ -110,8 +110,9 @@ func runContainerd(ctx context.Context, c containerdConfig) error {
 		Root: c.Root, State: c.State, Socket: c.Address,
 		Pool: p.Path(), VolumeSize: c.VolumeSize, Debug: c.Debug,
 	}, func() {
-		// Without systemd there is nobody to tell, which is no error.
-		systemd.SdNotify(false, systemd.SdNotifyReady)
+		if err := run.Notify("READY=1"); err != nil {
+			fmt.Fprintln(os.Stderr, "ingot:", err)
+		}
 	})
 }
 

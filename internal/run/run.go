@@ -1,6 +1,7 @@
 // Package run holds what every role of Ingot is made of: tasks that run side by
 // side until one fails, a stack of clean-ups that undoes a half-done start, sockets
-// that follow a killed process's, and quotas of what clients may have in use.
+// that follow a killed process's, quotas of what clients may have in use, and the words
+// that systemd is told.
 // It starts no processes and knows no role.
 package run
 
