@@ -189,7 +189,7 @@ func readHostConfig(file string, must bool, flags *pflag.FlagSet) (hostConfig, e
 	return c, nil
 }
 
-func (c hostConfig) tls() (*tls.Config, error) {
+func (c hostConfig) credentials(log *slog.Logger) (*pki.Credentials, error) {
 	if c.Insecure {
 		if c.TLSCert != "" {
 			return nil, errors.New("insecure: there is a certificate as well: choose one")
@@ -203,7 +203,7 @@ func (c hostConfig) tls() (*tls.Config, error) {
 	if c.TLSClientCheck {
 		f.CA = c.TLSClientCA
 	}
-	return f.Server()
+	return f.Open(log)
 }
 
 // runHost is the daemon: it refuses what guests must not reach, then keeps the
@@ -218,9 +218,18 @@ func runHost(ctx context.Context, c hostConfig, file string) error {
 	log := logline.New(os.Stderr, logline.Text, level)
 	b := buildInfo()
 	log.Info(fmt.Sprintf("flintlockd, version=%s, commit=%s", b.Version, b.Revision))
-	security, err := c.tls()
+	shown, err := c.credentials(log)
 	if err != nil {
 		return err
+	}
+	var security *tls.Config
+	tasks := []run.Task{}
+	if shown != nil {
+		security = shown.Config()
+		tasks = append(tasks, run.Func("certificates", func(ctx context.Context, ready func()) error {
+			ready()
+			return shown.Run(ctx)
+		}))
 	}
 	guard, err := c.guard()
 	if err != nil {
@@ -248,7 +257,7 @@ func runHost(ctx context.Context, c hostConfig, file string) error {
 	}
 	server := rpc.New(config)
 	collector := image.Collector{Images: images, VMs: h.Specs, Unused: c.ImageKeep, Pool: c.Pool}
-	tasks := []run.Task{keep(guard, log), h, run.Func(collector.String(), collector.Run), after(h, server)}
+	tasks = append(tasks, keep(guard, log), h, run.Func(collector.String(), collector.Run), after(h, server))
 	if c.EnableHTTP {
 		tasks = append(tasks, after(h, rpc.NewGateway(config, c.HTTPEndpoint)))
 	}

@@ -102,6 +102,7 @@ type Hub struct {
 	c        Config
 	log      *slog.Logger
 	token    pki.Secret
+	shown    *pki.Credentials
 	began    time.Time
 	dhcp     *dhcp.Server
 	dns      *dns.Server
@@ -114,7 +115,11 @@ func New(c Config, log *slog.Logger) (*Hub, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &Hub{c: c, log: log, token: token, began: time.Now()}
+	shown, err := pki.In(c.PKI).Open(log)
+	if err != nil {
+		return nil, err
+	}
+	h := &Hub{c: c, log: log, token: token, shown: shown, began: time.Now()}
 	var machines []netip.Prefix
 	for _, m := range c.Machines {
 		machines = append(machines, netip.PrefixFrom(m.Address, m.Address.BitLen()))
@@ -160,7 +165,10 @@ func (h *Hub) Run(ctx context.Context) error {
 	if err := nat.SetHub(h.rules()); err != nil {
 		return err
 	}
-	return run.All(ctx, h.log, h.dhcp, h.dns, h.registry, run.Func("grpc api", h.serve))
+	return run.All(ctx, h.log, h.dhcp, h.dns, h.registry, run.Func("grpc api", h.serve), run.Func("certificates", func(ctx context.Context, ready func()) error {
+		ready()
+		return h.shown.Run(ctx)
+	}))
 }
 
 func (h *Hub) rules() nat.Hub {

@@ -13,7 +13,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -23,7 +22,6 @@ import (
 	"ingot/internal/dhcp"
 	"ingot/internal/link"
 	"ingot/internal/nat"
-	"ingot/internal/pki"
 	"ingot/internal/run"
 	"ingot/internal/wire"
 )
@@ -38,11 +36,7 @@ func (h *Hub) serve(ctx context.Context, ready func()) error {
 			return nil
 		}
 	}
-	tls, err := pki.In(h.c.PKI).Server()
-	if err != nil {
-		return err
-	}
-	g := grpc.NewServer(append(wire.ServerOptions(h.token, h.log), grpc.Creds(credentials.NewTLS(tls)))...)
+	g := grpc.NewServer(append(wire.ServerOptions(h.token, h.log), grpc.Creds(wire.TLS(h.shown.Config(), h.log)))...)
 	ingotv1.RegisterHubServer(g, &service{Hub: h})
 	reflection.Register(g)
 	l, err := run.Listen(ctx, net.ListenConfig{}, "tcp", netip.AddrPortFrom(h.c.Address, GRPCPort).String())

@@ -37,15 +37,21 @@ func ensure(t *testing.T, ca *pki.CA, dir string, addrs []netip.Addr) bool {
 // handshake connects two parties and returns what the client was told.
 func handshake(t *testing.T, server, client pki.Files) error {
 	t.Helper()
-	sc, err := server.Server()
+	sc, err := server.Open(slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
+	return shake(t, sc.Config(), client)
+}
+
+// shake connects a client to a server.
+func shake(t *testing.T, server *tls.Config, client pki.Files) error {
+	t.Helper()
 	cc, err := client.Client()
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, err := tls.Listen("tcp", "127.0.0.1:0", sc)
+	l, err := tls.Listen("tcp", "127.0.0.1:0", server)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -17,31 +17,6 @@ func In(dir string) Files {
 	return Files{CA: dir + "/ca.pem", Cert: dir + "/cert.pem", Key: dir + "/key.pem"}
 }
 
-// Server is TLS 1.3 with this certificate, read anew for each connection, so
-// that a rotated one needs no restart. If the CA is given, clients must have a
-// certificate of it.
-func (f Files) Server() (*tls.Config, error) {
-	if _, err := tls.LoadX509KeyPair(f.Cert, f.Key); err != nil {
-		return nil, fmt.Errorf("read certificate: %w", err)
-	}
-	c := &tls.Config{
-		MinVersion: tls.VersionTLS13,
-		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-			cert, err := tls.LoadX509KeyPair(f.Cert, f.Key)
-			return &cert, err
-		},
-	}
-	if f.CA == "" {
-		return c, nil
-	}
-	pool, err := pool(f.CA)
-	if err != nil {
-		return nil, err
-	}
-	c.ClientCAs, c.ClientAuth = pool, tls.RequireAndVerifyClientCert
-	return c, nil
-}
-
 // Client is TLS 1.3 with servers of the CA; a certificate, if there is one, says
 // who we are.
 func (f Files) Client() (*tls.Config, error) {

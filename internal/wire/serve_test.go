@@ -105,11 +105,11 @@ func serve(t *testing.T, log *lines) (dial func(pki.Secret) client) {
 			t.Fatal(err)
 		}
 	}
-	config, err := pki.In(filepath.Join(dir, "server")).Server()
+	shown, err := pki.In(filepath.Join(dir, "server")).Open(slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := grpc.NewServer(append(wire.ServerOptions("right", slog.New(slog.NewTextHandler(log, nil))), grpc.Creds(credentials.NewTLS(config)))...)
+	g := grpc.NewServer(append(wire.ServerOptions("right", slog.New(slog.NewTextHandler(log, nil))), grpc.Creds(credentials.NewTLS(shown.Config())))...)
 	v1alpha1.RegisterMicroVMServer(g, service{})
 	ingotv1.RegisterHostServer(g, service{})
 	l, err := net.Listen("tcp", "127.0.0.1:0")
