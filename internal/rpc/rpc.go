@@ -1,17 +1,20 @@
 // Package rpc serves a host over gRPC: flintlock's services and ingot.v1's Host, on one
-// listener; and flintlock's MicroVM over HTTP, on another. It keeps nothing and decides
-// nothing.
+// listener; flintlock's alone on another, in plaintext, where that is wanted; and
+// flintlock's MicroVM over HTTP, on a third. It keeps nothing and decides nothing.
 package rpc
 
 import (
 	"context"
 	"crypto/tls"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
+	"sync"
+	"time"
 
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/reflection"
@@ -31,6 +34,7 @@ import (
 type Config struct {
 	Listen     string
 	TLS        *tls.Config // nil: plaintext, by choice
+	Plain      string      // where flintlock's services are served in plaintext as well; empty: nowhere
 	Token      pki.Secret  // empty: anybody, by choice
 	Host       *host.Host
 	Images     *image.Store
@@ -52,51 +56,232 @@ type Config struct {
 type Server struct {
 	c     Config
 	ready chan struct{}
+	own   *hostService
+	calls calls
+
+	register func(*grpc.Server) // what flintlock's clients call
+
+	doors []door // from ready on
+}
+
+// door is a listener and what is served on it.
+type door struct {
+	listener net.Listener
+	server   *grpc.Server
+	health   *health.Server
+	tls      bool
 }
 
 // New makes a server.
-func New(c Config) *Server { return &Server{c: c, ready: make(chan struct{})} }
+func New(c Config) *Server {
+	s := &Server{c: c, ready: make(chan struct{}), own: &hostService{Config: c}}
+	s.register = s.flintlock
+	return s
+}
 
 // Ready is closed once the server listens.
 func (s *Server) Ready() <-chan struct{} { return s.ready }
 
 func (s *Server) String() string { return "grpc api" }
 
-// Run serves until ctx ends.
+// drainTime is how long calls under way may take to end when the server does.
+const drainTime = 8 * time.Second
+
+// Run serves until ctx ends, and then lets calls under way end, but no streams.
 func (s *Server) Run(ctx context.Context) error {
 	s.c.Log.Info("flintlockd grpc api server starting")
-	options := append(wire.ServerOptions(s.c.Token, s.c.Log), grpc.WaitForHandlers(true))
 	if s.c.Token == "" {
 		s.c.Log.Warn("basic authentication is DISABLED")
 	}
-	if s.c.TLS == nil {
-		s.c.Log.Warn("TLS is DISABLED")
-	} else {
-		options = append(options, grpc.Creds(credentials.NewTLS(s.c.TLS)))
+	if err := s.open(ctx); err != nil {
+		for _, d := range s.doors {
+			d.listener.Close()
+		}
+		return err
 	}
-	g := grpc.NewServer(options...)
+	defer s.own.receivers.Wait()
+	close(s.ready)
+	group, ctx := errgroup.WithContext(ctx)
+	for _, d := range s.doors {
+		group.Go(func() error {
+			if err := d.server.Serve(d.listener); err != nil && ctx.Err() == nil {
+				return fmt.Errorf("serve gRPC on %s: %w", d.listener.Addr(), err)
+			}
+			return nil
+		})
+	}
+	group.Go(func() error {
+		select {
+		case <-s.c.Host.Ready():
+			s.setHealth(true)
+		case <-ctx.Done():
+		}
+		<-ctx.Done()
+		s.drain(context.WithoutCancel(ctx))
+		return nil
+	})
+	return group.Wait()
+}
+
+// open begins to listen.
+func (s *Server) open(ctx context.Context) error {
+	err := s.add(ctx, s.c.Listen, s.c.TLS, func(g *grpc.Server) {
+		s.register(g)
+		ingotv1.RegisterHostServer(g, s.own)
+	})
+	if err == nil && s.c.Plain != "" {
+		err = s.add(ctx, s.c.Plain, nil, s.register)
+	}
+	return err
+}
+
+// add begins to listen on one address. No security is plaintext.
+func (s *Server) add(ctx context.Context, address string, security *tls.Config, register func(*grpc.Server)) error {
+	options := append(wire.ServerOptions(s.c.Token, s.c.Log), grpc.WaitForHandlers(true), grpc.ChainUnaryInterceptor(s.calls.count))
+	switch {
+	case security != nil:
+		options = append(options, grpc.Creds(wire.TLS(security, s.c.Log)))
+	case address == s.c.Listen:
+		s.c.Log.Warn("TLS is DISABLED")
+	default:
+		s.c.Log.Warn("TLS is DISABLED", "endpoint", address)
+	}
+	d := door{server: grpc.NewServer(options...), health: health.NewServer(), tls: security != nil}
+	register(d.server)
+	grpc_health_v1.RegisterHealthServer(d.server, d.health)
+	reflection.Register(d.server)
+	var err error
+	if d.listener, err = run.Listen(ctx, net.ListenConfig{}, "tcp", address); err != nil {
+		return fmt.Errorf("serve gRPC on %s: %w", address, err)
+	}
+	s.doors = append(s.doors, d)
+	s.setHealth(false)
+	s.c.Log.Debug("starting grpc server listening on endpoint " + address)
+	return nil
+}
+
+// setHealth is what health checks are told, of each service and of all.
+func (s *Server) setHealth(serving bool) {
+	now := grpc_health_v1.HealthCheckResponse_NOT_SERVING
+	if serving {
+		now = grpc_health_v1.HealthCheckResponse_SERVING
+	}
+	for _, d := range s.doors {
+		d.health.SetServingStatus("", now)
+		for name := range d.server.GetServiceInfo() {
+			d.health.SetServingStatus(name, now)
+		}
+	}
+}
+
+// flintlock registers what flintlock's clients call.
+func (s *Server) flintlock(g *grpc.Server) {
 	v1alpha1.RegisterMicroVMServer(g, &microVM{Config: s.c})
-	h := &hostService{Config: s.c}
-	ingotv1.RegisterHostServer(g, h)
 	if s.c.ExecAPI {
-		execv1.RegisterMicroVMExecServer(g, &microVMExec{hostService: h})
+		execv1.RegisterMicroVMExecServer(g, &microVMExec{hostService: s.own})
 	}
 	if s.c.SSHProxyAPI {
-		sshv1.RegisterMicroVMSSHProxyServer(g, &microVMSSHProxy{hostService: h, port: sshPort})
+		sshv1.RegisterMicroVMSSHProxyServer(g, &microVMSSHProxy{hostService: s.own, port: sshPort})
 	}
-	grpc_health_v1.RegisterHealthServer(g, health.NewServer())
-	reflection.Register(g)
-	l, err := run.Listen(ctx, net.ListenConfig{}, "tcp", s.c.Listen)
-	if err != nil {
-		return fmt.Errorf("serve gRPC on %s: %w", s.c.Listen, err)
+}
+
+// lastAnswer is how long the answers of calls that have ended may take to leave.
+const lastAnswer = 200 * time.Millisecond
+
+// drain ends the servers: calls when they are done, and then streams, which do not end
+// by themselves.
+func (s *Server) drain(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, drainTime)
+	defer cancel()
+	s.setHealth(false)
+	var graceful, forced sync.WaitGroup
+	for _, d := range s.doors {
+		graceful.Go(d.server.GracefulStop) // it takes no more calls
 	}
-	s.c.Log.Debug("starting grpc server listening on endpoint " + s.c.Listen)
-	stop := context.AfterFunc(ctx, g.Stop)
-	defer stop()
-	close(s.ready)
-	defer h.receivers.Wait()
-	if err := g.Serve(l); err != nil && ctx.Err() == nil {
-		return fmt.Errorf("serve gRPC: %w", err)
+	forced.Go(func() {
+		if n := s.calls.wait(ctx); n > 0 {
+			s.c.Log.Warn("calls under way are given up", "calls", n)
+		}
+		select {
+		case <-time.After(lastAnswer):
+		case <-ctx.Done():
+		}
+		for _, d := range s.doors {
+			d.server.Stop()
+		}
+	})
+	graceful.Wait()
+	cancel()
+	forced.Wait()
+}
+
+// calls counts those under way that have one answer.
+type calls struct {
+	mu   sync.Mutex // guards what follows
+	n    int
+	none chan struct{} // somebody waits until there are none
+}
+
+func (c *calls) count(ctx context.Context, r any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+	c.add(1)
+	defer c.add(-1)
+	return next(ctx, r)
+}
+
+func (c *calls) add(n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.n += n; c.n == 0 && c.none != nil {
+		close(c.none)
+		c.none = nil
+	}
+}
+
+// wait returns when there are none, or ctx ends, and says how many are left.
+func (c *calls) wait(ctx context.Context) int {
+	c.mu.Lock()
+	none := make(chan struct{})
+	if c.n == 0 {
+		close(none)
+	} else {
+		c.none = none
+	}
+	c.mu.Unlock()
+	select {
+	case <-none:
+		return 0
+	case <-ctx.Done():
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.n
+}
+
+// Alive looks whether the host answers, which it may do for ever if it does not, and
+// whether gRPC does.
+func (s *Server) Alive(ctx context.Context) error {
+	s.c.Host.List("", "")
+	for _, d := range s.doors {
+		if err := d.alive(ctx); err != nil {
+			return fmt.Errorf("ask gRPC on %s: %w", d.listener.Addr(), err)
+		}
 	}
 	return nil
+}
+
+// alive hears the first that a server says to whom it does not know yet.
+func (d door) alive(ctx context.Context) error {
+	var dialer net.Dialer
+	c, err := dialer.DialContext(ctx, "tcp", d.listener.Addr().String())
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if d.tls { // whether the certificate is right is its clients' business
+		return tls.Client(c, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}}).HandshakeContext(ctx)
+	}
+	_, err = io.ReadFull(c, make([]byte, 1)) // of the settings of HTTP/2
+	return err
 }

@@ -18,12 +18,17 @@ import (
 	"ingot/internal/pki"
 )
 
+// introduction is how long a client may take to say who it is. A server that ends waits
+// for those that don't.
+const introduction = 5 * time.Second
+
 // ServerOptions are what all our gRPC servers share: a Door, and patience with clients
 // that ping often.
 func ServerOptions(token pki.Secret, log *slog.Logger) []grpc.ServerOption {
 	door := Door{Token: token, Log: log}
 	return []grpc.ServerOption{
 		grpc.MaxRecvMsgSize(MaxMessage),
+		grpc.ConnectionTimeout(introduction),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
 		grpc.ChainUnaryInterceptor(door.Unary),
 		grpc.ChainStreamInterceptor(door.Stream),
