@@ -39,6 +39,12 @@ type Config struct {
 	Parent        string // what macvtaps sit on; empty: taps are made instead
 	DefaultDriver string // empty: the first that is available
 	Pool          string // what package pool opened; empty: nobody looks how full it is
+	// DeletePatience is how long a guest may take to shut down before it is deleted; 0:
+	// it is not asked to.
+	DeletePatience time.Duration
+	// MaximumRetry is how often a microVM that could not be started is tried again before
+	// it has failed; 0: as often as it takes.
+	MaximumRetry int
 	// Guard is told the MAC address of the guest behind each device on a network,
 	// before the guest can send, and nil before the device is removed. nil: nobody.
 	Guard   func(device string, mac net.HardwareAddr) error
@@ -568,9 +574,17 @@ func (h *Host) Delete(uid string) error {
 	if err != nil {
 		return err
 	}
+	var by time.Time
+	if h.c.DeletePatience > 0 {
+		by = time.Now().Add(h.c.DeletePatience)
+	}
 	return v.want(func(r *record) error {
-		if !r.Deleting {
-			r.Deleting, r.DeletedAt = true, time.Now().UTC()
+		if r.Deleting {
+			return nil
+		}
+		r.Deleting, r.DeletedAt = true, time.Now().UTC()
+		if r.StopBy.IsZero() || by.Before(r.StopBy) {
+			r.StopBy = by
 		}
 		return nil
 	})

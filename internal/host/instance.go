@@ -590,6 +590,8 @@ func (v *instance) act(ctx context.Context) (deleted bool) {
 	switch {
 	case !v.looked: // it may run: nothing is safe to do
 	case status.RetryAt.After(time.Now()):
+	case want.Deleting && v.machine != nil && time.Now().Before(want.StopBy):
+		v.halt(ctx, want)
 	case want.Deleting:
 		if err := v.destroy(ctx); err != nil {
 			v.failed(fmt.Errorf("delete: %w", err))
@@ -674,6 +676,9 @@ func (v *instance) failed(err error) {
 	v.mu.Unlock()
 	v.set(func(s *vm.Status) {
 		s.Retry++
+		if most := v.host.c.MaximumRetry; most > 0 && s.Retry > most && v.machine == nil && !v.record.Deleting {
+			final = true
+		}
 		s.Reason, s.Step = err.Error(), ""
 		if v.machine == nil {
 			s.PID = 0
@@ -707,7 +712,10 @@ func (v *instance) halt(ctx context.Context, want record) {
 		return
 	}
 	v.told = true
-	if v.view().Status.Phase == vm.Paused { // or it could not hear what it is asked
+	v.mu.Lock()
+	paused := v.status.Phase == vm.Paused // also of one that is being deleted
+	v.mu.Unlock()
+	if paused { // or it could not hear what it is asked
 		v.pause(ctx, false)
 	}
 	v.set(func(s *vm.Status) { s.Phase = vm.Stopping })

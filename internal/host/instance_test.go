@@ -99,6 +99,22 @@ func TestOnlyMistakesAreFinal(t *testing.T) {
 	}
 }
 
+// What may be mended is tried for as long as somebody wants, but what is to be deleted
+// for ever.
+func TestMaximumRetry(t *testing.T) {
+	for _, deleting := range []bool{false, true} {
+		v := testInstance(t)
+		v.host.c.MaximumRetry, v.record.Deleting = 3, deleting
+		for try := 1; try <= 6; try++ {
+			v.failed(fmt.Errorf("make interface: %w", errdefs.ErrUnavailable))
+			failed := v.status.Phase == vm.Failed
+			if failed != (try > 3 && !deleting) || failed == v.status.RetryAt.After(time.Now()) {
+				t.Errorf("deleting %v: after try %d it is %s, and tried again at %v", deleting, try, v.status.Phase, v.status.RetryAt)
+			}
+		}
+	}
+}
+
 // Hosts of one kernel do not know each other.
 func TestUsersDifferBetweenHosts(t *testing.T) {
 	a, b := New(Config{}), New(Config{})
