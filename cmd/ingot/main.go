@@ -29,18 +29,18 @@ func main() {
 func Main() int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	root := rootCommand()
+	who, root := "ingot", rootCommand()
 	if len(os.Args) > 0 && filepath.Base(os.Args[0]) == daemonName {
-		root = daemonCommand()
+		who, root = daemonName, daemonCommand()
 	}
 	root.SetArgs(arguments(os.Args))
 	cmd, err := execute(ctx, root)
-	return report(err, environment(cmd))
+	return report(err, who, environment(cmd))
 }
 
-// report says what went wrong in an environment and returns the exit code that it
-// means.
-func report(err error, name string) int {
+// report says, as the program is called, what went wrong in an environment and returns
+// the exit code that it means.
+func report(err error, who, name string) int {
 	var code exitCode
 	var misuse *usageError
 	var objections env.Objections
@@ -50,15 +50,15 @@ func report(err error, name string) int {
 	case errors.As(err, &code):
 		return int(code)
 	case errors.As(err, &misuse):
-		fmt.Fprintf(os.Stderr, "ingot: %s\nSee '%s --help'.\n", pasteable(misuse.Error(), name), misuse.command)
+		fmt.Fprintf(os.Stderr, "%s: %s\nSee '%s --help'.\n", who, pasteable(misuse.Error(), name), misuse.command)
 		return 2
 	case errors.As(err, &objections): // a line each: there may be many
 		for _, one := range objections {
-			fmt.Fprintln(os.Stderr, "ingot:", explain(one, name))
+			fmt.Fprintln(os.Stderr, who+":", explain(one, name))
 		}
 		return 1
 	}
-	fmt.Fprintln(os.Stderr, "ingot:", explain(err, name))
+	fmt.Fprintln(os.Stderr, who+":", explain(err, name))
 	return 1
 }
 
@@ -86,22 +86,6 @@ func arguments(argv []string) []string {
 		}
 	}
 	return args
-}
-
-// daemonName is flintlock's daemon's, which ours takes the place of in unit files.
-const daemonName = "flintlockd"
-
-func daemonCommand() *cobra.Command {
-	root := &cobra.Command{
-		Use:           daemonName,
-		Short:         "The microVM host's daemon, in the place of flintlock's",
-		SilenceUsage:  true,
-		SilenceErrors: true,
-	}
-	run := hostCommand()
-	run.Use, run.Short = "run", "Run the microVM host's daemon in the foreground"
-	root.AddCommand(run, versionCommand())
-	return root
 }
 
 func rootCommand() *cobra.Command {

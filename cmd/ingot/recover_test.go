@@ -236,8 +236,8 @@ func muteHypervisor(t *testing.T, m *testMachine) {
 	m.remove(t, stopped)
 }
 
-// deafGuest does not stop when it is asked to. That keeps no daemon from ending;
-// the next one insists when the time is over.
+// deafGuest does not stop when it is asked to. That keeps no daemon from ending that is
+// told twice; the next one insists when the time is over.
 func deafGuest(t *testing.T, m *testMachine) {
 	uid, _ := m.run(t, "deaf", "hollow.deaf=1")
 	began := time.Now()
@@ -248,8 +248,7 @@ func deafGuest(t *testing.T, m *testMachine) {
 		answer <- err
 	}()
 	m.await(t, uid, "stopping")
-	m.daemon.Process.Signal(syscall.SIGTERM)
-	m.daemon.Wait()
+	m.endAtOnce(t)
 	if took := time.Since(began); took > patience-200*time.Millisecond {
 		t.Errorf("the daemon has ended after %v", took)
 	}

@@ -88,6 +88,9 @@ func (h *Host) String() string { return "microvm controller" }
 
 // Run keeps the microVMs until ctx ends, which leaves them running.
 func (h *Host) Run(ctx context.Context) error {
+	// In flintlock's words, as far as they are true here.
+	h.c.Log.Info(fmt.Sprintf("starting microvm controller with %d workers", cap(h.turns)))
+	h.c.Log.Info("resyncing microvm specs")
 	logs, err := logfile.Open([]string{".stdout", ".stderr", ".log", ".metrics", ".events"}, h.c.Log)
 	if err != nil {
 		return err
@@ -127,6 +130,7 @@ func (h *Host) Run(ctx context.Context) error {
 		h.register(v)
 	}
 	h.mu.Unlock()
+	h.c.Log.Info("starting event listener")
 	h.catchUp(last)
 	h.mu.Lock()
 	h.ctx = ctx

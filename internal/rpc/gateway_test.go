@@ -118,9 +118,11 @@ func TestGatewayDoor(t *testing.T) {
 	c := emptyHost()
 	var log safeBuffer
 	c.Token, c.Log, c.ExecAPI = "secret", slog.New(slog.NewTextHandler(&log, nil)), true
-	if c.TLS, err = pki.In(filepath.Join(dir, "server")).Server(); err != nil {
+	shown, err := pki.In(filepath.Join(dir, "server")).Open(c.Log)
+	if err != nil {
 		t.Fatal(err)
 	}
+	c.TLS = shown.Config()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

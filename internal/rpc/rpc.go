@@ -89,7 +89,6 @@ const drainTime = 8 * time.Second
 
 // Run serves until ctx ends, and then lets calls under way end, but no streams.
 func (s *Server) Run(ctx context.Context) error {
-	s.c.Log.Info("flintlockd grpc api server starting")
 	if s.c.Token == "" {
 		s.c.Log.Warn("basic authentication is DISABLED")
 	}

@@ -1,7 +1,6 @@
 package rpc
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -10,7 +9,6 @@ import (
 	"net/netip"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -28,38 +26,23 @@ import (
 	"ingot/internal/wire"
 )
 
-// lines is a log that may be written and read at the same time.
-type lines struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lines) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lines) count(text string) int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return strings.Count(l.b.String(), text)
-}
-
 // running is a server with a host that nobody runs.
 type running struct {
 	*Server
-	log   *lines
+	log   *safeBuffer
 	files pki.Files // of a client
 	stop  context.CancelFunc
 	ended chan error
 }
 
+// count is how often something is in the log.
+func (r *running) count(text string) int { return strings.Count(r.log.String(), text) }
+
 // start starts a server, of something else in the place of flintlock's services, if that
 // is given.
 func start(t *testing.T, c Config, instead v1alpha1.MicroVMServer) *running {
 	t.Helper()
-	log := &lines{}
+	log := &safeBuffer{}
 	c.Log = slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	c.Host = host.New(host.Config{StateDir: t.TempDir(), Log: c.Log})
 	s := New(c)
@@ -163,8 +146,8 @@ func TestPlainEndpoint(t *testing.T) {
 			t.Errorf("%s: reflection names %s", c.name, services)
 		}
 	}
-	if s.log.count(`"TLS is DISABLED"`) != 1 || s.log.count("basic authentication") != 0 {
-		t.Errorf("log: %s", s.log.b.String())
+	if s.count(`"TLS is DISABLED"`) != 1 || s.count("basic authentication") != 0 {
+		t.Errorf("log: %s", s.log.String())
 	}
 }
 
@@ -178,8 +161,11 @@ func TestPlaintextToTLS(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	}
-	if n := s.log.count("a client speaks plaintext"); n != 1 || s.log.count("from=127.0.0.1") != 1 {
-		t.Errorf("%d lines: %s", n, s.log.b.String())
+	for deadline := time.Now().Add(10 * time.Second); s.count("from=127.0.0.1") == 0 && time.Now().Before(deadline); {
+		time.Sleep(5 * time.Millisecond) // the client may hear of it first
+	}
+	if n := s.count("a client speaks plaintext"); n != 1 || s.count("from=127.0.0.1") != 1 {
+		t.Errorf("%d lines: %s", n, s.log.String())
 	}
 }
 
@@ -339,7 +325,7 @@ func TestDrainIsBounded(t *testing.T) {
 	if err := <-called; status.Code(err) != codes.Unavailable {
 		t.Errorf("the call: %v", err)
 	}
-	if s.log.count("calls under way are given up") != 1 {
-		t.Errorf("log: %s", s.log.b.String())
+	if s.count("calls under way are given up") != 1 {
+		t.Errorf("log: %s", s.log.String())
 	}
 }

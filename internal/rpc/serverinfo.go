@@ -11,9 +11,9 @@ import (
 	"ingot/api/services/microvm/v1alpha1"
 )
 
-// flintlockVersion is the flintlock that this host is as good as: its clients refuse
+// FlintlockVersion is the flintlock that this host is as good as: its clients refuse
 // one that is older. Ingot's own version stands beside it.
-const flintlockVersion = "v0.15.2"
+const FlintlockVersion = "v0.15.2"
 
 func (s *microVM) ServerInfo(ctx context.Context, _ *emptypb.Empty) (*v1alpha1.ServerInfoResponse, error) {
 	service := func(enabled bool) *v1alpha1.GuestAgentServiceInfo {
@@ -24,7 +24,7 @@ func (s *microVM) ServerInfo(ctx context.Context, _ *emptypb.Empty) (*v1alpha1.S
 	}
 	return &v1alpha1.ServerInfoResponse{
 		Version: &v1alpha1.VersionInfo{
-			Version: flintlockVersion, BuildDate: s.BuildDate, CommitHash: s.Revision, IngotVersion: s.Version,
+			Version: FlintlockVersion, BuildDate: s.BuildDate, CommitHash: s.Revision, IngotVersion: s.Version,
 		},
 		Uptime: durationpb.New(s.Host.Uptime()), Exec: service(s.ExecAPI), SshProxy: service(s.SSHProxyAPI),
 	}, nil
