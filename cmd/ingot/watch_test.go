@@ -175,6 +175,32 @@ func TestWatch(t *testing.T) {
 	stop()
 }
 
+// askAtOnce asks for one microVM many times at the same moment.
+func (m *testMachine) askAtOnce(t *testing.T, ask func(name, key string) (string, error)) {
+	t.Helper()
+	var mu sync.Mutex
+	uids := map[string]bool{}
+	var all sync.WaitGroup
+	for range 50 {
+		all.Go(func() {
+			uid, err := ask("c9", "at once")
+			if err != nil {
+				t.Error(err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			uids[uid] = true
+		})
+	}
+	all.Wait()
+	if len(uids) != 1 {
+		t.Errorf("asked for one: %v", uids)
+	}
+	for uid := range uids {
+		m.remove(t, uid)
+	}
+}
+
 // TestAskedAgain asks twice for one microVM, by uid and by key, and looks at many by
 // pages.
 func TestAskedAgain(t *testing.T) {
@@ -214,6 +240,7 @@ func TestAskedAgain(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	m.askAtOnce(t, ask)
 	var names []string
 	for token, pages := "", 0; ; pages++ {
 		r, err := m.host.List(t.Context(), &ingotv1.ListRequest{Selector: "name!=c1", PageSize: 2, PageToken: token})

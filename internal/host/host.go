@@ -67,9 +67,9 @@ type Host struct {
 	mu     sync.Mutex // guards what follows; no disk is waited for under it
 	ctx    context.Context
 	vms    map[string]*instance
-	keys   map[string]string // uids by the key that they were asked for with
-	users  map[int]bool      // that hypervisors have
-	making map[string]bool   // uids and keys of microVMs that are being recorded
+	keys   map[string]string        // uids by the key that they were asked for with
+	users  map[int]bool             // that hypervisors have
+	making map[string]chan struct{} // by uids and keys: closed once such a microVM is recorded, or could not be
 	broken []Broken
 }
 
@@ -77,7 +77,7 @@ type Host struct {
 func New(c Config) *Host {
 	return &Host{
 		c: c, ready: make(chan struct{}), began: time.Now(), turns: newTurns(c.Drivers), events: newJournal(c.StateDir, c.Log), vms: map[string]*instance{},
-		keys: map[string]string{}, users: map[int]bool{}, making: map[string]bool{},
+		keys: map[string]string{}, users: map[int]bool{}, making: map[string]chan struct{}{},
 	}
 }
 
@@ -346,7 +346,7 @@ func (h *Host) Create(ctx context.Context, s vm.Spec, key string) (View, error) 
 			return View{}, err
 		}
 	}
-	v, err := h.create(s, key)
+	v, err := h.create(ctx, s, key)
 	if err != nil {
 		return View{}, fmt.Errorf("create microVM %s/%s: %w", s.Namespace, s.Name, err)
 	}
@@ -358,23 +358,40 @@ func needs(s vm.Spec) image.Request {
 	return image.Request{Kernel: s.Kernel.File, Initrd: s.Initrd, Root: s.Root, Volumes: s.Volumes}
 }
 
-func (h *Host) create(s vm.Spec, key string) (*instance, error) {
-	if v := h.asked(s.UID, key); v != nil {
-		return v, v.same(s)
+func (h *Host) create(ctx context.Context, s vm.Spec, key string) (*instance, error) {
+	for {
+		if v := h.asked(s.UID, key); v != nil {
+			return v, v.same(s)
+		}
+		v, busy, err := h.record(s, key)
+		if busy == nil {
+			return v, err
+		}
+		select {
+		case <-busy:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
 	}
+}
+
+// record puts a microVM on disk and begins to keep it. While another one of its uid or
+// key is being recorded it does nothing: busy is closed once that is over.
+func (h *Host) record(s vm.Spec, key string) (v *instance, busy <-chan struct{}, err error) {
 	var asked vm.MiB
 	for _, volume := range append([]vm.Volume{s.Root}, s.Volumes...) {
 		asked += volume.Size
 	}
 	if err := h.roomFor(asked); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	s.UID = cmp.Or(s.UID, ulid.Make().String())
 	s.CreatedAt = time.Now().UTC()
+	s.Interfaces = slices.Clone(s.Interfaces) // what was asked for has none of these addresses
 	addMACs(&s)
-	user, err := h.reserve(s.UID, key)
-	if err != nil {
-		return nil, err
+	user, busy, err := h.reserve(s.UID, key)
+	if err != nil || busy != nil {
+		return nil, busy, err
 	}
 	defer h.running.Done()
 	r := record{Format: recordFormat, Spec: s, User: user, Key: key, Asked: digest(s), Dir: place(h.root(), s)}
@@ -383,13 +400,14 @@ func (h *Host) create(s vm.Spec, key string) (*instance, error) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	close(h.making[s.UID])
 	delete(h.making, s.UID)
 	delete(h.making, making(key))
 	if err != nil {
 		delete(h.users, user)
-		return nil, err
+		return nil, nil, err
 	}
-	return h.keep(r, true), nil
+	return h.keep(r, true), nil, nil
 }
 
 // asked is the microVM that was asked for by a uid or a key, or nil.
@@ -420,30 +438,36 @@ func (h *Host) awake() error {
 }
 
 // reserve takes a uid and a key, and a user for them. The host does not end before
-// Done is called on h.running.
-func (h *Host) reserve(uid, key string) (user int, err error) {
+// Done is called on h.running. Of what somebody else is recording busy is closed once that
+// is over.
+func (h *Host) reserve(uid, key string) (user int, busy <-chan struct{}, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if err := h.awake(); err != nil {
-		return 0, err
+		return 0, nil, err
 	}
-	if h.making[uid] || h.vms[uid] != nil {
-		return 0, fmt.Errorf("uid %s is being created: %w", uid, errdefs.ErrUnavailable)
+	for _, name := range []string{uid, making(key)} {
+		if busy := h.making[name]; busy != nil {
+			return 0, busy, nil
+		}
 	}
-	if key != "" && (h.making[making(key)] || h.keys[key] != "") {
-		return 0, fmt.Errorf("what was asked for with key %s is being created: %w", key, errdefs.ErrUnavailable)
+	if h.vms[uid] != nil || key != "" && h.keys[key] != "" { // by now
+		busy := make(chan struct{})
+		close(busy)
+		return 0, busy, nil
 	}
 	for _, b := range h.broken {
 		if filepath.Base(filepath.Dir(b.Path)) == uid {
-			return 0, fmt.Errorf("read %s: %w: %w", b.Path, b.Err, errdefs.ErrFailedPrecondition)
+			return 0, nil, fmt.Errorf("read %s: %w: %w", b.Path, b.Err, errdefs.ErrFailedPrecondition)
 		}
 	}
-	h.making[uid] = true
+	made := make(chan struct{})
+	h.making[uid] = made
 	if key != "" {
-		h.making[making(key)] = true
+		h.making[making(key)] = made
 	}
 	h.running.Add(1)
-	return h.freeUser(uid), nil
+	return h.freeUser(uid), nil, nil
 }
 
 // making is a key among the uids of what is being made.

@@ -250,7 +250,7 @@ func TestStalledDisk(t *testing.T) {
 	writers.Go(func() {
 		s := testRecord("", "new").Spec
 		s.UID, s.Kernel.Path = "", "vmlinux"
-		if _, err := h.create(s, ""); err != nil {
+		if _, err := h.create(ctx, s, ""); err != nil {
 			t.Error(err)
 		}
 	})
