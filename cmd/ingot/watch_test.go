@@ -98,6 +98,21 @@ func (m *testMachine) firstOf(t *testing.T, r *ingotv1.WatchRequest) error {
 	return err
 }
 
+// execOnce is the error of a command before it has said anything.
+func (m *testMachine) execOnce(t *testing.T, uid string) error {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	stream, err := m.host.Exec(ctx)
+	if err == nil {
+		err = stream.Send(&ingotv1.ExecRequest{Payload: &ingotv1.ExecRequest_Start{Start: &ingotv1.ExecStart{Uid: uid, Args: []string{"true"}}}})
+	}
+	if err == nil {
+		_, err = stream.Recv()
+	}
+	return err
+}
+
 // TestWatch watches a microVM's whole life, of which a restarted daemon tells the rest.
 func TestWatch(t *testing.T) {
 	if !onMachine(t) {
@@ -118,6 +133,9 @@ func TestWatch(t *testing.T) {
 	}
 	if r, err := m.host.Pause(t.Context(), &ingotv1.PauseRequest{Uid: uid}); err != nil || r.Microvm.Status.GetPhase() != "paused" {
 		t.Fatalf("pause: %v, %v", r, err)
+	}
+	if err := m.execOnce(t, uid); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("a command in a paused one: %v", err)
 	}
 	m.killDaemon()
 	m.startDaemon(t)

@@ -12,9 +12,11 @@ import (
 
 	"ingot/internal/agent"
 	"ingot/internal/logfile"
+	"ingot/internal/vm"
 )
 
-// Agent is the conversation with a running microVM's agent, once it is ready. A daemon
+// Agent is the conversation with a running microVM's agent, once it is ready; not of a
+// paused one. A daemon
 // that has just started, or has lost it, is given until ctx ends to take it up again.
 func (h *Host) Agent(ctx context.Context, uid string) (*agent.Client, error) {
 	v, err := h.find(uid)
@@ -27,7 +29,7 @@ func (h *Host) Agent(ctx context.Context, uid string) (*agent.Client, error) {
 		v.mu.Lock()
 		client, status := v.agent, v.status
 		v.mu.Unlock()
-		if !status.AgentReady {
+		if !status.AgentReady || status.Phase == vm.Paused { // it would answer some time
 			return nil, fmt.Errorf("microvm is not ready (state: %s): %w", status.Phase, errdefs.ErrFailedPrecondition)
 		}
 		if client != nil {
