@@ -53,6 +53,8 @@ func resized(name, size string, r *ingotv1.ResizeResponse) string {
 		return fmt.Sprintf("%s from its next start on (`ingot vm restart %s`): %s", size, name, r.GetLater())
 	case r.GetMicrovm().GetStatus().GetPhase() == "running":
 		return fmt.Sprintf("grown to %s; its file system follows, if that is ext4", size)
+	case r.GetMicrovm().GetStatus().GetPhase() == "paused":
+		return fmt.Sprintf("grown to %s; its file system follows once `ingot vm resume %s` is done, if that is ext4", size, name)
 	}
 	return fmt.Sprintf("grown to %s; its file system follows at the next start, if that is ext4", size)
 }
