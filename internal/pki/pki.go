@@ -45,6 +45,9 @@ func (Secret) String() string { return "***" }
 // GoString hides the secret from %#v.
 func (Secret) GoString() string { return "***" }
 
+// MarshalText hides the secret from encoding/json, which a log may be written by.
+func (Secret) MarshalText() ([]byte, error) { return []byte("***"), nil }
+
 // NewToken makes a token of 130 random bits.
 func NewToken() Secret { return Secret(rand.Text()) }
 

@@ -167,6 +167,7 @@ func TestSecretIsNotShown(t *testing.T) {
 	var b strings.Builder
 	slog.New(slog.NewTextHandler(&b, nil)).Info("x", "token", s)
 	fmt.Fprintf(&b, "%s %v %#v", s, s, s)
+	slog.New(slog.NewJSONHandler(&b, nil)).Info("x", "inside", struct{ Token pki.Secret }{s})
 	if strings.Contains(b.String(), string(s)) || len(s) < 20 {
 		t.Errorf("shown: %s", b.String())
 	}
