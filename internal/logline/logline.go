@@ -168,12 +168,20 @@ func quote(s string) string {
 
 func object(r slog.Record, fields map[string]any) ([]byte, error) {
 	for key, v := range fields {
-		if err, ok := v.(error); ok { // encoding/json shows none
-			fields[key] = err.Error()
+		if _, ok := v.(error); ok { // encoding/json shows none
+			fields[key] = word(v)
 		}
 	}
 	fields["time"], fields["level"], fields["msg"] = r.Time.Format(time.RFC3339), levelName(r.Level), r.Message
 	line, err := json.Marshal(fields)
+	if err != nil { // of one that JSON has no form for: the others are to be seen
+		for key, v := range fields {
+			if _, err := json.Marshal(v); err != nil {
+				fields[key] = word(v)
+			}
+		}
+		line, err = json.Marshal(fields)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("write a line of the log: %w", err)
 	}

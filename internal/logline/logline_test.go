@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net/netip"
 	"strings"
 	"sync"
@@ -121,6 +122,29 @@ func FuzzLikeLogrus(f *testing.F) {
 			}
 		}
 	})
+}
+
+// none is an error that panics if it is asked what it says, as one of a nil pointer does.
+type none struct{ text string }
+
+func (n *none) Error() string { return n.text }
+
+// What JSON has no form for costs neither the line nor the daemon.
+func TestJSONOfWhatItCannotShow(t *testing.T) {
+	for name, c := range map[string]struct {
+		v    any
+		want string
+	}{
+		"not a number":       {math.NaN(), `"NaN"`},
+		"map of anything":    {map[any]any{1: 2}, `"map[1:2]"`},
+		"error that is none": {error((*none)(nil)), `"\u003cnil\u003e"`},
+	} {
+		var b strings.Builder
+		New(&b, JSON, slog.LevelInfo).Info("x", "ok", true, "v", c.v)
+		if !strings.Contains(b.String(), `"ok":true,`) || !strings.HasSuffix(b.String(), `"v":`+c.want+"}\n") {
+			t.Errorf("%s: %q", name, b.String())
+		}
+	}
 }
 
 func TestLevelAndParts(t *testing.T) {
