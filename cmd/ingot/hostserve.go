@@ -105,14 +105,29 @@ func notify(log *slog.Logger, states ...string) {
 	}
 }
 
+// endTime is what the end may take: more than calls under way are waited for
+// (rpc.Server), less than who asked for it waits before SIGKILL.
+const endTime = 9500 * time.Millisecond
+
 // keepHost runs the tasks until ctx ends or one of them fails. At the end the servers go
-// first: calls under way need what the others do.
+// first: calls under way need what the others do. One that is stuck does not keep the
+// daemon: what it was about is found by the next one.
 func keepHost(ctx context.Context, log *slog.Logger, h *host.Host, servers, tasks []run.Task) error {
 	log.Info("flintlockd grpc api server starting")
 	log.Info("starting microvm controller")
 	notify(log, "STATUS=looking for microVMs")
 	work, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
+	ended := make(chan struct{})
+	defer close(ended)
+	context.AfterFunc(ctx, func() {
+		select {
+		case <-ended:
+		case <-time.After(endTime):
+			log.Error("something is stuck: the daemon ends without it", "after", endTime)
+			os.Exit(1)
+		}
+	})
 	serve := run.Func("services", func(work context.Context, ready func()) error {
 		serving, cancel := context.WithCancel(work)
 		defer cancel()

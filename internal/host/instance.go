@@ -676,7 +676,9 @@ func (v *instance) failed(err error) {
 	v.mu.Unlock()
 	v.set(func(s *vm.Status) {
 		s.Retry++
-		if most := v.host.c.MaximumRetry; most > 0 && s.Retry > most && v.machine == nil && !v.record.Deleting {
+		// What somebody else's illness costs does not count: containerd's, a registry's.
+		most := v.host.c.MaximumRetry
+		if most > 0 && s.Retry > most && v.machine == nil && !v.record.Deleting && !errdefs.IsUnavailable(err) {
 			final = true
 		}
 		s.Reason, s.Step = err.Error(), ""

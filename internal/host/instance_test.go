@@ -99,17 +99,25 @@ func TestOnlyMistakesAreFinal(t *testing.T) {
 	}
 }
 
-// What may be mended is tried for as long as somebody wants, but what is to be deleted
-// for ever.
+// What may be mended is tried for as long as somebody wants; what is to be deleted, and
+// what waits for somebody else, for ever.
 func TestMaximumRetry(t *testing.T) {
-	for _, deleting := range []bool{false, true} {
+	for _, c := range []struct {
+		deleting bool
+		err      error
+		ends     bool
+	}{
+		{false, errors.New("make interface: no"), true},
+		{true, errors.New("make interface: no"), false},
+		{false, fmt.Errorf("pull: %w", errdefs.ErrUnavailable), false},
+	} {
 		v := testInstance(t)
-		v.host.c.MaximumRetry, v.record.Deleting = 3, deleting
+		v.host.c.MaximumRetry, v.record.Deleting = 3, c.deleting
 		for try := 1; try <= 6; try++ {
-			v.failed(fmt.Errorf("make interface: %w", errdefs.ErrUnavailable))
+			v.failed(c.err)
 			failed := v.status.Phase == vm.Failed
-			if failed != (try > 3 && !deleting) || failed == v.status.RetryAt.After(time.Now()) {
-				t.Errorf("deleting %v: after try %d it is %s, and tried again at %v", deleting, try, v.status.Phase, v.status.RetryAt)
+			if failed != (try > 3 && c.ends) || failed == v.status.RetryAt.After(time.Now()) {
+				t.Errorf("%+v: after try %d it is %s, and tried again at %v", c, try, v.status.Phase, v.status.RetryAt)
 			}
 		}
 	}
