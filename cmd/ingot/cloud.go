@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
@@ -140,7 +141,19 @@ func (c *cloud) find(ctx context.Context, name string) (microVM, error) {
 
 // findAll is find for several names, with one question to each host.
 func (c *cloud) findAll(ctx context.Context, wanted []string) ([]microVM, error) {
-	all, silent := c.list(ctx, "")
+	var all []microVM
+	var silent error
+	for deadline := time.Now().Add(findPatience); ; { // a daemon that was killed is started again
+		all, silent = c.list(ctx, "")
+		missing := func(name string) bool { _, err := pick(all, name); return errdefs.IsNotFound(err) }
+		if silent == nil || !slices.ContainsFunc(wanted, missing) || !time.Now().Before(deadline) || ctx.Err() != nil {
+			break
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+		}
+	}
 	var found []microVM
 	var errs []error
 	for _, name := range wanted {
@@ -158,6 +171,9 @@ func (c *cloud) findAll(ctx context.Context, wanted []string) ([]microVM, error)
 	}
 	return found, errors.Join(errs...)
 }
+
+// findPatience is how long a microVM is looked for on hosts that do not answer.
+const findPatience = 3 * time.Second
 
 // shortestPrefix is how much of a uid must be given.
 const shortestPrefix = 4

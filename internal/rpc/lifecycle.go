@@ -19,11 +19,14 @@ import (
 // patience is how long a guest may take to shut down, if the client does not say.
 const patience = 30 * time.Second
 
-func patienceOf(d *durationpb.Duration) time.Duration {
+func patienceOf(d *durationpb.Duration) (time.Duration, error) {
 	if d == nil {
-		return patience
+		return patience, nil
 	}
-	return d.AsDuration()
+	if d.AsDuration() < 0 {
+		return 0, &vm.FieldError{Field: "timeout", Problem: "is negative"}
+	}
+	return d.AsDuration(), nil
 }
 
 func (s *hostService) Start(_ context.Context, r *ingotv1.StartRequest) (*ingotv1.StartResponse, error) {
@@ -35,7 +38,11 @@ func (s *hostService) Start(_ context.Context, r *ingotv1.StartRequest) (*ingotv
 }
 
 func (s *hostService) Stop(ctx context.Context, r *ingotv1.StopRequest) (*ingotv1.StopResponse, error) {
-	v, err := s.Host.Stop(ctx, r.GetUid(), patienceOf(r.Timeout))
+	timeout, err := patienceOf(r.Timeout)
+	if err != nil {
+		return nil, err
+	}
+	v, err := s.Host.Stop(ctx, r.GetUid(), timeout)
 	if err != nil {
 		return nil, err
 	}
@@ -43,7 +50,11 @@ func (s *hostService) Stop(ctx context.Context, r *ingotv1.StopRequest) (*ingotv
 }
 
 func (s *hostService) Restart(ctx context.Context, r *ingotv1.RestartRequest) (*ingotv1.RestartResponse, error) {
-	v, err := s.Host.Restart(ctx, r.GetUid(), patienceOf(r.Timeout))
+	timeout, err := patienceOf(r.Timeout)
+	if err != nil {
+		return nil, err
+	}
+	v, err := s.Host.Restart(ctx, r.GetUid(), timeout)
 	if err != nil {
 		return nil, err
 	}

@@ -71,9 +71,12 @@ func (s Spec) Validate() error {
 	all.check(s.Memory >= MinMemory && s.Memory <= MaxMemory, "memory_in_mb", "%d is not between %d and %d", s.Memory, MinMemory, MaxMemory)
 	all.image("kernel.image", s.Kernel.Image)
 	all.path("kernel.filename", s.Kernel.Path)
-	for key := range s.Labels {
-		all.check(key != "", "labels", "a label has no name")
+	all.labels(s.Labels)
+	size := 0
+	for key, value := range s.Metadata {
+		size += len(key) + len(value)
 	}
+	all.check(size <= MaxMetadata, "metadata", "has %d bytes in all, more than %d", size, MaxMetadata)
 	for key, value := range s.Kernel.Cmdline {
 		all.check(key != "" && !strings.ContainsAny(key+value, "\n\x00") && !strings.ContainsAny(key, " \t="), "kernel.cmdline", "%q=%q can't stand on a command line", key, value)
 	}
@@ -194,3 +197,27 @@ func (m *mistakes) volume(field string, v Volume) {
 }
 
 func noPath(r rune) bool { return unicode.IsSpace(r) || unicode.IsControl(r) || r == ':' || r == '"' }
+
+// What labels and metadata may have: they are in each answer about a microVM, and labels in
+// each line of the journal of events.
+const (
+	MaxLabels   = 16 << 10 // bytes of all keys and values
+	MaxMetadata = 2 << 20
+)
+
+// labels are such that a selector can name them.
+func (m *mistakes) labels(labels map[string]string) {
+	size := 0
+	for key, value := range labels {
+		size += len(key) + len(value)
+		switch {
+		case key == "":
+			m.check(false, "labels", "a label has no name")
+		case strings.ContainsFunc(key, func(r rune) bool { return r <= ' ' || r == 0x7f || strings.ContainsRune("=!,()", r) }):
+			m.check(false, "labels", "%q has a blank or one of = ! , ( )", key)
+		case strings.ContainsFunc(value, func(r rune) bool { return r < ' ' || r == 0x7f || r == ',' }):
+			m.check(false, "labels", "the value of %s has a comma or a control character", key)
+		}
+	}
+	m.check(size <= MaxLabels, "labels", "have %d bytes in all, more than %d", size, MaxLabels)
+}

@@ -108,3 +108,26 @@ func TestValidateTellsAllMistakes(t *testing.T) {
 		t.Errorf("%d mistakes, want 3: %v", got, s.Validate())
 	}
 }
+
+// Labels are such that a selector can name them, and neither they nor metadata without end.
+func TestLabelsAndMetadata(t *testing.T) {
+	for name, c := range map[string]struct {
+		field  string
+		change func(*vm.Spec)
+	}{
+		"a comma in a key":   {"labels", func(s *vm.Spec) { s.Labels = map[string]string{"a,b": "c"} }},
+		"a line in a key":    {"labels", func(s *vm.Spec) { s.Labels = map[string]string{"a\nb": "c"} }},
+		"a NUL in a value":   {"labels", func(s *vm.Spec) { s.Labels = map[string]string{"a": "b\x00"} }},
+		"too many labels":    {"labels", func(s *vm.Spec) { s.Labels = map[string]string{"a": strings.Repeat("x", vm.MaxLabels)} }},
+		"too much metadata":  {"metadata", func(s *vm.Spec) { s.Metadata = map[string]string{"user-data": strings.Repeat("x", vm.MaxMetadata)} }},
+		"as Kubernetes does": {"", func(s *vm.Spec) { s.Labels = map[string]string{"app.kubernetes.io/name": "a b=c!", "x": ""} }},
+	} {
+		s := good()
+		c.change(&s)
+		err := s.Validate()
+		var m *vm.FieldError
+		if errors.As(err, &m); c.field == "" && err != nil || c.field != "" && (m == nil || m.Field != c.field) {
+			t.Errorf("%s: %v, want %q", name, err, c.field)
+		}
+	}
+}
