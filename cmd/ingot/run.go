@@ -54,8 +54,8 @@ func runCommand() *cobra.Command {
 The image's process runs as its configuration says: entrypoint, environment, user,
 directory, signal to stop by. COMMAND takes the place of its CMD. With -i, -t or --rm
 it is joined to this terminal, its exit code becomes that of ingot, and its end is
-the microVM's; --rm then deletes that, unless this ingot is killed. An image with an init of its own gets COMMAND
-beside that.`,
+the microVM's; --rm then deletes that, unless this ingot is killed. An image with an
+init of its own gets COMMAND beside that.`,
 		Example: `  ingot run busybox
   ingot run busybox --rm -it -- sh
   ingot run --rm -e LANG=C -u nobody --entrypoint env busybox`,
