@@ -463,7 +463,7 @@ func TestPorts(t *testing.T) {
 			t.Errorf("HTTP %t: %v, %v, want %v", on, got, err, want)
 		}
 	}
-	c.HTTPEndpoint = "8090"
+	c.EnableHTTP, c.HTTPEndpoint = true, "8090"
 	if got, err := c.ports(); err == nil {
 		t.Errorf("an endpoint without a port: %v", got)
 	}
