@@ -147,7 +147,8 @@ func (c hostConfig) run(ctx context.Context, log *slog.Logger) error {
 	h := host.New(host.Config{
 		StateDir: c.StateDir, Bridge: c.BridgeName, Parent: c.ParentInterface, DefaultDriver: c.DefaultProvider, Pool: c.Pool,
 		DeletePatience: c.DeletePatience, MaximumRetry: c.MaximumRetry,
-		Guard: guard.Set, Images: images, Drivers: drivers, Log: log.With("controller", "microvm"),
+		Limits: host.Limits{MicroVMs: c.MaxMicroVMs, VCPUOvercommit: c.VCPUOvercommit, MemoryOvercommit: c.MemoryOvercommit, ReservedMemory: c.ReservedMemory},
+		Guard:  guard.Set, Images: images, Drivers: drivers, Log: log.With("controller", "microvm"),
 	})
 	b := buildInfo()
 	config := rpc.Config{

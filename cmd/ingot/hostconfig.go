@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -25,6 +26,7 @@ import (
 	"ingot/internal/image"
 	"ingot/internal/logline"
 	"ingot/internal/pki"
+	"ingot/internal/vm"
 )
 
 // hostConfig is the host's configuration. Its keys are flintlock's, and ours below
@@ -65,13 +67,19 @@ type hostConfig struct {
 	// RegistryAuth is in the form of docker's config.json, read at each pull.
 	RegistryAuth string `yaml:"registry-auth"`
 	// ImageKeep is how long an image stays that no microVM uses; 0: for ever.
-	ImageKeep   time.Duration `yaml:"image-keep"`
-	Pool        string        `yaml:"pool"`         // where containerd's volumes live
-	Machines    []netip.Addr  `yaml:"machines"`     // of the environment: guests are kept from them
-	Hub         netip.Addr    `yaml:"hub"`          // the one of them that gives names, addresses and images
-	Trusted     netip.Prefix  `yaml:"trusted"`      // who reaches gRPC beside the machines
-	Segment     string        `yaml:"segment"`      // the segment's interface
-	SegmentPort string        `yaml:"segment-port"` // its other end on the bridge, in a lab
+	ImageKeep time.Duration `yaml:"image-keep"`
+	// How much of the machine is promised to microVMs at most; 0: no limit.
+	MaxMicroVMs      int     `yaml:"max-microvms"`
+	VCPUOvercommit   float64 `yaml:"vcpu-overcommit"`   // guests' CPUs to one of the machine's
+	MemoryOvercommit float64 `yaml:"memory-overcommit"` // guests' memory to the machine's, without what is reserved
+	ReservedMemory   vm.MiB  `yaml:"reserved-memory"`   // for the machine itself
+
+	Pool        string       `yaml:"pool"`         // where containerd's volumes live
+	Machines    []netip.Addr `yaml:"machines"`     // of the environment: guests are kept from them
+	Hub         netip.Addr   `yaml:"hub"`          // the one of them that gives names, addresses and images
+	Trusted     netip.Prefix `yaml:"trusted"`      // who reaches gRPC beside the machines
+	Segment     string       `yaml:"segment"`      // the segment's interface
+	SegmentPort string       `yaml:"segment-port"` // its other end on the bridge, in a lab
 
 	file    string   // where it was read
 	remarks []remark // what is to be said once there is a log
@@ -83,6 +91,8 @@ func defaultHostConfig() hostConfig {
 		StateDir: "/var/lib/flintlock", Pool: "/var/lib/containerd",
 		RegistryAuth: "/etc/ingot/registry-auth.json", ImageKeep: image.DefaultUnused,
 		LogFormat: logline.Text, LogOutput: "stderr",
+		// An idle guest takes no CPU, but keeps its memory.
+		VCPUOvercommit: 64, MemoryOvercommit: 1, ReservedMemory: 512,
 	}
 }
 
@@ -193,6 +203,14 @@ func (c *hostConfig) read(path string, b []byte) error {
 func (c *hostConfig) check() error {
 	if c.BridgeName == "" && c.ParentInterface == "" {
 		return errors.New("you must supply at least one of parent interface, bridge name (parent-iface, bridge-name in " + c.file + ")")
+	}
+	for key, n := range map[string]float64{
+		"max-microvms": float64(c.MaxMicroVMs), "vcpu-overcommit": c.VCPUOvercommit,
+		"memory-overcommit": c.MemoryOvercommit, "reserved-memory": float64(c.ReservedMemory),
+	} {
+		if !(n >= 0 && n <= math.MaxInt32) { // nor NaN
+			return fmt.Errorf("read %s: %s: %v is out of range", c.file, key, n)
+		}
 	}
 	for key, addr := range map[string]netip.Addr{"hub": c.Hub, "trusted": c.Trusted.Addr()} {
 		if addr.IsValid() && !addr.Is4() {

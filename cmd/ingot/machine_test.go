@@ -110,10 +110,7 @@ func newMachineOn(t *testing.T, prepare func(dir string)) *testMachine {
 		t.Fatal(err)
 	}
 	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
-	config := fmt.Sprintf("insecure: true\ngrpc-endpoint: 127.0.0.1:9090\nbridge-name: br0\nstate-dir: %s/state\npool: %s/containerd\n", m.dir, m.dir)
-	if err := os.WriteFile(m.dir+"/config.yaml", []byte(config), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	m.configure(t, "memory-overcommit: 0\nvcpu-overcommit: 0\n") // hollow guests use neither
 	m.startContainerd(t)
 	t.Cleanup(func() {
 		m.containerd.Process.Kill()
@@ -150,6 +147,15 @@ func newMachineOn(t *testing.T, prepare func(dir string)) *testMachine {
 	m.remove(t, uid)
 	m.base = m.things(t)
 	return m
+}
+
+// configure writes the daemon's configuration, which its next start reads.
+func (m *testMachine) configure(t testing.TB, more string) {
+	t.Helper()
+	config := fmt.Sprintf("insecure: true\ngrpc-endpoint: 127.0.0.1:9090\nbridge-name: br0\nstate-dir: %s/state\npool: %s/containerd\n", m.dir, m.dir)
+	if err := os.WriteFile(m.dir+"/config.yaml", []byte(config+more), 0o600); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func (m *testMachine) socket() string { return "/run/containerd/containerd.sock" }

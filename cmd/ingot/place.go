@@ -12,8 +12,7 @@ import (
 	"ingot/internal/env"
 )
 
-// place is the host for a microVM: the one that is asked for, else the one with
-// most memory that is not promised, else with fewer microVMs, else the first.
+// place is the host for a microVM: the one that is asked for, else what env.Place says.
 func (c *cloud) place(ctx context.Context, wanted string, spec *types.MicroVMSpec) (*hostClient, error) {
 	if wanted != "" {
 		return c.host(wanted)
@@ -33,7 +32,7 @@ func (c *cloud) place(ctx context.Context, wanted string, spec *types.MicroVMSpe
 	if len(facts) == 0 {
 		return nil, fmt.Errorf("choose a host: %w", err)
 	}
-	best, err := env.Place(names(c.hosts), facts, int64(spec.GetMemoryInMb())<<20)
+	best, err := env.Place(names(c.hosts), facts, spec)
 	if err != nil {
 		return nil, fmt.Errorf("choose a host: %w", err)
 	}

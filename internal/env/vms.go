@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sync/errgroup"
@@ -17,6 +18,7 @@ import (
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/api/services/microvm/v1alpha1"
 	"ingot/api/types"
+	"ingot/internal/vm"
 )
 
 // startMicroVMs makes the microVMs what the file says, or the first ones of a new
@@ -111,7 +113,7 @@ func (u *up) remove(ctx context.Context, all []placed) error {
 }
 
 func (u *up) create(ctx context.Context, m MicroVM, spec *types.MicroVMSpec) error {
-	host, err := u.place(ctx, m, int64(spec.GetMemoryInMb())<<20)
+	host, err := u.place(ctx, m, spec)
 	if err != nil {
 		return fmt.Errorf("create microVM %s: %w", m, err)
 	}
@@ -122,7 +124,7 @@ func (u *up) create(ctx context.Context, m MicroVM, spec *types.MicroVMSpec) err
 }
 
 // place is the host of a microVM: the one that it names, else the one with most room.
-func (u *up) place(ctx context.Context, m MicroVM, need int64) (string, error) {
+func (u *up) place(ctx context.Context, m MicroVM, need *types.MicroVMSpec) (string, error) {
 	if m.Host != "" {
 		return m.Host, nil
 	}
@@ -138,20 +140,48 @@ func (u *up) place(ctx context.Context, m MicroVM, need int64) (string, error) {
 	return Place(names, facts, need)
 }
 
-// Place chooses the host for a microVM of so many bytes of memory: the one with
-// most memory that is not promised, else with fewer microVMs, else the first.
-// Those without facts are not chosen, and there must be one with them.
-func Place(hosts []string, facts map[string]*ingotv1.HostFacts, need int64) (string, error) {
-	room := func(host string) int64 { return facts[host].GetMemoryBytes() - facts[host].GetMemoryCommittedBytes() }
-	answered := slices.DeleteFunc(slices.Clone(hosts), func(h string) bool { return facts[h] == nil })
-	best := slices.MinFunc(answered, func(a, b string) int {
-		return cmp.Or(cmp.Compare(room(b), room(a)), cmp.Compare(facts[a].GetMicrovms(), facts[b].GetMicrovms()))
-	})
-	if room(best) < need {
-		return "", fmt.Errorf("%w: %d MiB asked for, and the most that a host has to promise is %d MiB on %s",
-			errdefs.ErrResourceExhausted, need>>20, max(0, room(best))>>20, best)
+// Place chooses the host for a microVM, of those that let one more in: the one with
+// most memory that is not promised, else with fewer microVMs, else the first. Those
+// without facts are not chosen, and there must be one with them.
+func Place(hosts []string, facts map[string]*ingotv1.HostFacts, need *types.MicroVMSpec) (string, error) {
+	// A host that has no limit lets all in, and is chosen by what it has.
+	memory := func(host string) int64 {
+		f := facts[host]
+		return cmp.Or(f.GetMemoryLimitBytes(), f.GetMemoryBytes()) - f.GetMemoryCommittedBytes()
+	}
+	var full []string
+	var best string
+	for _, h := range hosts {
+		if facts[h] == nil {
+			continue
+		}
+		if why := lacks(facts[h], need); why != "" {
+			full = append(full, h+": "+why)
+			continue
+		}
+		if best == "" || cmp.Or(cmp.Compare(memory(best), memory(h)), cmp.Compare(facts[h].GetMicrovms(), facts[best].GetMicrovms())) < 0 {
+			best = h
+		}
+	}
+	if best == "" {
+		return "", fmt.Errorf("%w: %s", errdefs.ErrResourceExhausted, strings.Join(full, "; "))
 	}
 	return best, nil
+}
+
+// lacks says what a host has too little of; empty: nothing. What a spec leaves out is
+// what flintlock gives it.
+func lacks(f *ingotv1.HostFacts, need *types.MicroVMSpec) string {
+	var all []string
+	check := func(what string, asked, promised, limit int64) {
+		if limit > 0 && promised+asked > limit {
+			all = append(all, fmt.Sprintf("%d %s asked for, and %d of %d are promised", asked, what, promised, limit))
+		}
+	}
+	check("MiB", int64(cmp.Or(need.GetMemoryInMb(), int32(vm.DefaultMemory))), f.GetMemoryCommittedBytes()>>20, f.GetMemoryLimitBytes()>>20)
+	check("CPUs", int64(cmp.Or(need.GetVcpu(), vm.DefaultVCPU)), int64(f.GetVcpusCommitted()), int64(f.GetVcpusLimit()))
+	check("microVM", 1, int64(f.GetMicrovmsCommitted()), int64(f.GetMicrovmsLimit()))
+	return strings.Join(all, ", ")
 }
 
 // pendingPath is a file that is there until the first microVMs were made: those

@@ -305,6 +305,7 @@ func (v *instance) running(m vmm.Machine, phase vm.Phase, sizes map[string]vm.Mi
 		}
 	})
 	v.growing.Unlock()
+	v.host.ledger.hold(v.spec) // also of one that is found, and should not run
 	v.log.Info("microVM runs", "pid", m.PID())
 	ctx, cancel := context.WithTimeout(v.host.ctx, askTime)
 	defer cancel()

@@ -33,7 +33,7 @@ func (h *Host) Restart(ctx context.Context, uid string, timeout time.Duration) (
 		return View{}, err
 	}
 	asked, by := time.Now(), time.Now().Add(timeout)
-	if err := v.want(func(r *record) error {
+	if err := v.wantRun(func(r *record) error {
 		err := r.stop(true)
 		r.StopBy, r.Again = by, true
 		return err

@@ -23,7 +23,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/oklog/ulid/v2"
-	"golang.org/x/sys/unix"
 
 	"ingot/internal/image"
 	"ingot/internal/link"
@@ -50,6 +49,7 @@ type Config struct {
 	Guard   func(device string, mac net.HardwareAddr) error
 	Images  *image.Store
 	Drivers []vmm.Driver
+	Limits  Limits
 	Log     *slog.Logger
 }
 
@@ -60,6 +60,7 @@ type Host struct {
 	began time.Time
 	turns turns
 
+	ledger  *ledger
 	events  *journal
 	logs    *logfile.Keeper // from Run on
 	running sync.WaitGroup
@@ -76,7 +77,7 @@ type Host struct {
 // New makes a host.
 func New(c Config) *Host {
 	return &Host{
-		c: c, ready: make(chan struct{}), began: time.Now(), turns: newTurns(c.Drivers), events: newJournal(c.StateDir, c.Log), vms: map[string]*instance{},
+		c: c, ready: make(chan struct{}), began: time.Now(), turns: newTurns(c.Drivers), ledger: newLedger(c.Limits), events: newJournal(c.StateDir, c.Log), vms: map[string]*instance{},
 		keys: map[string]string{}, users: map[int]bool{}, making: map[string]chan struct{}{},
 	}
 }
@@ -184,12 +185,16 @@ func (h *Host) keep(r record, fresh bool) *instance {
 func (h *Host) register(v *instance) {
 	h.vms[v.spec.UID] = v
 	h.users[v.user] = true
+	if !v.idle() {
+		h.ledger.hold(v.spec)
+	}
 	if v.key != "" {
 		h.keys[v.key] = v.spec.UID
 	}
 }
 
 func (h *Host) forget(v *instance) {
+	h.ledger.give(v.spec.UID)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	delete(h.vms, v.spec.UID)
@@ -389,7 +394,7 @@ func (h *Host) record(s vm.Spec, key string) (v *instance, busy <-chan struct{},
 	s.CreatedAt = time.Now().UTC()
 	s.Interfaces = slices.Clone(s.Interfaces) // what was asked for has none of these addresses
 	addMACs(&s)
-	user, busy, err := h.reserve(s.UID, key)
+	user, busy, err := h.reserve(s, key)
 	if err != nil || busy != nil {
 		return nil, busy, err
 	}
@@ -405,6 +410,7 @@ func (h *Host) record(s vm.Spec, key string) (v *instance, busy <-chan struct{},
 	delete(h.making, making(key))
 	if err != nil {
 		delete(h.users, user)
+		h.ledger.give(s.UID)
 		return nil, nil, err
 	}
 	return h.keep(r, true), nil, nil
@@ -437,10 +443,11 @@ func (h *Host) awake() error {
 	return nil
 }
 
-// reserve takes a uid and a key, and a user for them. The host does not end before
+// reserve takes a uid and a key, a user for them, and what the microVM is promised. The host does not end before
 // Done is called on h.running. Of what somebody else is recording busy is closed once that
 // is over.
-func (h *Host) reserve(uid, key string) (user int, busy <-chan struct{}, err error) {
+func (h *Host) reserve(s vm.Spec, key string) (user int, busy <-chan struct{}, err error) {
+	uid := s.UID
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if err := h.awake(); err != nil {
@@ -461,6 +468,9 @@ func (h *Host) reserve(uid, key string) (user int, busy <-chan struct{}, err err
 			return 0, nil, fmt.Errorf("read %s: %w: %w", b.Path, b.Err, errdefs.ErrFailedPrecondition)
 		}
 	}
+	if err := h.ledger.take(s); err != nil {
+		return 0, nil, err
+	}
 	made := make(chan struct{})
 	h.making[uid] = made
 	if key != "" {
@@ -480,11 +490,8 @@ func (h *Host) suit(s *vm.Spec) error {
 			return &vm.FieldError{Field: "provider", Problem: fmt.Sprintf("microvm provider %s isn't available", s.Driver)}
 		}
 	}
-	var info unix.Sysinfo_t
-	if err := unix.Sysinfo(&info); err == nil {
-		if total := int64(info.Totalram) * int64(info.Unit); s.Memory.Bytes() > total {
-			return fmt.Errorf("memory_in_mb: %d is more than this machine has, %d: %w", s.Memory, total>>20, errdefs.ErrResourceExhausted)
-		}
+	if total := machineMemory(); total > 0 && s.Memory > total {
+		return fmt.Errorf("memory_in_mb: %d is more than this machine has, %d: %w", s.Memory, total, errdefs.ErrResourceExhausted)
 	}
 	for i, v := range s.Volumes {
 		if v.VirtioFS != "" {
@@ -624,7 +631,7 @@ func (h *Host) Start(uid string) (View, error) {
 	if err != nil {
 		return View{}, err
 	}
-	if err := v.want(func(r *record) error { return r.stop(false) }); err != nil {
+	if err := v.wantRun(func(r *record) error { return r.stop(false) }); err != nil {
 		return View{}, err
 	}
 	return v.view(), nil

@@ -79,6 +79,7 @@ type instance struct {
 	agent     *agent.Client // only the goroutine changes it
 	console   *console
 	gone      bool
+	admitting int // who asks for room for it to run again
 }
 
 func newInstance(h *Host, r record) *instance {
@@ -218,6 +219,7 @@ func (v *instance) tell() {
 	v.status.Version++
 	v.status.UpdatedAt = time.Now().UTC()
 	v.dirty = true
+	v.settle()
 	v.show()
 	w := v.viewLocked()
 	if n := notable(w.Status); !reflect.DeepEqual(n, v.noted) {

@@ -33,6 +33,7 @@ func (s *survey) hostStep(h *hostSurvey) step {
 		children: []step{
 			{name: "address", check: func(context.Context) finding { return checkAddress(facts().GetInterfaces(), segment, h.Address) }},
 			{name: "memory", check: func(context.Context) finding { return checkMemory(facts()) }},
+			{name: "limits", check: func(context.Context) finding { return checkLimits(facts()) }},
 			{name: "containerd", check: func(context.Context) finding { return checkContainerd(ctd()) }, children: []step{
 				{name: "images", check: func(context.Context) finding {
 					return pass(fmt.Sprint(ctd().GetImages()), ctd().GetImageNames()...)
@@ -64,6 +65,34 @@ func checkMemory(f *v1.HostFacts) finding {
 		return warn("more is promised than there is: " + detail)
 	}
 	return pass(detail)
+}
+
+// checkLimits warns before a microVM is refused.
+func checkLimits(f *v1.HostFacts) finding {
+	var all, near []string
+	for _, l := range []struct {
+		now, most int64
+		text      string
+	}{
+		{int64(f.GetMicrovmsCommitted()), int64(f.GetMicrovmsLimit()), fmt.Sprintf("%d of %d microVMs", f.GetMicrovmsCommitted(), f.GetMicrovmsLimit())},
+		{int64(f.GetVcpusCommitted()), int64(f.GetVcpusLimit()), fmt.Sprintf("%d of %d vCPUs", f.GetVcpusCommitted(), f.GetVcpusLimit())},
+		{f.GetMemoryCommittedBytes(), f.GetMemoryLimitBytes(), fmt.Sprintf("%s of %s", bytes(f.GetMemoryCommittedBytes()), bytes(f.GetMemoryLimitBytes()))},
+	} {
+		if l.most == 0 {
+			continue
+		}
+		all = append(all, l.text)
+		if l.now*10 >= l.most*9 {
+			near = append(near, l.text)
+		}
+	}
+	switch {
+	case len(all) == 0:
+		return pass("none")
+	case len(near) > 0:
+		return warn("nearly all that microVMs may be promised is: " + strings.Join(near, ", "))
+	}
+	return pass(strings.Join(all, ", ") + " promised")
 }
 
 func checkContainerd(c *v1.ContainerdFacts) finding {

@@ -119,6 +119,10 @@ func TestFindings(t *testing.T) {
 			[]string{"warn: host-0 > pool: nearly full: 900 MiB are left: loop at /var/lib/containerd/pool, 10 % of 10.0 GiB in use"}},
 		{"the pool copies", func(w *world) { w.hosts[0].facts.Pool.Reflink = false },
 			[]string{"fail: host-0 > pool: cannot share blocks: loop at /var/lib/containerd/pool, 10 % of 10.0 GiB in use"}},
+		{"nearly all is promised", func(w *world) {
+			f := w.hosts[0].facts
+			f.MicrovmsLimit, f.MicrovmsCommitted, f.MemoryCommittedBytes = 100, 89, f.MemoryLimitBytes*9/10+1
+		}, []string{"warn: host-0 > limits: nearly all that microVMs may be promised is: 6.3 GiB of 7.0 GiB"}},
 		{"a broken record", func(w *world) {
 			w.hosts[0].facts.BrokenRecords = []*v1.RecordFacts{{Path: "/s/vm/a/b/c/vm.json", Error: "unexpected end"}}
 		}, []string{"fail: host-0 > records: left as they are: /s/vm/a/b/c/vm.json: unexpected end. Mend the file, or remove it to have it made anew from containerd's copy; then restart flintlockd"}},

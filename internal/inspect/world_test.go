@@ -123,7 +123,8 @@ func hubFacts() *v1.HubFacts {
 func hostFacts(i int) *v1.HostFacts {
 	return &v1.HostFacts{
 		Hostname: fmt.Sprint("host-", i), Version: "1.0", Uptime: durationpb.New(2 * time.Minute), Vcpus: 4,
-		MemoryBytes: 8 << 30, MemoryAvailableBytes: 6 << 30, MemoryCommittedBytes: 512 << 20, VcpusCommitted: 2, DaemonRssBytes: 35 << 20,
+		MemoryBytes: 8 << 30, MemoryAvailableBytes: 6 << 30, MemoryCommittedBytes: 512 << 20, VcpusCommitted: 2, MicrovmsCommitted: 2,
+		MemoryLimitBytes: 7 << 30, VcpusLimit: 256, DaemonRssBytes: 35 << 20,
 		Drivers:       []*v1.DriverFacts{{Name: "qemu", Available: true, Version: "7.2.19", Accelerator: "tcg", Reason: "KVM: the probe's guest never ran"}},
 		DefaultDriver: "qemu", ConfigFile: "/etc/opt/flintlockd/config.yaml", StateDir: "/var/lib/flintlock/vm", GrpcEndpoint: "0.0.0.0:9090", Kernel: "6.1.0",
 		BootTime: timestamppb.Now(),

@@ -39,14 +39,13 @@ func (s *hostService) Facts(ctx context.Context, _ *emptypb.Empty) (*ingotv1.Hos
 		if v.Status.Phase == vm.Running {
 			f.MicrovmsRunning++
 		}
-		if v.Status.Phase != vm.Stopped && v.Status.Phase != vm.Failed {
-			f.MemoryCommittedBytes += v.Spec.Memory.Bytes()
-			f.VcpusCommitted += int32(v.Spec.VCPU)
-		}
 		for _, l := range v.Status.Links {
 			owners[l.Device] = v.Spec.UID
 		}
 	}
+	now, most := s.Host.Promised()
+	f.MicrovmsCommitted, f.VcpusCommitted, f.MemoryCommittedBytes = int32(now.MicroVMs), int32(now.VCPUs), now.Memory.Bytes()
+	f.MicrovmsLimit, f.VcpusLimit, f.MemoryLimitBytes = int32(most.MicroVMs), int32(most.VCPUs), most.Memory.Bytes()
 	for name, d := range s.Host.Drivers() {
 		f.Drivers = append(f.Drivers, &ingotv1.DriverFacts{
 			Name: name, Available: d.Available, Version: d.Version, Accelerator: d.Accelerator, Reason: d.Reason,

@@ -2228,7 +2228,7 @@ type HostFacts struct {
 	Vcpus                int32                  `protobuf:"varint,4,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
 	MemoryBytes          int64                  `protobuf:"varint,5,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
 	MemoryAvailableBytes int64                  `protobuf:"varint,6,opt,name=memory_available_bytes,json=memoryAvailableBytes,proto3" json:"memory_available_bytes,omitempty"`
-	MemoryCommittedBytes int64                  `protobuf:"varint,7,opt,name=memory_committed_bytes,json=memoryCommittedBytes,proto3" json:"memory_committed_bytes,omitempty"` // promised to running microVMs
+	MemoryCommittedBytes int64                  `protobuf:"varint,7,opt,name=memory_committed_bytes,json=memoryCommittedBytes,proto3" json:"memory_committed_bytes,omitempty"` // promised to microVMs that run or are to run
 	VcpusCommitted       int32                  `protobuf:"varint,8,opt,name=vcpus_committed,json=vcpusCommitted,proto3" json:"vcpus_committed,omitempty"`
 	DaemonRssBytes       int64                  `protobuf:"varint,9,opt,name=daemon_rss_bytes,json=daemonRssBytes,proto3" json:"daemon_rss_bytes,omitempty"`
 	Drivers              []*DriverFacts         `protobuf:"bytes,10,rep,name=drivers,proto3" json:"drivers,omitempty"`
@@ -2244,8 +2244,13 @@ type HostFacts struct {
 	Kernel               string                 `protobuf:"bytes,20,opt,name=kernel,proto3" json:"kernel,omitempty"`                     // uname -r
 	BootTime             *timestamppb.Timestamp `protobuf:"bytes,21,opt,name=boot_time,json=bootTime,proto3" json:"boot_time,omitempty"` // of the machine
 	BrokenRecords        []*RecordFacts         `protobuf:"bytes,22,rep,name=broken_records,json=brokenRecords,proto3" json:"broken_records,omitempty"`
-	unknownFields        protoimpl.UnknownFields
-	sizeCache            protoimpl.SizeCache
+	MicrovmsCommitted    int32                  `protobuf:"varint,23,opt,name=microvms_committed,json=microvmsCommitted,proto3" json:"microvms_committed,omitempty"` // those that run or are to run
+	// What may be promised at most; 0 is no limit.
+	MemoryLimitBytes int64 `protobuf:"varint,24,opt,name=memory_limit_bytes,json=memoryLimitBytes,proto3" json:"memory_limit_bytes,omitempty"`
+	VcpusLimit       int32 `protobuf:"varint,25,opt,name=vcpus_limit,json=vcpusLimit,proto3" json:"vcpus_limit,omitempty"`
+	MicrovmsLimit    int32 `protobuf:"varint,26,opt,name=microvms_limit,json=microvmsLimit,proto3" json:"microvms_limit,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *HostFacts) Reset() {
@@ -2430,6 +2435,34 @@ func (x *HostFacts) GetBrokenRecords() []*RecordFacts {
 		return x.BrokenRecords
 	}
 	return nil
+}
+
+func (x *HostFacts) GetMicrovmsCommitted() int32 {
+	if x != nil {
+		return x.MicrovmsCommitted
+	}
+	return 0
+}
+
+func (x *HostFacts) GetMemoryLimitBytes() int64 {
+	if x != nil {
+		return x.MemoryLimitBytes
+	}
+	return 0
+}
+
+func (x *HostFacts) GetVcpusLimit() int32 {
+	if x != nil {
+		return x.VcpusLimit
+	}
+	return 0
+}
+
+func (x *HostFacts) GetMicrovmsLimit() int32 {
+	if x != nil {
+		return x.MicrovmsLimit
+	}
+	return 0
 }
 
 // RecordFacts is the record of a microVM that could not be read when the daemon
@@ -3059,7 +3092,7 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\x14RemoveImagesResponse\x12+\n" +
 	"\x06images\x18\x01 \x03(\v2\x13.ingot.v1.HeldImageR\x06images\x12\x1f\n" +
 	"\vfreed_bytes\x18\x02 \x01(\x03R\n" +
-	"freedBytes\"\x9b\a\n" +
+	"freedBytes\"\xc0\b\n" +
 	"\tHostFacts\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x121\n" +
@@ -3088,7 +3121,12 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\rgrpc_endpoint\x18\x13 \x01(\tR\fgrpcEndpoint\x12\x16\n" +
 	"\x06kernel\x18\x14 \x01(\tR\x06kernel\x127\n" +
 	"\tboot_time\x18\x15 \x01(\v2\x1a.google.protobuf.TimestampR\bbootTime\x12<\n" +
-	"\x0ebroken_records\x18\x16 \x03(\v2\x15.ingot.v1.RecordFactsR\rbrokenRecords\"7\n" +
+	"\x0ebroken_records\x18\x16 \x03(\v2\x15.ingot.v1.RecordFactsR\rbrokenRecords\x12-\n" +
+	"\x12microvms_committed\x18\x17 \x01(\x05R\x11microvmsCommitted\x12,\n" +
+	"\x12memory_limit_bytes\x18\x18 \x01(\x03R\x10memoryLimitBytes\x12\x1f\n" +
+	"\vvcpus_limit\x18\x19 \x01(\x05R\n" +
+	"vcpusLimit\x12%\n" +
+	"\x0emicrovms_limit\x18\x1a \x01(\x05R\rmicrovmsLimit\"7\n" +
 	"\vRecordFacts\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\"\x93\x01\n" +
