@@ -331,7 +331,7 @@ func stepWords(st *types.MicroVMStatus) (step, detail string) {
 	}
 	name, detail, _ := strings.Cut(st.GetStep(), " ")
 	step = map[string]string{
-		"pull": "prepare the images", "unpack": "prepare the images", "volume": "make the volume", "network": "make the interfaces", "turn": "wait until others have booted", "boot": "boot",
+		"pull": "prepare the images", "unpack": "prepare the images", "queue": "wait until other images are here", "volume": "make the volume", "network": "make the interfaces", "turn": "wait until others have booted", "boot": "boot",
 	}[name]
 	return cmp.Or(step, st.GetStep(), state(st)), detail
 }

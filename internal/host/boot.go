@@ -394,6 +394,8 @@ const (
 // note writes the spec into containerd, where `ctr content ls` shows it and a lost
 // directory can be rebuilt from. The microVM runs already: nothing waits for it.
 func (v *instance) note(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, askTime)
+	defer cancel()
 	text, err := json.Marshal(record{Format: recordFormat, Spec: v.spec, User: v.user})
 	if err == nil {
 		err = v.host.c.Images.Record(ctx, v.lease(), map[string]string{

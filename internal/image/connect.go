@@ -3,6 +3,7 @@ package image
 import (
 	"context"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
@@ -17,6 +18,13 @@ import (
 // restartTime is how long a containerd that has gone is waited for before a
 // request that needs it fails: longer than its restart takes.
 const restartTime = 5 * time.Second
+
+// How often containerd is asked whether it is there, while something of it is waited
+// for, and how long it may take to say so: it does even when its disks are at work.
+const (
+	watchEvery = 2 * time.Second
+	silence    = 10 * time.Second
+)
 
 func (s *Store) connect(ctx context.Context) error {
 	cl, err := client.New(s.c.Socket, client.WithDefaultNamespace(s.c.Namespace), client.WithDialOpts([]grpc.DialOption{
@@ -48,10 +56,10 @@ func (s *Store) wait(ctx context.Context) error {
 	return err
 }
 
-// reconnect waits for a containerd that was restarted. With a connection that
+// reconnect waits for a containerd that was restarted, or hung. With a connection that
 // is up it costs nothing.
 func (s *Store) reconnect(ctx context.Context) error {
-	if s.conn.GetState() == connectivity.Ready {
+	if s.conn.GetState() == connectivity.Ready && !s.silent.Load() {
 		return nil
 	}
 	s.conn.ResetConnectBackoff()
@@ -59,9 +67,57 @@ func (s *Store) reconnect(ctx context.Context) error {
 	defer cancel()
 	if err := s.wait(short); err != nil {
 		if ctx.Err() == nil {
-			return errdefs.ErrUnavailable.WithMessage(fmt.Sprintf("containerd does not answer at %s: %v", s.c.Socket, err))
+			return s.noAnswer(err)
 		}
 		return err
 	}
+	s.silent.Store(false)
 	return nil
+}
+
+func (s *Store) noAnswer(err error) error {
+	return errdefs.ErrUnavailable.WithMessage(fmt.Sprintf("containerd does not answer at %s: %v", s.c.Socket, err))
+}
+
+// answering does what needs containerd, for as long as that answers. One that hangs
+// keeps its connection: what it is asked for would be waited for without end.
+func (s *Store) answering(ctx context.Context, do func(context.Context) error) error {
+	if err := s.reconnect(ctx); err != nil {
+		return err
+	}
+	ctx, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	var watch sync.WaitGroup
+	defer watch.Wait()
+	watch.Go(func() {
+		if err := s.watch(ctx); err != nil {
+			s.silent.Store(true)
+			end(err)
+		}
+	})
+	err := do(ctx)
+	if cause := context.Cause(ctx); err != nil && errdefs.IsUnavailable(cause) {
+		err = cause
+	}
+	end(nil)
+	return err
+}
+
+// watch asks containerd again and again, until it does not answer, or ctx ends.
+func (s *Store) watch(ctx context.Context) error {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		short, cancel := context.WithTimeout(ctx, silence)
+		err := s.wait(short)
+		cancel()
+		if err != nil && ctx.Err() == nil {
+			return s.noAnswer(err)
+		}
+	}
 }

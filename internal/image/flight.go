@@ -7,7 +7,8 @@ import (
 
 // flight runs one call per key at a time, for everyone who asks meanwhile. The
 // call belongs to no caller: one that gives up leaves the others' alone, and
-// only when the last has gone is it cancelled.
+// only when the last has gone is it cancelled. Who comes then gets a call that begins
+// once that one has cleared up.
 type flight struct {
 	mu    sync.Mutex // guards calls and what is in them
 	calls map[string]*call
@@ -17,8 +18,8 @@ type flight struct {
 type call struct {
 	cancel  context.CancelFunc
 	done    chan struct{}
-	err     error // valid once done is closed
-	waiters map[*waiter]struct{}
+	err     error                // valid once done is closed
+	waiters map[*waiter]struct{} // none: it is cancelled
 }
 
 type waiter struct{ progress func(Progress) }
@@ -30,7 +31,7 @@ func (f *flight) do(ctx context.Context, key string, progress func(Progress), wo
 	case <-c.done:
 		return c.err
 	case <-ctx.Done():
-		f.leave(key, c, w)
+		f.leave(c, w)
 		return ctx.Err()
 	}
 }
@@ -38,9 +39,10 @@ func (f *flight) do(ctx context.Context, key string, progress func(Progress), wo
 func (f *flight) join(ctx context.Context, key string, w *waiter, work func(context.Context, func(Progress)) error) *call {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if c, ok := f.calls[key]; ok {
-		c.waiters[w] = struct{}{}
-		return c
+	before := f.calls[key]
+	if before != nil && len(before.waiters) > 0 {
+		before.waiters[w] = struct{}{}
+		return before
 	}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	c := &call{cancel: cancel, done: make(chan struct{}), waiters: map[*waiter]struct{}{w: {}}}
@@ -50,6 +52,9 @@ func (f *flight) join(ctx context.Context, key string, w *waiter, work func(cont
 	f.calls[key] = c
 	f.wg.Go(func() {
 		defer cancel()
+		if before != nil {
+			<-before.done
+		}
 		c.err = work(ctx, func(p Progress) { f.tell(c, p) })
 		f.mu.Lock()
 		if f.calls[key] == c {
@@ -61,17 +66,13 @@ func (f *flight) join(ctx context.Context, key string, w *waiter, work func(cont
 	return c
 }
 
-// leave forgets a waiter. A call that nobody waits for any more is cancelled,
-// and no longer found by who comes next.
-func (f *flight) leave(key string, c *call, w *waiter) {
+// leave forgets a waiter. A call that nobody waits for any more is cancelled.
+func (f *flight) leave(c *call, w *waiter) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	delete(c.waiters, w)
 	if len(c.waiters) == 0 {
 		c.cancel()
-		if f.calls[key] == c {
-			delete(f.calls, key)
-		}
 	}
 }
 

@@ -54,21 +54,21 @@ func (s *Store) markUsed(ctx context.Context, i images.Image) error {
 // the microVMs that may use them. One goes by the name in its spec: that is what
 // its next start asks for, whatever other names the same layers have.
 func (s *Store) Images(ctx context.Context, vms []vm.Spec) ([]Held, error) {
-	if err := s.reconnect(ctx); err != nil {
-		return nil, fmt.Errorf("list images: %w", err)
-	}
-	records, err := s.client.ImageService().List(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("list images: %w", err)
-	}
 	users := s.users(vms)
 	var list []Held
-	for _, r := range records {
-		h := Held{Name: r.Name, Digest: r.Target.Digest.String(), Used: usedAt(r), VMs: users[r.Name]}
-		if h.Size, err = s.size(ctx, r); err != nil {
-			return nil, fmt.Errorf("list images: %w", err)
+	err := s.answering(ctx, func(ctx context.Context) error {
+		records, err := s.client.ImageService().List(ctx)
+		for _, r := range records {
+			h := Held{Name: r.Name, Digest: r.Target.Digest.String(), Used: usedAt(r), VMs: users[r.Name]}
+			if h.Size, err = s.size(ctx, r); err != nil {
+				return err
+			}
+			list = append(list, h)
 		}
-		list = append(list, h)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list images: %w", err)
 	}
 	slices.SortFunc(list, func(a, b Held) int { return strings.Compare(a.Name, b.Name) })
 	return list, nil

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
@@ -56,6 +57,10 @@ type Store struct {
 	conn   *grpc.ClientConn // the client's
 	pulls  flight
 	looks  flight
+	silent atomic.Bool // containerd did not answer when it was asked last
+
+	pullPlaces, unpackPlaces *places
+	patience                 patience // with registries
 
 	mu      sync.Mutex // guards what follows
 	known   map[digest.Digest]image
@@ -97,7 +102,10 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	s := &Store{c: c, known: map[digest.Digest]image{}, dirs: map[string]string{}, pulling: map[string]bool{}}
+	s := &Store{
+		c: c, known: map[digest.Digest]image{}, dirs: map[string]string{}, pulling: map[string]bool{},
+		pullPlaces: newPlaces(mostPulls, mostPullsEach), unpackPlaces: newUnpacks(), patience: usualPatience,
+	}
 	if err := s.connect(ctx); err != nil {
 		return nil, fmt.Errorf("open containerd %s: %w", c.Socket, err)
 	}
@@ -138,10 +146,9 @@ func (s *Store) Resolve(ref string) (string, error) {
 // Release gives up a lease and returns when all that only it held is gone. One
 // that does not exist is no error.
 func (s *Store) Release(ctx context.Context, lease string) error {
-	if err := s.reconnect(ctx); err != nil {
-		return fmt.Errorf("release %s: %w", lease, err)
-	}
-	err := s.client.LeasesService().Delete(ctx, leases.Lease{ID: lease}, leases.SynchronousDelete)
+	err := s.answering(ctx, func(ctx context.Context) error {
+		return s.client.LeasesService().Delete(ctx, leases.Lease{ID: lease}, leases.SynchronousDelete)
+	})
 	if err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("release %s: %w", lease, err)
 	}
@@ -150,7 +157,11 @@ func (s *Store) Release(ctx context.Context, lease string) error {
 
 // Leases lists the ids of all leases that microVMs hold.
 func (s *Store) Leases(ctx context.Context) ([]string, error) {
-	list, err := s.client.LeasesService().List(ctx)
+	var list []leases.Lease
+	err := s.answering(ctx, func(ctx context.Context) (err error) {
+		list, err = s.client.LeasesService().List(ctx)
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("list leases: %w", err)
 	}
@@ -167,10 +178,11 @@ func (s *Store) Leases(ctx context.Context) ([]string, error) {
 // Record keeps data as a labelled blob of containerd's content store for as
 // long as the lease lives.
 func (s *Store) Record(ctx context.Context, lease string, labels map[string]string, data []byte) error {
-	ctx = leases.WithLease(ctx, lease)
 	ref := "dev.liquidmetal.flintlockd/microvm/" + strings.TrimPrefix(lease, "flintlock/")
 	blob := ocispec.Descriptor{MediaType: "application/json", Digest: digest.FromBytes(data), Size: int64(len(data))}
-	err := content.WriteBlob(ctx, s.client.ContentStore(), ref, strings.NewReader(string(data)), blob, content.WithLabels(labels))
+	err := s.answering(ctx, func(ctx context.Context) error {
+		return content.WriteBlob(leases.WithLease(ctx, lease), s.client.ContentStore(), ref, strings.NewReader(string(data)), blob, content.WithLabels(labels))
+	})
 	if err != nil {
 		return fmt.Errorf("record %s: %w", lease, err)
 	}

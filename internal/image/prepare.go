@@ -21,10 +21,14 @@ import (
 // keep what was written to them. Images that are here are used as they are,
 // without asking a registry.
 func (s *Store) Prepare(ctx context.Context, lease string, r Request, progress func(Progress)) (Prepared, error) {
-	p, err := s.prepare(ctx, lease, r, progress)
-	if errdefs.IsNotFound(err) { // an image was removed between being found and being claimed
+	var p Prepared
+	err := s.answering(ctx, func(ctx context.Context) (err error) {
 		p, err = s.prepare(ctx, lease, r, progress)
-	}
+		if errdefs.IsNotFound(err) { // an image was removed between being found and being claimed
+			p, err = s.prepare(ctx, lease, r, progress)
+		}
+		return err
+	})
 	if err != nil {
 		return Prepared{}, fmt.Errorf("prepare %s: %w", lease, err)
 	}
@@ -34,9 +38,6 @@ func (s *Store) Prepare(ctx context.Context, lease string, r Request, progress f
 func (s *Store) prepare(ctx context.Context, lease string, r Request, progress func(Progress)) (Prepared, error) {
 	volumes, err := r.volumes()
 	if err != nil {
-		return Prepared{}, err
-	}
-	if err := s.reconnect(ctx); err != nil {
 		return Prepared{}, err
 	}
 	found, err := s.ensureAll(ctx, r, volumes, progress)

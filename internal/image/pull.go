@@ -80,11 +80,13 @@ func (s *Store) Pull(ctx context.Context, ref string, policy Policy, progress fu
 	default:
 		return fmt.Errorf("pull policy %q is none of always, missing, never: %w", policy, errdefs.ErrInvalidArgument)
 	}
-	if err := s.fetchOnce(ctx, name, blockfile, progress); err != nil {
-		return fmt.Errorf("pull image %s: %w", name, meaning(err))
-	}
-	_, err = s.read(ctx, name) // registries have charts and the like, too
-	return err
+	return s.answering(ctx, func(ctx context.Context) error {
+		if err := s.fetchOnce(ctx, name, blockfile, progress); err != nil {
+			return fmt.Errorf("pull image %s: %w", name, meaning(err))
+		}
+		_, err := s.read(ctx, name) // registries have charts and the like, too
+		return err
+	})
 }
 
 // ensure returns an image that is here, unpacked for a snapshotter. It asks no
@@ -120,13 +122,24 @@ func (s *Store) get(ctx context.Context, name, snapshotter string, progress func
 // first would give up the lease that holds what the others fetch.
 func (s *Store) fetchOnce(ctx context.Context, name, snapshotter string, progress func(Progress)) error {
 	return s.pulls.do(ctx, name+" "+snapshotter, progress, func(ctx context.Context, tell func(Progress)) error {
+		registry, _, _ := strings.Cut(name, "/")
+		give, err := s.pullPlaces.take(ctx, registry, func() { tell(Progress{Image: name, Status: "queue"}) })
+		if err != nil {
+			return err
+		}
+		defer give()
 		return s.fetch(ctx, name, snapshotter, tell)
 	})
 }
 
 // unpackOnce unpacks an image for everyone who asks for it meanwhile.
 func (s *Store) unpackOnce(ctx context.Context, name, snapshotter string) error {
-	return s.pulls.do(ctx, "unpack "+name+" "+snapshotter, nil, func(ctx context.Context, _ func(Progress)) error {
+	return s.pulls.do(ctx, "unpack "+name+" "+snapshotter, nil, func(ctx context.Context, tell func(Progress)) error {
+		give, err := s.unpackPlaces.take(ctx, "", func() { tell(Progress{Image: name, Status: "queue"}) })
+		if err != nil {
+			return err
+		}
+		defer give()
 		return s.unpack(ctx, name, snapshotter)
 	})
 }
@@ -142,7 +155,7 @@ func (s *Store) unpack(ctx context.Context, name, snapshotter string) (err error
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, giveUp()) }()
+	defer func() { err = errors.Join(err, giveUp(err)) }()
 	return s.withRoom(snapshotter, func(room snapshots.Opt) error {
 		return client.NewImage(s.client, record).Unpack(ctx, snapshotter, func(_ context.Context, c *client.UnpackConfig) error {
 			c.SnapshotOpts = append(c.SnapshotOpts, room)
@@ -245,7 +258,7 @@ func (s *Store) fetch(ctx context.Context, name, snapshotter string, tell func(P
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, giveUp()) }()
+	defer func() { err = errors.Join(err, giveUp(err)) }()
 	t, err := s.transport()
 	if err != nil {
 		return err
@@ -276,31 +289,35 @@ func (s *Store) fetch(ctx context.Context, name, snapshotter string, tell func(P
 
 // leaseForPull holds what is fetched until the image's own record does, or the
 // pull has failed or was cancelled.
-func (s *Store) leaseForPull(ctx context.Context, what string) (leased context.Context, giveUp func() error, err error) {
+func (s *Store) leaseForPull(ctx context.Context, what string) (leased context.Context, giveUp func(error) error, err error) {
 	// Each try has its own: one that was cancelled may end while the next is at work.
 	id := pullLease + strings.ReplaceAll(what, " ", "/") + "/" + rand.Text()
 	s.mu.Lock()
 	s.pulling[id] = true
 	s.mu.Unlock()
-	giveUp = func() error {
+	giveUp = func(failed error) error {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), giveUpTime)
 		defer cancel()
 		s.mu.Lock()
 		delete(s.pulling, id)
 		s.mu.Unlock()
-		return s.deletePull(ctx, id)
+		if failed == nil {
+			return s.deletePull(ctx, id)
+		}
+		// Now, since the next try would go on with what came, whatever that was.
+		return s.deletePull(ctx, id, leases.SynchronousDelete)
 	}
 	if err := s.sweepPulls(ctx); err != nil {
-		return nil, nil, errors.Join(err, giveUp())
+		return nil, nil, errors.Join(err, giveUp(err))
 	}
 	if _, err = s.client.LeasesService().Create(ctx, leases.WithID(id), leases.WithExpiration(pullExpires)); err != nil {
-		return nil, nil, errors.Join(err, giveUp())
+		return nil, nil, errors.Join(err, giveUp(err))
 	}
 	return leases.WithLease(ctx, id), giveUp, nil
 }
 
-func (s *Store) deletePull(ctx context.Context, id string) error {
-	err := s.client.LeasesService().Delete(ctx, leases.Lease{ID: id})
+func (s *Store) deletePull(ctx context.Context, id string, opts ...leases.DeleteOpt) error {
+	err := s.client.LeasesService().Delete(ctx, leases.Lease{ID: id}, opts...)
 	if err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("give up what was pulled: %w", err)
 	}

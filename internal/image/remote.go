@@ -22,12 +22,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// How long a registry may be silent before it counts as unreachable.
-const (
-	connectTimeout = 10 * time.Second
-	answerTimeout  = 30 * time.Second
-	stallTimeout   = 60 * time.Second
-)
+// patience is how long a registry may be silent, or slow, before it counts as
+// unreachable.
+type patience struct {
+	connect time.Duration // to accept a connection
+	answer  time.Duration // to begin an answer
+	stall   time.Duration // to go on with one
+	slow    time.Duration // and in which it brings slowest at least
+}
+
+var usualPatience = patience{connect: 10 * time.Second, answer: 30 * time.Second, stall: 60 * time.Second, slow: 60 * time.Second}
+
+// slowest is what a line brings that is of any use: 1 KiB in a second.
+const slowest = 60 << 10
 
 // transport is made anew for each pull: a certificate that was renewed is seen,
 // and a registry that hangs holds nothing that another needs.
@@ -45,7 +52,7 @@ func (s *Store) transport() (*http.Transport, error) {
 			return nil, fmt.Errorf("read the registry's CA: no certificate in %s: %w", s.c.CAFile, errdefs.ErrFailedPrecondition)
 		}
 	}
-	dialer := &net.Dialer{Timeout: connectTimeout}
+	dialer := &net.Dialer{Timeout: s.patience.connect}
 	return &http.Transport{
 		Proxy: http.ProxyFromEnvironment,
 		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
@@ -53,11 +60,11 @@ func (s *Store) transport() (*http.Transport, error) {
 			if err != nil {
 				return nil, err
 			}
-			return stallConn{conn}, nil
+			return stallConn{conn, s.patience.stall}, nil
 		},
 		TLSClientConfig:       &tls.Config{RootCAs: roots},
-		TLSHandshakeTimeout:   connectTimeout,
-		ResponseHeaderTimeout: answerTimeout,
+		TLSHandshakeTimeout:   s.patience.connect,
+		ResponseHeaderTimeout: s.patience.answer,
 		MaxIdleConnsPerHost:   8,
 		ForceAttemptHTTP2:     true,
 	}, nil
@@ -65,13 +72,53 @@ func (s *Store) transport() (*http.Transport, error) {
 
 // stallConn fails a read that brings nothing for too long. A limit for a whole
 // request would fail large layers on slow lines.
-type stallConn struct{ net.Conn }
+type stallConn struct {
+	net.Conn
+	stall time.Duration
+}
 
 func (c stallConn) Read(p []byte) (int, error) {
-	if err := c.SetReadDeadline(time.Now().Add(stallTimeout)); err != nil {
+	if err := c.SetReadDeadline(time.Now().Add(c.stall)); err != nil {
 		return 0, err
 	}
 	return c.Conn.Read(p)
+}
+
+// paced fails answers that come, but so slowly that they would never end.
+type paced struct {
+	http.RoundTripper
+	slow time.Duration
+}
+
+func (p paced) RoundTrip(r *http.Request) (*http.Response, error) {
+	answer, err := p.RoundTripper.RoundTrip(r)
+	if err == nil {
+		answer.Body = &pacedBody{ReadCloser: answer.Body, slow: p.slow}
+	}
+	return answer, err
+}
+
+// pacedBody counts the time that is waited for the registry, not for containerd.
+type pacedBody struct {
+	io.ReadCloser
+	slow   time.Duration
+	waited time.Duration
+	bytes  int
+}
+
+func (b *pacedBody) Read(p []byte) (int, error) {
+	began := time.Now()
+	n, err := b.ReadCloser.Read(p)
+	b.waited += time.Since(began)
+	b.bytes += n
+	if b.waited < b.slow {
+		return n, err
+	}
+	if err == nil && b.bytes < slowest {
+		err = fmt.Errorf("the registry is too slow: %d bytes in %s: %w", b.bytes, b.waited.Round(time.Second), errdefs.ErrUnavailable)
+	}
+	b.waited, b.bytes = 0, 0
+	return n, err
 }
 
 // resolver speaks to registries by TLS; only another registry on this very
@@ -87,7 +134,7 @@ func (s *Store) resolver(t *http.Transport, count func(int64)) (remotes.Resolver
 		}
 		return docker.MatchLocalhost(host)
 	}
-	c := &http.Client{Transport: t}
+	c := &http.Client{Transport: paced{t, s.patience.slow}}
 	hosts := docker.ConfigureDefaultRegistries(docker.WithClient(c), docker.WithPlainHTTP(plain),
 		// Public registries give everyone a token, but want to be asked for it.
 		docker.WithAuthorizer(docker.NewDockerAuthorizer(docker.WithAuthClient(c), docker.WithAuthCreds(known.of))))
@@ -139,7 +186,11 @@ func meaning(err error) error {
 	var netErr *net.OpError
 	var urlErr *url.Error
 	switch {
-	case err == nil || errors.Is(err, context.Canceled) || hasMeaning(err):
+	case err == nil:
+		return nil
+	case strings.Contains(err.Error(), "unexpected media type"): // a page to log in, which is none of an image
+		return fmt.Errorf("%v: %w", err, errdefs.ErrUnavailable)
+	case errors.Is(err, context.Canceled) || hasMeaning(err):
 		return err
 	case errors.As(err, &status) && (status.StatusCode == http.StatusUnauthorized || status.StatusCode == http.StatusForbidden):
 		return fmt.Errorf("%w: %w", err, errdefs.ErrPermissionDenied)

@@ -88,6 +88,12 @@ func prepare(ctx context.Context, c Config) error {
 	if err := server.CreateTopLevelDirectories(config(c)); err != nil {
 		return err
 	}
+	// Its collector looks at no ingests while there are no blobs, not even an empty
+	// directory of them: what an ill registry has sent a new machine would stay, and be
+	// the beginning of what the next pull gets.
+	if err := os.MkdirAll(filepath.Join(c.Root, "io.containerd.content.v1.content", "blobs"), 0o755); err != nil {
+		return err
+	}
 	if err := mount.SetTempMountLocation(filepath.Join(c.Root, "tmpmounts")); err != nil {
 		return err
 	}
