@@ -36,12 +36,13 @@ type Gateway struct {
 	listen  string
 	service *microVM
 	door    wire.Door
+	bound   bound
 	ready   chan struct{}
 }
 
 // NewGateway makes the gateway of a server with the same configuration.
 func NewGateway(c Config, listen string) *Gateway {
-	return &Gateway{c: c, listen: listen, service: &microVM{Config: c}, door: wire.Door{Token: c.Token, Log: c.Log}, ready: make(chan struct{})}
+	return &Gateway{c: c, listen: listen, service: &microVM{Config: c}, door: wire.Door{Token: c.Token, Log: c.Log}, bound: newBound(), ready: make(chan struct{})}
 }
 
 // Ready is closed once the gateway listens.
@@ -200,11 +201,16 @@ func (g *Gateway) call(w http.ResponseWriter, r *http.Request, method string, fi
 func (g *Gateway) ask(r *http.Request, method string, fill func(proto.Message) error) (proto.Message, error) {
 	d := v1alpha1.MicroVM_ServiceDesc
 	i := slices.IndexFunc(d.Methods, func(m grpc.MethodDesc) bool { return m.MethodName == method })
-	answer, err := d.Methods[i].Handler(g.service, g.context(r), func(m any) error { return fill(m.(proto.Message)) }, g.door.Unary)
+	answer, err := d.Methods[i].Handler(g.service, g.context(r), func(m any) error { return fill(m.(proto.Message)) }, g.enter)
 	if err != nil {
 		return nil, err
 	}
 	return answer.(proto.Message), nil
+}
+
+// enter is what each call passes, as by gRPC.
+func (g *Gateway) enter(ctx context.Context, r any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+	return g.door.Unary(ctx, r, info, func(ctx context.Context, r any) (any, error) { return g.bound.unary(ctx, r, info, next) })
 }
 
 // context is what a call by gRPC would have: who asks, and what it is let in by.
@@ -336,7 +342,7 @@ func (g *Gateway) stream(w http.ResponseWriter, r *http.Request) error {
 	info := &grpc.StreamServerInfo{FullMethod: unbound(d.StreamName), IsServerStream: true}
 	lines := &lineStream{ctx: g.context(r), w: w, r: r}
 	w.Header().Set("Content-Type", "application/json")
-	err := g.door.Stream(g.service, lines, info, d.Handler)
+	err := g.door.Stream(g.service, lines, info, func(srv any, s grpc.ServerStream) error { return g.bound.stream(srv, s, info, d.Handler) })
 	if err != nil && lines.began { // it is too late for a status
 		s, _ := status.FromError(err)
 		return lines.line("error", readable(s))

@@ -58,6 +58,7 @@ type Server struct {
 	ready chan struct{}
 	own   *hostService
 	calls calls
+	bound bound
 
 	register func(*grpc.Server) // what flintlock's clients call
 
@@ -74,7 +75,7 @@ type door struct {
 
 // New makes a server.
 func New(c Config) *Server {
-	s := &Server{c: c, ready: make(chan struct{}), own: &hostService{Config: c}}
+	s := &Server{c: c, ready: make(chan struct{}), own: &hostService{Config: c}, bound: newBound()}
 	s.register = s.flintlock
 	return s
 }
@@ -137,6 +138,7 @@ func (s *Server) open(ctx context.Context) error {
 // add begins to listen on one address. No security is plaintext.
 func (s *Server) add(ctx context.Context, address string, security *tls.Config, register func(*grpc.Server)) error {
 	options := append(wire.ServerOptions(s.c.Token, s.c.Log), grpc.WaitForHandlers(true), grpc.ChainUnaryInterceptor(s.calls.count))
+	options = append(options, s.bound.options()...)
 	switch {
 	case security != nil:
 		options = append(options, grpc.Creds(wire.TLS(security, s.c.Log)))

@@ -23,12 +23,13 @@ type Quota struct {
 // NewQuota makes a quota of which nothing is used.
 func NewQuota(all, each int) *Quota { return &Quota{all: all, each: each, by: map[netip.Addr]int{}} }
 
-// Take says whether the client may have one more. If so, it must be given back.
+// Limits are what may be in use at most, in all and by one client.
+func (q *Quota) Limits() (all, each int) { return q.all, q.each }
+
+// Take says whether the client may have one more. If so, it must be given back. Those
+// without an IP address, who come by a Unix socket, are one client.
 func (q *Quota) Take(client net.Addr) (give func(), ok bool) {
-	at, err := netip.ParseAddrPort(client.String())
-	if err != nil {
-		return nil, false
-	}
+	at, _ := netip.ParseAddrPort(client.String())
 	ip := at.Addr().Unmap()
 	q.mu.Lock()
 	defer q.mu.Unlock()

@@ -31,6 +31,12 @@ func TestQuota(t *testing.T) {
 	take("10.0.0.4", false)
 	first()
 	take("10.0.0.1", true)
+	q = run.NewQuota(9, 1)
+	for _, ok := range []bool{true, false} {
+		if _, got := q.Take(&net.UnixAddr{Net: "unix", Name: "@"}); got != ok {
+			t.Errorf("by a Unix socket: %v, want %v", got, ok)
+		}
+	}
 }
 
 // One client can't keep another out.
