@@ -35,7 +35,7 @@ func (h *Host) Restart(ctx context.Context, uid string, timeout time.Duration) (
 	asked, by := time.Now(), time.Now().Add(timeout)
 	if err := v.wantRun(func(r *record) error {
 		err := r.stop(true)
-		r.StopBy, r.Again = by, true
+		r.StopBy, r.Patience, r.Again = by, timeout, true
 		return err
 	}); err != nil {
 		return View{}, err

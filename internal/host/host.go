@@ -411,7 +411,7 @@ func (h *Host) record(s vm.Spec, key string) (v *instance, busy <-chan struct{},
 	if err != nil {
 		delete(h.users, user)
 		h.ledger.give(s.UID)
-		return nil, nil, err
+		return nil, nil, scarce(err)
 	}
 	return h.keep(r, true), nil, nil
 }
@@ -647,7 +647,7 @@ func (h *Host) Stop(ctx context.Context, uid string, timeout time.Duration) (Vie
 	by := time.Now().Add(timeout)
 	if err := v.want(func(r *record) error {
 		err := r.stop(true)
-		r.StopBy = by
+		r.StopBy, r.Patience = by, timeout
 		return err
 	}); err != nil {
 		return View{}, err

@@ -4,11 +4,9 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
-	"path/filepath"
 	"reflect"
 	"sync"
 	"sync/atomic"
@@ -61,6 +59,7 @@ type instance struct {
 	pressed  bool      // the guest's power button was
 	stopBy   time.Time // when it is ended by force
 	hearAt   time.Time // when the guest's agent may be tried again
+	saveAt   time.Time // when a status that could not be written down is tried again
 
 	saving    sync.Mutex // one change of the record at a time, disk and all; comes before mu
 	attaching sync.Mutex // one opening of the console at a time; comes before mu
@@ -87,6 +86,9 @@ func newInstance(h *Host, r record) *instance {
 	if r.Stopped || r.Deleting {
 		status.Retry, status.RetryAt = 0, time.Time{} // that was before it was asked for
 	}
+	// The clock may be another one than what these were noted by.
+	status.RetryAt = atMost(status.RetryAt, lastDelay)
+	r.StopBy = atMost(r.StopBy, cmp.Or(r.Patience, defaultPatience))
 	v := &instance{
 		host: h, spec: r.Spec, dir: r.Dir, user: r.User, key: r.Key, record: r, told: r.Stopped, status: status, wake: make(chan struct{}, 1), seen: make(chan struct{}), watchers: map[chan View]bool{},
 		log: h.c.Log.With("vm", r.Spec.Namespace+"/"+r.Spec.Name, "uid", r.Spec.UID),
@@ -180,7 +182,7 @@ func (v *instance) change(change func(*record) error) error {
 		return nil
 	}
 	if err := next.save(); err != nil {
-		return fmt.Errorf("record what is wanted of %s: %w", v.spec.Name, err)
+		return fmt.Errorf("record what is wanted of %s: %w", v.spec.Name, scarce(err))
 	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -237,25 +239,6 @@ func (v *instance) show() {
 		default:
 		}
 		ch <- w
-	}
-}
-
-// save writes the status down: for people, and for the next daemon, which can do
-// without it.
-func (v *instance) save() {
-	v.mu.Lock()
-	status, dirty := v.status, v.dirty
-	v.dirty = false
-	v.mu.Unlock()
-	if !dirty {
-		return
-	}
-	b, err := json.MarshalIndent(status, "", "  ")
-	if err == nil {
-		err = replace(filepath.Join(v.dir, statusName), b, false)
-	}
-	if err != nil {
-		v.log.Warn("write status", "err", err)
 	}
 }
 
@@ -348,6 +331,9 @@ func (v *instance) next() time.Time {
 	}
 	if retryAt.After(time.Now()) {
 		sooner(retryAt)
+	}
+	if !v.saveAt.IsZero() {
+		sooner(v.saveAt)
 	}
 	if v.machine == nil {
 		return at
@@ -759,13 +745,6 @@ func (v *instance) halt(ctx context.Context, want record) {
 	}
 	v.pressed = true
 	try("press the power button", v.machine.Press)
-}
-
-func earlier(a, b time.Time) time.Time {
-	if a.Before(b) {
-		return a
-	}
-	return b
 }
 
 // measure notes what the hypervisor uses.

@@ -34,6 +34,8 @@ type record struct {
 	// StopBy is when the guest's time to shut down is over, also for the daemon
 	// that comes after the one that was told.
 	StopBy time.Time `json:"stop_by,omitzero"`
+	// Patience is what that was of time: a clock that was set back must not make it more.
+	Patience time.Duration `json:"patience,omitzero"`
 	// StartedAt is when it was last said that it should run again: an end before
 	// that is of an earlier life, and decides nothing.
 	StartedAt time.Time `json:"started_at,omitzero"`
@@ -50,7 +52,7 @@ func (r *record) stop(stop bool) error {
 	if r.Stopped && !stop {
 		r.StartedAt = time.Now()
 	}
-	r.Stopped, r.Again, r.Paused, r.StopBy = stop, false, false, time.Time{}
+	r.Stopped, r.Again, r.Paused, r.StopBy, r.Patience = stop, false, false, time.Time{}, 0
 	return nil
 }
 
@@ -255,7 +257,7 @@ func (r record) remove() error {
 
 // removeEmpty removes the directory of a name, and of its namespace, if it is empty.
 func removeEmpty(name string) {
-	if os.Remove(name) == nil {
+	if err := os.Remove(name); err == nil || errors.Is(err, os.ErrNotExist) {
 		os.Remove(filepath.Dir(name))
 	}
 }
@@ -334,6 +336,46 @@ func syncFile(path string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
+// scarce says of an error that the machine has no more of something, if that is so.
+func scarce(err error) error {
+	for _, e := range []unix.Errno{unix.ENOSPC, unix.EDQUOT, unix.EMFILE, unix.ENFILE} {
+		if errors.Is(err, e) {
+			return fmt.Errorf("%w: %w", err, errdefs.ErrResourceExhausted)
+		}
+	}
+	return err
+}
+
+// saveDelay is how long a status that could not be written down waits.
+const saveDelay = 5 * time.Second
+
+// save writes the status down: for people, and for the next daemon, which can do
+// without it.
+func (v *instance) save() {
+	v.mu.Lock()
+	status, dirty := v.status, v.dirty
+	v.dirty = false
+	v.mu.Unlock()
+	if !dirty {
+		return
+	}
+	b, err := json.MarshalIndent(status, "", "  ")
+	if err == nil {
+		err = replace(filepath.Join(v.dir, statusName), b, false)
+	}
+	if err == nil {
+		v.saveAt = time.Time{}
+		return
+	}
+	if v.saveAt.IsZero() { // said once
+		v.log.Warn("write status", "err", err)
+	}
+	v.saveAt = time.Now().Add(saveDelay)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.dirty = true
+}
+
 // readStatus reads what was, as far as it is still there.
 func readStatus(dir string) vm.Status {
 	var s vm.Status
@@ -342,4 +384,19 @@ func readStatus(dir string) vm.Status {
 		return vm.Status{Phase: vm.Pending, Version: 1}
 	}
 	return s
+}
+
+// atMost is a time that is not further away than that.
+func atMost(t time.Time, away time.Duration) time.Time {
+	if t.IsZero() {
+		return t
+	}
+	return earlier(t, time.Now().Add(away))
+}
+
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
 }
