@@ -29,12 +29,14 @@ import (
 // boot starts the microVM: images, network, metadata, hypervisor. Each step finds
 // what an earlier try has made.
 func (v *instance) boot(ctx context.Context) error {
+	v.course.boot()
 	spec := v.view().Spec
 	driver, err := v.host.driver(spec)
 	if err != nil {
 		return err
 	}
 	step := func(name string) {
+		v.course.next(name)
 		v.set(func(s *vm.Status) { s.Phase, s.Step, s.RetryAt = vm.Pending, name, time.Time{} })
 	}
 	step("pull")
@@ -65,12 +67,10 @@ func (v *instance) boot(ctx context.Context) error {
 	if err := v.host.turns.take(ctx, func() { step("turn") }); err != nil {
 		return err
 	}
-	began := false
-	defer func() {
-		if !began {
-			v.host.turns.giveBack()
-		}
-	}()
+	v.course.next("boot")
+	var turn run.Cleanup
+	defer turn.Clean()
+	turn.Add(v.host.turns.giveBack)
 	config := vmm.Config{
 		UID: spec.UID, Dir: v.dir, User: v.user, VCPU: spec.VCPU, Memory: spec.Memory,
 		Kernel: prepared.Kernel, Initrd: prepared.Initrd, Cmdline: cmdline, Agent: true,
@@ -98,7 +98,8 @@ func (v *instance) boot(ctx context.Context) error {
 		return fmt.Errorf("start %s: %w", driver.Name(), err)
 	}
 	v.running(m, vm.Running, sizes)
-	began = true
+	v.course.runs()
+	turn.Release()
 	v.host.running.Go(func() {
 		defer v.host.turns.giveBack()
 		v.booted(m)
@@ -347,17 +348,21 @@ func (v *instance) lost() {
 func (v *instance) heard(e agent.Event) {
 	switch e.Kind {
 	case agent.Ready:
-		fresh := false
+		fresh, booted := false, time.Duration(0)
 		v.set(func(s *vm.Status) {
 			fresh = !s.AgentReady
 			if !s.AgentReady && s.BootTime == 0 {
 				s.BootTime = time.Since(s.StartedAt)
+				booted = s.BootTime
 			}
 			s.AgentReady = true
 			if len(e.Addresses) > 0 {
 				s.Addresses = e.Addresses
 			}
 		})
+		if booted > 0 {
+			v.course.booted(booted)
+		}
 		if fresh {
 			v.measure()
 		}

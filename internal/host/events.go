@@ -66,11 +66,12 @@ type journal struct {
 	dir string
 	log *slog.Logger
 
-	mu      sync.Mutex // guards what follows; nothing is written under it
-	id      string     // another one for each daemon, and after each failure to write
-	before  []span     // those before it
-	seq     uint64     // the newest event's
-	written uint64     // the newest one's that is in the file
+	mu      sync.Mutex        // guards what follows; nothing is written under it
+	id      string            // another one for each daemon, and after each failure to write
+	before  []span            // those before it
+	seq     uint64            // the newest event's
+	written uint64            // the newest one's that is in the file
+	counts  map[EventKind]int // of those that are written, by this daemon
 	pending []entry
 	recent  []entry       // the last that were written
 	more    chan struct{} // closed when there are more of them
@@ -103,7 +104,7 @@ type journalHead struct {
 }
 
 func newJournal(dir string, log *slog.Logger) *journal {
-	return &journal{dir: dir, log: log, id: journalID(), more: make(chan struct{}), wake: make(chan struct{}, 1)}
+	return &journal{dir: dir, log: log, id: journalID(), counts: map[EventKind]int{}, more: make(chan struct{}), wake: make(chan struct{}, 1)}
 }
 
 func journalID() string { return strings.ToLower(rand.Text()[:12]) }
@@ -209,11 +210,12 @@ func (j *journal) run(ctx context.Context) {
 		j.mu.Unlock()
 		switch {
 		case len(batch) > 0:
-			if err := j.write(batch); err != nil {
+			err := j.write(batch)
+			if err != nil {
 				j.log.Error("events are not in the journal: who does not watch now has to begin anew", "err", err)
 				j.part()
 			}
-			j.tell(batch)
+			j.tell(batch, err == nil)
 		case ended:
 			return
 		default:
@@ -289,9 +291,14 @@ func (j *journal) part() {
 }
 
 // tell shows what is written.
-func (j *journal) tell(batch []entry) {
+func (j *journal) tell(batch []entry, written bool) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	for _, e := range batch {
+		if written {
+			j.counts[e.Kind]++
+		}
+	}
 	j.written = batch[len(batch)-1].Seq
 	j.recent = append(j.recent, batch...)
 	if extra := len(j.recent) - recentEvents; extra > recentEvents {

@@ -51,6 +51,7 @@ type Config struct {
 	Drivers []vmm.Driver
 	Limits  Limits
 	Log     *slog.Logger
+	Hooks   Hooks
 }
 
 // Host keeps microVMs. New only allocates; Run finds what is there and keeps it.
@@ -76,6 +77,7 @@ type Host struct {
 
 // New makes a host.
 func New(c Config) *Host {
+	c.Hooks = c.Hooks.filled()
 	return &Host{
 		c: c, ready: make(chan struct{}), began: time.Now(), turns: newTurns(c.Drivers), ledger: newLedger(c.Limits), events: newJournal(c.StateDir, c.Log), vms: map[string]*instance{},
 		keys: map[string]string{}, users: map[int]bool{}, making: map[string]chan struct{}{},
@@ -173,6 +175,7 @@ func (h *Host) Broken() []Broken {
 func (h *Host) keep(r record, fresh bool) *instance {
 	v := newInstance(h, r)
 	if v.looked = fresh; fresh {
+		v.course.asked = r.Spec.CreatedAt
 		close(v.seen)
 	}
 	h.register(v)
@@ -403,6 +406,7 @@ func (h *Host) record(s vm.Spec, key string) (v *instance, busy <-chan struct{},
 	if err = r.create(); err != nil {
 		r.remove() // nobody is told of it
 	}
+	h.c.Hooks.recorded(s.CreatedAt, err)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	close(h.making[s.UID])

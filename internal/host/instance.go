@@ -52,6 +52,7 @@ type instance struct {
 	retell atomic.Bool // the metadata has changed
 
 	// Of the goroutine.
+	course   course
 	metadata *metadata.Server
 	looked   bool      // for what an earlier daemon has started
 	told     bool      // it was to stop: its end is no choice of the guest's
@@ -94,6 +95,7 @@ func newInstance(h *Host, r record) *instance {
 		log: h.c.Log.With("vm", r.Spec.Namespace+"/"+r.Spec.Name, "uid", r.Spec.UID),
 	}
 	v.noted, v.labeled = notable(v.view().Status), clone(r.Spec.Labels)
+	v.course.hooks = h.c.Hooks
 	return v
 }
 
@@ -503,7 +505,7 @@ func (v *instance) ended(exit vmm.Exit) {
 		reason += ": " + exit.Detail
 	}
 	asked := v.stops()
-	stop, crashed := false, false
+	stop, crashed, again := false, false, false
 	switch exit.Cause {
 	case vmm.PowerOff:
 		stop = true
@@ -542,6 +544,7 @@ func (v *instance) ended(exit vmm.Exit) {
 		case exit.Cause == vmm.Stopped: // and wanted again
 			s.Phase, s.Reason = vm.Pending, ""
 		default:
+			again = true
 			s.Phase = vm.Pending
 			s.Restarts++
 			if lived >= steady {
@@ -554,6 +557,7 @@ func (v *instance) ended(exit vmm.Exit) {
 			}
 		}
 	})
+	v.host.c.Hooks.Ended(exit.Cause, again)
 }
 
 // delay is how long to wait before a try.
@@ -581,12 +585,13 @@ func (v *instance) act(ctx context.Context) (deleted bool) {
 	case want.Deleting && v.machine != nil && time.Now().Before(want.StopBy):
 		v.halt(ctx, want)
 	case want.Deleting:
-		if err := v.destroy(ctx); err != nil {
+		if err := v.destroy(ctx, want.DeletedAt); err != nil {
 			v.failed(fmt.Errorf("delete: %w", err))
 			return false
 		}
 		return true
 	case want.Stopped && want.Again && v.machine == nil:
+		v.course.leave(Starting)
 		if err := v.change(func(r *record) error { return r.again() }); err != nil {
 			v.failed(fmt.Errorf("restart: %w", err))
 			return false
@@ -653,6 +658,7 @@ func mistaken(err error) error {
 // failed notes why a try has failed, and when the next one is.
 func (v *instance) failed(err error) {
 	v.log.Error("microVM", "err", err)
+	v.course.failed(err)
 	var m *mistake
 	v.mu.Lock()
 	if errors.As(err, &m) {
@@ -702,6 +708,7 @@ func (v *instance) halt(ctx context.Context, want record) {
 		return
 	}
 	v.told = true
+	v.course.leave(Stopping)
 	v.mu.Lock()
 	paused := v.status.Phase == vm.Paused // also of one that is being deleted
 	v.mu.Unlock()
@@ -747,28 +754,18 @@ func (v *instance) halt(ctx context.Context, want record) {
 	try("press the power button", v.machine.Press)
 }
 
-// measure notes what the hypervisor uses.
-func (v *instance) measure() {
-	v.mu.Lock()
-	m := v.machine
-	v.mu.Unlock()
-	if m == nil {
-		return
-	}
-	if _, err := m.Metrics(v.host.ctx); err != nil {
-		v.log.Debug("measure the hypervisor", "err", err)
-	}
-}
-
 // destroy removes all of the microVM, its record last, so that a killed daemon
 // goes on with it.
-func (v *instance) destroy(ctx context.Context) error {
+func (v *instance) destroy(ctx context.Context, asked time.Time) error {
+	v.course.leave(Deleting)
 	if v.machine != nil {
+		v.course.next("stop")
 		if err := v.machine.Kill(); err != nil {
 			return err
 		}
 		v.drop()
 	}
+	v.course.next("network")
 	if v.metadata != nil {
 		v.metadata.Close()
 		v.metadata = nil
@@ -779,12 +776,15 @@ func (v *instance) destroy(ctx context.Context) error {
 			return err
 		}
 	}
+	v.course.next("images")
 	if err := v.host.c.Images.Release(ctx, v.lease()); err != nil && !errdefs.IsNotFound(err) {
 		return err
 	}
+	v.course.next("record")
 	if err := (record{Dir: v.dir}).remove(); err != nil {
 		return err
 	}
+	v.course.deleted(asked)
 	v.log.Info("microVM deleted")
 	return nil
 }

@@ -98,3 +98,13 @@ func (f *flight) close() {
 	f.mu.Unlock()
 	f.wg.Wait()
 }
+
+// count says how many calls are at work, and how many callers wait for them.
+func (f *flight) count() (calls, waiters int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, c := range f.calls {
+		waiters += len(c.waiters)
+	}
+	return len(f.calls), waiters
+}

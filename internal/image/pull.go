@@ -89,6 +89,10 @@ func (s *Store) Pull(ctx context.Context, ref string, policy Policy, progress fu
 	})
 }
 
+// Pulling says how many images are being pulled or unpacked, and how many microVMs
+// and clients wait for them.
+func (s *Store) Pulling() (pulls, waiting int) { return s.pulls.count() }
+
 // ensure returns an image that is here, unpacked for a snapshotter. It asks no
 // registry if that is so already.
 func (s *Store) ensure(ctx context.Context, ref, snapshotter string, progress func(Progress)) (image, error) {
