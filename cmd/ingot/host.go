@@ -20,6 +20,7 @@ import (
 	"ingot/internal/pki"
 	"ingot/internal/rpc"
 	"ingot/internal/run"
+	"ingot/internal/web"
 )
 
 // hostCommand runs the microVM host's daemon in the foreground.
@@ -144,18 +145,21 @@ func (c hostConfig) run(ctx context.Context, log *slog.Logger) error {
 		return err
 	}
 	defer images.Close()
+	b := buildInfo()
+	metrics := web.New(b.Version, b.Revision, log)
 	h := host.New(host.Config{
 		StateDir: c.StateDir, Bridge: c.BridgeName, Parent: c.ParentInterface, DefaultDriver: c.DefaultProvider, Pool: c.Pool,
 		DeletePatience: c.DeletePatience, MaximumRetry: c.MaximumRetry,
 		Limits: host.Limits{MicroVMs: c.MaxMicroVMs, VCPUOvercommit: c.VCPUOvercommit, MemoryOvercommit: c.MemoryOvercommit, ReservedMemory: c.ReservedMemory},
-		Guard:  guard.Set, Images: images, Drivers: drivers, Log: log.With("controller", "microvm"),
+		Hooks:  metrics.Hooks(), Guard: guard.Set, Images: images, Drivers: drivers, Log: log.With("controller", "microvm"),
 	})
-	b := buildInfo()
 	config := rpc.Config{
 		Listen: c.GRPCEndpoint, Plain: c.InsecureEndpoint, Token: pki.Secret(c.BasicAuthToken), Host: h, Images: images,
 		Pool: c.Pool, Segment: c.Segment, Version: b.Version, Revision: b.Revision, BuildDate: b.Date,
 		ConfigFile: c.file, StateDir: c.StateDir, Log: log, ExecAPI: c.EnableExec, SSHProxyAPI: c.EnableSSHProxy, Advertise: c.AdvertiseAddress,
+		Options: metrics.ServerOptions(),
 	}
+	source := web.Source{Host: h, Images: images, Pool: c.Pool}
 	collector := image.Collector{Images: images, VMs: h.Specs, Unused: c.ImageKeep, Pool: c.Pool}
 	tasks := []run.Task{keep(guard, log), h, run.Func(collector.String(), collector.Run)}
 	if shown != nil {
@@ -163,12 +167,15 @@ func (c hostConfig) run(ctx context.Context, log *slog.Logger) error {
 		tasks = append(tasks, background("certificates", shown.Run))
 	}
 	if c.DebugEndpoint != "" {
-		tasks = append(tasks, profiles(c.DebugEndpoint))
+		tasks = append(tasks, debugging(c.DebugEndpoint, metrics.Handler(source)))
 	}
 	server := rpc.New(config)
 	servers := []run.Task{server}
 	if c.EnableHTTP {
 		servers = append(servers, rpc.NewGateway(config, c.HTTPEndpoint))
+	}
+	if c.MetricsEndpoint != "" {
+		servers = append(servers, metrics.Serve(c.MetricsEndpoint, source))
 	}
 	return keepHost(ctx, log, h, servers, append(tasks, watchdog(log, server)))
 }

@@ -81,6 +81,10 @@ type hostConfig struct {
 	Segment     string       `yaml:"segment"`      // the segment's interface
 	SegmentPort string       `yaml:"segment-port"` // its other end on the bridge, in a lab
 
+	// MetricsEndpoint is where /metrics is served, in plaintext and to whoever reaches it;
+	// empty: nowhere. Where there is a segment, the machines and Trusted reach it.
+	MetricsEndpoint string `yaml:"metrics-endpoint"`
+
 	file    string   // where it was read
 	remarks []remark // what is to be said once there is a log
 }
@@ -247,7 +251,7 @@ func (c hostConfig) ports() (ports []uint16, err error) {
 	if c.EnableHTTP {
 		endpoints = append(endpoints, [2]string{"http-endpoint", c.HTTPEndpoint})
 	}
-	for _, e := range [][2]string{{"insecure-endpoint", c.InsecureEndpoint}, {"debug-endpoint", c.DebugEndpoint}} {
+	for _, e := range [][2]string{{"insecure-endpoint", c.InsecureEndpoint}, {"debug-endpoint", c.DebugEndpoint}, {"metrics-endpoint", c.MetricsEndpoint}} {
 		if e[1] != "" {
 			endpoints = append(endpoints, e)
 		}

@@ -164,8 +164,9 @@ func watchdog(log *slog.Logger, server *rpc.Server) run.Task {
 	})
 }
 
-// profiles serves pprof, to whoever reaches the address.
-func profiles(address string) run.Task {
+// debugging serves profiles, and metrics as flintlock does beside them, to whoever
+// reaches the address.
+func debugging(address string, metrics http.Handler) run.Task {
 	return run.Func("profiles", func(ctx context.Context, ready func()) error {
 		mux := http.NewServeMux()
 		mux.HandleFunc("/debug/pprof/", pprof.Index)
@@ -173,6 +174,7 @@ func profiles(address string) run.Task {
 		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
 		mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
 		mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+		mux.Handle("GET /metrics", metrics)
 		l, err := run.Listen(ctx, net.ListenConfig{}, "tcp", address)
 		if err != nil {
 			return fmt.Errorf("serve profiles on %s: %w", address, err)

@@ -39,7 +39,7 @@ func hostSettings() []settingGroup {
 			{key: "http-endpoint", value: c.HTTPEndpoint, usage: "where that is"},
 			{key: "enable-exec-api", value: c.EnableExec, usage: "serve commands in guests"},
 			{key: "enable-ssh-proxy-api", value: c.EnableSSHProxy, usage: "serve ssh to guests"},
-			{key: "debug-endpoint", value: c.DebugEndpoint, usage: "where profiles are served, to anybody (default: nowhere)"},
+			{key: "debug-endpoint", value: c.DebugEndpoint, usage: "where profiles and metrics are served, to anybody (default: nowhere)"},
 		}},
 		{"Who may call", []setting{
 			{key: "basic-auth-token", value: c.BasicAuthToken, usage: "token that clients must have (default: none)"},

@@ -169,6 +169,7 @@ func (u *up) hostConfig(m Machine) any {
 		{Key: "bridge-name", Value: lab.Bridge},
 		{Key: "default-registry", Value: u.env.RegistryAddress()},
 		{Key: "registry-ca", Value: "/etc/ingot/pki/ca.pem"},
+		{Key: "metrics-endpoint", Value: netip.AddrPortFrom(m.Address, hub.MetricsPort).String()},
 		{Key: "segment", Value: lab.Segment},
 		{Key: "segment-port", Value: lab.Port},
 		{Key: "machines", Value: platform},

@@ -69,7 +69,7 @@ func (m Machine) patient(l *lab.Lab, roles []lab.Role) doctor.Machine {
 			doctor.Port{Protocol: "tcp", Number: hub.RegistryPort}, doctor.Port{Protocol: "tcp", Number: hub.GRPCPort})
 	}
 	if m.Host {
-		ports = append(ports, doctor.Port{Protocol: "tcp", Number: hub.HostPort})
+		ports = append(ports, doctor.Port{Protocol: "tcp", Number: hub.HostPort}, doctor.Port{Protocol: "tcp", Number: hub.MetricsPort})
 	}
 	return doctor.Machine{
 		Name: m.Name, Hub: m.Hub, Address: m.Address, Segment: lab.Segment, Ports: ports, Roles: args,

@@ -27,6 +27,7 @@ import (
 const (
 	GRPCPort     = 9091
 	HostPort     = 9090 // of the hosts
+	MetricsPort  = 9092 // of the hosts
 	RegistryPort = 5000
 )
 

@@ -99,12 +99,12 @@ func (f *flight) close() {
 	f.wg.Wait()
 }
 
-// count says how many calls are at work, and how many callers wait for them.
-func (f *flight) count() (calls, waiters int) {
+// waiters are those who wait for a call.
+func (f *flight) waiters() (n int) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, c := range f.calls {
-		waiters += len(c.waiters)
+		n += len(c.waiters)
 	}
-	return len(f.calls), waiters
+	return n
 }

@@ -89,9 +89,16 @@ func (s *Store) Pull(ctx context.Context, ref string, policy Policy, progress fu
 	})
 }
 
-// Pulling says how many images are being pulled or unpacked, and how many microVMs
-// and clients wait for them.
-func (s *Store) Pulling() (pulls, waiting int) { return s.pulls.count() }
+// Pulling says how many images are being pulled or unpacked, how many wait for a place,
+// and how many microVMs and clients wait for either.
+func (s *Store) Pulling() (pulls, queued, waiting int) {
+	for _, p := range []*places{s.pullPlaces, s.unpackPlaces} {
+		p.mu.Lock()
+		pulls, queued = pulls+p.sum, queued+len(p.queue)
+		p.mu.Unlock()
+	}
+	return pulls, queued, s.pulls.waiters()
+}
 
 // ensure returns an image that is here, unpacked for a snapshotter. It asks no
 // registry if that is so already.

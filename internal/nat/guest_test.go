@@ -265,6 +265,7 @@ func TestGuestFrames(t *testing.T) {
 		{"gRPC of a host", v4(ipv4(me, hostIP, unix.IPPROTO_TCP, 0, 0, tcp(9090, 2))), false},
 		{"gRPC of a host behind IP options", v4(ipv4(me, hostIP, unix.IPPROTO_TCP, 3, 0, tcp(9090, 2))), false},
 		{"gRPC of a host in fragments", v4(ipv4(me, hostIP, unix.IPPROTO_TCP, 0, moreFragments, tcp(9090, 2)[:8])), false},
+		{"a host's metrics", v4(ipv4(me, hostIP, unix.IPPROTO_TCP, 0, 0, tcp(9092, 2))), false},
 		{"an answer to a host", v4(ipv4(me, hostIP, unix.IPPROTO_TCP, 0, 0, tcp(40000, 0x12))), true},
 		{"ping a host", v4(ipv4(me, hostIP, unix.IPPROTO_ICMP, 0, 0, []byte{8, 0, 0, 0})), true},
 	}

@@ -181,7 +181,7 @@ func TestHubWithoutTrusted(t *testing.T) {
 func exampleHost() nat.Host {
 	return nat.Host{
 		Segment: "bond0.1000", MAC: link.MAC("test"), Bridge: "ingot0", Port: "seg0",
-		Platform: platform, Hub: netip.MustParseAddr("192.168.10.2"), Trusted: netip.MustParsePrefix("100.64.0.0/30"), Management: []uint16{9090},
+		Platform: platform, Hub: netip.MustParseAddr("192.168.10.2"), Trusted: netip.MustParsePrefix("100.64.0.0/30"), Management: []uint16{9090, 9092},
 	}
 }
 

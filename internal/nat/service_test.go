@@ -172,7 +172,7 @@ func TestHubServes(t *testing.T) {
 	try(t, attempts)
 }
 
-// TestHostServes: who reaches the host's API, which listens on all addresses.
+// TestHostServes: who reaches the host's API and metrics, which listen on all addresses.
 func TestHostServes(t *testing.T) {
 	needs(t)
 	ip(t, "link set lo up")
@@ -188,15 +188,18 @@ func TestHostServes(t *testing.T) {
 	ip(t, "-n "+elsewhere+" addr add 10.9.0.2/24 dev eth0")
 	ip(t, "-n "+elsewhere+" addr add 100.64.0.1/30 dev eth0")
 	ip(t, "-n "+elsewhere+" route add 192.168.10.0/25 via 10.9.0.1")
-	answer(t, "tcp", ":9090")
-	attempts := []attempt{
-		{"", "", "tcp", "192.168.10.3:9090", true},
-		{inside, "192.168.10.2", "tcp", "192.168.10.3:9090", true},
-		{elsewhere, "100.64.0.1", "tcp", "192.168.10.3:9090", true},
-		{inside, "192.168.10.30", "tcp", "192.168.10.3:9090", false},
-		{inside, "", "tcp", "[fe80::3%eth0]:9090", false},
-		{elsewhere, "10.9.0.2", "tcp", "192.168.10.3:9090", false},
-		{elsewhere, "10.9.0.2", "tcp", "10.9.0.1:9090", false},
+	var attempts []attempt
+	for _, port := range []string{"9090", "9092"} {
+		answer(t, "tcp", ":"+port)
+		attempts = append(attempts, []attempt{
+			{"", "", "tcp", "192.168.10.3:" + port, true},
+			{inside, "192.168.10.2", "tcp", "192.168.10.3:" + port, true},
+			{elsewhere, "100.64.0.1", "tcp", "192.168.10.3:" + port, true},
+			{inside, "192.168.10.30", "tcp", "192.168.10.3:" + port, false},
+			{inside, "", "tcp", "[fe80::3%eth0]:" + port, false},
+			{elsewhere, "10.9.0.2", "tcp", "192.168.10.3:" + port, false},
+			{elsewhere, "10.9.0.2", "tcp", "10.9.0.1:" + port, false},
+		}...)
 	}
 	if _, err := nat.OpenGuard(h); err != nil {
 		t.Fatal(err)

@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -50,6 +51,8 @@ type Config struct {
 	ExecAPI     bool   // serve MicroVMExec
 	SSHProxyAPI bool   // serve MicroVMSSHProxy
 	Advertise   string // where clients reach Listen; empty: where they came
+
+	Options []grpc.ServerOption // more of them, which see the codes of errors
 }
 
 // Server serves one host.
@@ -137,7 +140,8 @@ func (s *Server) open(ctx context.Context) error {
 
 // add begins to listen on one address. No security is plaintext.
 func (s *Server) add(ctx context.Context, address string, security *tls.Config, register func(*grpc.Server)) error {
-	options := append(wire.ServerOptions(s.c.Token, s.c.Log), grpc.WaitForHandlers(true), grpc.ChainUnaryInterceptor(s.calls.count))
+	options := append(slices.Clone(s.c.Options), wire.ServerOptions(s.c.Token, s.c.Log)...)
+	options = append(options, grpc.WaitForHandlers(true), grpc.ChainUnaryInterceptor(s.calls.count))
 	options = append(options, s.bound.options()...)
 	switch {
 	case security != nil:
