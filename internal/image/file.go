@@ -1,6 +1,7 @@
 package image
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -11,7 +12,8 @@ import (
 
 // inRoot resolves the path of a regular file in an image's directory. The image
 // may have been made by anyone: a link is followed as if root were /, so that
-// neither links nor dots lead out of it.
+// neither links nor dots lead out of it. What is wrong with the path itself is
+// ErrInvalidArgument.
 func inRoot(root, path string) (string, error) {
 	dir, err := os.Open(root)
 	if err != nil {
@@ -22,8 +24,13 @@ func inRoot(root, path string) (string, error) {
 		Flags:   unix.O_PATH | unix.O_CLOEXEC,
 		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
 	})
-	if err != nil {
-		return "", fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	for _, wrong := range []error{unix.ENOENT, unix.ENOTDIR, unix.ELOOP, unix.ENAMETOOLONG, unix.EINVAL, unix.EXDEV} {
+		if errors.Is(err, wrong) {
+			return "", fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+		}
+	}
+	if err != nil { // the path may be right: too many open files, or a disk's fault
+		return "", err
 	}
 	f := os.NewFile(uintptr(fd), path)
 	defer f.Close()
