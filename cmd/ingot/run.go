@@ -249,24 +249,39 @@ func (c *cloud) create(ctx context.Context, host *hostClient, spec *types.MicroV
 	return vm, c.yield(ctx, vm)
 }
 
-// yield deletes a new microVM again if another host has one of its name that came
-// first: two that ask for the same name at the same time get two hosts.
+// yield deletes a new microVM again if another host has one of its name that stays: two
+// that ask for the same name at the same time get two hosts. Who has the smaller uid came
+// first; the other one goes, if it has seen this one. It has not if it looked before this
+// one was on record, and then it is this one that goes.
 func (c *cloud) yield(ctx context.Context, vm microVM) error {
-	all, err := c.list(ctx, vm.GetSpec().GetNamespace())
-	if err != nil {
-		return nil // choose has said who is silent
-	}
-	for _, other := range all {
-		if other.GetSpec().GetId() == vm.GetSpec().GetId() && other.uid() < vm.uid() {
+	for deadline := time.Now().Add(rivalPatience); ; {
+		all, err := c.list(ctx, vm.GetSpec().GetNamespace())
+		if err != nil {
+			return nil // choose has said who is silent
+		}
+		at := slices.IndexFunc(all, func(other microVM) bool {
+			return other.GetSpec().GetId() == vm.GetSpec().GetId() && other.uid() != vm.uid() && state(other.GetStatus()) != "deleting"
+		})
+		if at < 0 {
+			return nil
+		}
+		if other := all[at]; other.uid() < vm.uid() || !time.Now().Before(deadline) {
 			err := fmt.Errorf("create %s: %w on %s", vm, errdefs.ErrAlreadyExists, other.host.Name)
 			if failed := c.remove(ctx, vm); failed != nil {
 				err = fmt.Errorf("%w; delete it again on %s: %w", err, vm.host.Name, failed)
 			}
 			return err
 		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil // it is there, and may be one of two
+		}
 	}
-	return nil
 }
+
+// rivalPatience is how long one of the same name may take to begin to go.
+const rivalPatience = 3 * time.Second
 
 // up waits until a microVM runs, its agent answers and it has an address, or
 // its process has ended already.
