@@ -147,99 +147,62 @@ func vmGetCommand() *cobra.Command {
 	return cmd
 }
 
-func vmStartCommand() *cobra.Command {
+// each is a command that does one thing to each of some microVMs.
+func each(verb, short, long string, do func(ctx context.Context, vm microVM) error) *cobra.Command {
 	return &cobra.Command{
-		Use:               "start NAME…",
-		Short:             "Boot stopped microVMs",
-		Long:              "Boot stopped microVMs. " + naming,
-		Args:              cobra.MinimumNArgs(1),
-		ValidArgsFunction: completeVMs,
-		RunE: inCloud(func(cmd *cobra.Command, c *cloud, args []string) error {
-			return c.each(cmd, args, "start", func(ctx context.Context, vm microVM) error {
-				_, err := vm.host.Start(ctx, &ingotv1.StartRequest{Uid: vm.uid()})
-				return err
-			})
-		}),
+		Use: verb + " NAME…", Short: short, Long: long + " " + naming,
+		Args: cobra.MinimumNArgs(1), ValidArgsFunction: completeVMs,
+		RunE: inCloud(func(cmd *cobra.Command, c *cloud, args []string) error { return c.each(cmd, args, verb, do) }),
 	}
+}
+
+// eachInTime is one of them that takes a time for the guest to end by itself.
+func eachInTime(verb, short, long string, do func(ctx context.Context, vm microVM, timeout time.Duration) error) *cobra.Command {
+	var timeout time.Duration
+	cmd := each(verb, short, long, func(ctx context.Context, vm microVM) error { return do(ctx, vm, timeout) })
+	cmd.Flags().DurationVarP(&timeout, "timeout", "t", 30*time.Second, "how long the guest is asked before its power is cut; 0 cuts it at once")
+	run := cmd.RunE
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if timeout < 0 {
+			return misused(cmd, "--timeout is %s; it cannot be negative", timeout)
+		}
+		return run(cmd, args)
+	}
+	return cmd
+}
+
+func vmStartCommand() *cobra.Command {
+	return each("start", "Boot stopped microVMs", "Boot stopped microVMs.", func(ctx context.Context, vm microVM) error {
+		_, err := vm.host.Start(ctx, &ingotv1.StartRequest{Uid: vm.uid()})
+		return err
+	})
 }
 
 func vmStopCommand() *cobra.Command {
-	var timeout time.Duration
-	cmd := &cobra.Command{
-		Use:               "stop NAME…",
-		Short:             "Shut microVMs down; they stay there and can be started again",
-		Long:              "Shut microVMs down and wait until they are. " + naming,
-		Args:              cobra.MinimumNArgs(1),
-		ValidArgsFunction: completeVMs,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			if timeout < 0 {
-				return misused(cmd, "--timeout is %s; it cannot be negative", timeout)
-			}
-			return withCloud(cmd, func(c *cloud) error {
-				return c.each(cmd, args, "stop", func(ctx context.Context, vm microVM) error {
-					return stop(ctx, vm, timeout)
-				})
-			})
-		},
-	}
-	cmd.Flags().DurationVarP(&timeout, "timeout", "t", 30*time.Second, "how long the guest is asked before its power is cut; 0 cuts it at once")
-	return cmd
+	return eachInTime("stop", "Shut microVMs down; they stay there and can be started again", "Shut microVMs down and wait until they are.", stop)
 }
 
 func vmRestartCommand() *cobra.Command {
-	var timeout time.Duration
-	cmd := &cobra.Command{
-		Use:               "restart NAME…",
-		Short:             "Shut microVMs down and boot them again",
-		Long:              "Shut microVMs down and boot them again, with the disks that they have. " + naming,
-		Args:              cobra.MinimumNArgs(1),
-		ValidArgsFunction: completeVMs,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			if timeout < 0 {
-				return misused(cmd, "--timeout is %s; it cannot be negative", timeout)
-			}
-			return withCloud(cmd, func(c *cloud) error {
-				return c.each(cmd, args, "restart", func(ctx context.Context, vm microVM) error {
-					_, err := vm.host.Restart(ctx, &ingotv1.RestartRequest{Uid: vm.uid(), Timeout: durationpb.New(timeout)})
-					return err
-				})
-			})
-		},
-	}
-	cmd.Flags().DurationVarP(&timeout, "timeout", "t", 30*time.Second, "how long the guest is asked before its power is cut; 0 cuts it at once")
-	return cmd
+	return eachInTime("restart", "Shut microVMs down and boot them again", "Shut microVMs down and boot them again, with the disks that they have.",
+		func(ctx context.Context, vm microVM, timeout time.Duration) error {
+			_, err := vm.host.Restart(ctx, &ingotv1.RestartRequest{Uid: vm.uid(), Timeout: durationpb.New(timeout)})
+			return err
+		})
 }
 
 func vmPauseCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:               "pause NAME…",
-		Short:             "Have the CPUs of microVMs stand still",
-		Long:              "Have the CPUs of microVMs stand still, until `ingot vm resume`. " + naming,
-		Args:              cobra.MinimumNArgs(1),
-		ValidArgsFunction: completeVMs,
-		RunE: inCloud(func(cmd *cobra.Command, c *cloud, args []string) error {
-			return c.each(cmd, args, "pause", func(ctx context.Context, vm microVM) error {
-				_, err := vm.host.Pause(ctx, &ingotv1.PauseRequest{Uid: vm.uid()})
-				return err
-			})
-		}),
-	}
+	return each("pause", "Have the CPUs of microVMs stand still", "Have the CPUs of microVMs stand still, until `ingot vm resume`.",
+		func(ctx context.Context, vm microVM) error {
+			_, err := vm.host.Pause(ctx, &ingotv1.PauseRequest{Uid: vm.uid()})
+			return err
+		})
 }
 
 func vmResumeCommand() *cobra.Command {
-	return &cobra.Command{
-		Use:               "resume NAME…",
-		Short:             "Have paused microVMs go on",
-		Long:              "Have paused microVMs go on. " + naming,
-		Args:              cobra.MinimumNArgs(1),
-		ValidArgsFunction: completeVMs,
-		RunE: inCloud(func(cmd *cobra.Command, c *cloud, args []string) error {
-			return c.each(cmd, args, "resume", func(ctx context.Context, vm microVM) error {
-				_, err := vm.host.Resume(ctx, &ingotv1.ResumeRequest{Uid: vm.uid()})
-				return err
-			})
-		}),
-	}
+	return each("resume", "Have paused microVMs go on", "Have paused microVMs go on.", func(ctx context.Context, vm microVM) error {
+		_, err := vm.host.Resume(ctx, &ingotv1.ResumeRequest{Uid: vm.uid()})
+		return err
+	})
 }
 
 func vmLabelCommand() *cobra.Command {
