@@ -7,18 +7,19 @@ import (
 	"sync"
 )
 
-// outbox writes frames, in order, from one goroutine, so that a reader that
-// answers never waits for its own writes. Data waits until it is written;
-// everything else is small. A host cannot trust its guest to read the answers
+// outbox writes frames, in order, from a goroutine that is there as long as there are
+// some, so that a reader that answers never waits for its own writes. Data waits until it
+// is written; everything else is small. A host cannot trust its guest to read the answers
 // to what it sends: past most of them, the outbox gives up.
 type outbox struct {
-	most   int    // how much may be queued; 0: as much as is asked for
-	giveUp func() // called once there is more
-	mu     sync.Mutex
-	wake   sync.Cond
-	queue  []outgoing
-	err    error // why nothing more is written
-	thread sync.WaitGroup
+	w       io.Writer
+	most    int    // how much may be queued; 0: as much as is asked for
+	giveUp  func() // called once there is more
+	mu      sync.Mutex
+	queue   []outgoing
+	writing bool
+	err     error // why nothing more is written
+	thread  sync.WaitGroup
 }
 
 type outgoing struct {
@@ -27,32 +28,30 @@ type outgoing struct {
 }
 
 func newOutbox(w io.Writer, most int, giveUp func()) *outbox {
-	o := &outbox{most: most, giveUp: giveUp}
-	o.wake.L = &o.mu
-	o.thread.Go(func() { o.run(w) })
-	return o
+	return &outbox{w: w, most: most, giveUp: giveUp}
 }
 
-func (o *outbox) run(w io.Writer) {
+// run writes until nothing is queued.
+func (o *outbox) run() {
 	for {
 		o.mu.Lock()
-		for len(o.queue) == 0 && o.err == nil {
-			o.wake.Wait()
-		}
-		if o.err != nil {
+		if len(o.queue) == 0 || o.err != nil {
+			o.writing = false
 			o.mu.Unlock()
 			return
 		}
 		next := o.queue[0]
 		o.queue = o.queue[1:]
+		if len(o.queue) == 0 {
+			o.queue = nil
+		}
 		o.mu.Unlock()
-		_, err := w.Write(next.bytes)
+		_, err := o.w.Write(next.bytes)
 		if next.done != nil {
 			next.done <- err
 		}
 		if err != nil {
 			o.close(err)
-			return
 		}
 	}
 }
@@ -81,8 +80,12 @@ func (o *outbox) raw(b []byte, done chan<- error) {
 		o.err = errUnread
 		o.drop(o.err)
 		o.giveUp()
+		return
 	}
-	o.wake.Signal()
+	if !o.writing {
+		o.writing = true
+		o.thread.Go(o.run)
+	}
 }
 
 var errUnread = errors.New("the guest's agent does not read what it asks for")
@@ -111,7 +114,6 @@ func (o *outbox) close(err error) {
 		o.err = err
 	}
 	o.drop(o.err)
-	o.wake.Broadcast()
 }
 
 // failed is why nothing is written any more, or nil.
