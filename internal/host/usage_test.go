@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"ingot/internal/need"
 )
 
 // A process is measured as the kernel has it: this one.
@@ -39,9 +41,10 @@ func written(t *testing.T) (n int64) {
 	if err := os.WriteFile(t.TempDir()+"/some", make([]byte, 1<<16), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	need.IOAccounting(t)
 	b, err := os.ReadFile("/proc/self/io")
 	if err != nil {
-		t.Skip(err) // a kernel without CONFIG_TASK_IO_ACCOUNTING
+		t.Fatal(err)
 	}
 	_, rest, _ := strings.Cut(string(b), "\nwrite_bytes: ")
 	if _, err := fmt.Sscan(rest, &n); err != nil {

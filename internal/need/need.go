@@ -21,6 +21,7 @@ import (
 var exempt = map[string]string{
 	"cgroup2":      "machines with the older control groups are still about",
 	"br_netfilter": "a module that machines have where somebody (Docker) has loaded it",
+	"/dev/kvm":     "virtual machines in which tests run often have none",
 }
 
 // Root asks for uid 0.
@@ -64,6 +65,21 @@ func BridgeFilter(t testing.TB) {
 	t.Helper()
 	_, err := os.Stat("/proc/sys/net/bridge")
 	lack(t, "br_netfilter", err)
+}
+
+// KVMDevice asks for a /dev/kvm that can be opened; whether it runs guests is for package
+// kvm to say.
+func KVMDevice(t testing.TB) {
+	t.Helper()
+	lack(t, "/dev/kvm", openable("/dev/kvm"))
+}
+
+// IOAccounting asks for the kernel's count of what processes read and write
+// (CONFIG_TASK_IO_ACCOUNTING).
+func IOAccounting(t testing.TB) {
+	t.Helper()
+	_, err := os.Stat("/proc/self/io")
+	lack(t, "/proc/self/io", err)
 }
 
 // Time asks for minutes, which `go test -short` does not have.

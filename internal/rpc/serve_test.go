@@ -22,6 +22,7 @@ import (
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/api/services/microvm/v1alpha1"
 	"ingot/internal/host"
+	"ingot/internal/need"
 	"ingot/internal/pki"
 	"ingot/internal/wire"
 )
@@ -296,9 +297,7 @@ func TestDrain(t *testing.T) {
 
 // TestDrainIsBounded: a call that does not end does not keep the server.
 func TestDrainIsBounded(t *testing.T) {
-	if testing.Short() {
-		t.Skip("it takes as long as a call may")
-	}
+	need.Time(t)
 	work := slow{begun: make(chan string, 2)}
 	s := start(t, Config{Listen: "127.0.0.1:0"}, work)
 	// And somebody who never says anything.
