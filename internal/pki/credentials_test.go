@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -62,6 +63,19 @@ func until(t *testing.T, what string, so func() bool) {
 	}
 }
 
+// watched waits until the kernel watches something for this process: a change before
+// that would be found by itself.
+func watched(t *testing.T) {
+	t.Helper()
+	until(t, "the watch", func() bool {
+		files, _ := filepath.Glob("/proc/self/fdinfo/*")
+		return slices.ContainsFunc(files, func(path string) bool {
+			b, _ := os.ReadFile(path)
+			return bytes.Contains(b, []byte("inotify wd:"))
+		})
+	})
+}
+
 func copyFiles(t *testing.T, from, to string) {
 	t.Helper()
 	if err := os.MkdirAll(to, 0o700); err != nil {
@@ -103,15 +117,15 @@ func TestChangedFiles(t *testing.T) {
 	for name, c := range map[string]struct {
 		in     string // where the server looks, in its directory
 		before func(t *testing.T, dir string)
-		change func(t *testing.T, dir string)
+		change func(t *testing.T, dir string, log *lines)
 	}{
 		"made anew": {
 			in: "pki", before: func(t *testing.T, dir string) { copyFiles(t, old, dir+"/pki") },
-			change: func(t *testing.T, dir string) { ensure(t, after, dir+"/pki", local) },
+			change: func(t *testing.T, dir string, _ *lines) { ensure(t, after, dir+"/pki", local) },
 		},
 		"written over": {
 			in: "pki", before: func(t *testing.T, dir string) { copyFiles(t, old, dir+"/pki") },
-			change: func(t *testing.T, dir string) { copyFiles(t, other, dir+"/pki") },
+			change: func(t *testing.T, dir string, _ *lines) { copyFiles(t, other, dir+"/pki") },
 		},
 		"links, as Kubernetes has them": {
 			in: "pki", before: func(t *testing.T, dir string) {
@@ -122,7 +136,7 @@ func TestChangedFiles(t *testing.T) {
 					link(t, "..data/"+f, dir+"/pki/"+f)
 				}
 			},
-			change: func(t *testing.T, dir string) { link(t, "..2", dir+"/pki/..data") },
+			change: func(t *testing.T, dir string, _ *lines) { link(t, "..2", dir+"/pki/..data") },
 		},
 		"a directory that is a link": {
 			in: "now/pki", before: func(t *testing.T, dir string) {
@@ -130,15 +144,15 @@ func TestChangedFiles(t *testing.T) {
 				copyFiles(t, other, dir+"/2/pki")
 				link(t, "1", dir+"/now")
 			},
-			change: func(t *testing.T, dir string) { link(t, dir+"/2", dir+"/now") },
+			change: func(t *testing.T, dir string, _ *lines) { link(t, dir+"/2", dir+"/now") },
 		},
 		"a directory that goes and comes": {
 			in: "a/pki", before: func(t *testing.T, dir string) { copyFiles(t, old, dir+"/a/pki") },
-			change: func(t *testing.T, dir string) {
+			change: func(t *testing.T, dir string, log *lines) {
 				if err := os.RemoveAll(dir + "/a"); err != nil {
 					t.Fatal(err)
 				}
-				time.Sleep(300 * time.Millisecond) // longer than it takes to notice
+				until(t, "it to be missed", func() bool { return log.count("the old ones stay in force") > 0 })
 				copyFiles(t, other, dir+"/b/pki")
 				rename(t, dir+"/b", dir+"/a")
 			},
@@ -151,8 +165,8 @@ func TestChangedFiles(t *testing.T) {
 			if err := shake(t, config, pki.In(client)); err != nil {
 				t.Fatalf("before: %v", err)
 			}
-			time.Sleep(50 * time.Millisecond) // so that they are watched, which a change before would hide
-			c.change(t, dir)
+			watched(t)
+			c.change(t, dir, log)
 			until(t, "the new certificates", func() bool { return log.count("the new ones are in force") == 1 })
 			if err := shake(t, config, pki.In(later)); err != nil {
 				t.Errorf("a client of the new CA: %v", err)
@@ -187,17 +201,13 @@ func TestBadChanges(t *testing.T) {
 			t.Fatal(err)
 		}
 		config, log := served(t, pki.In(dir))
-		time.Sleep(50 * time.Millisecond)
+		watched(t)
 		if err := os.WriteFile(filepath.Join(dir, c.file), c.data, 0o600); err != nil {
 			t.Fatal(err)
 		}
 		until(t, "a warning of "+c.file, func() bool { return log.count("the old ones stay in force") == 1 })
 		if err := os.WriteFile(filepath.Join(dir, "another"), nil, 0o600); err != nil {
 			t.Fatal(err)
-		}
-		time.Sleep(200 * time.Millisecond)
-		if n := log.count("level="); n != 1 {
-			t.Errorf("%s: %d lines, also for what has nothing to do with it", c.file, n)
 		}
 		if err := shake(t, config, pki.In(client)); err != nil {
 			t.Errorf("with a bad %s: %v", c.file, err)
@@ -206,6 +216,9 @@ func TestBadChanges(t *testing.T) {
 			t.Fatal(err)
 		}
 		until(t, c.file+" to be good again", func() bool { return log.count("the new ones are in force") == 1 })
+		if n := log.count("level="); n != 2 {
+			t.Errorf("%s: %d lines, also for what has nothing to do with it", c.file, n)
+		}
 		if err := shake(t, config, pki.In(client)); err != nil {
 			t.Errorf("good again: %v", err)
 		}
