@@ -254,19 +254,27 @@ func TestSixtyThousandLeases(t *testing.T) {
 	if err := os.WriteFile(leases, text, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	began := time.Now()
-	c := exec.Command("sh", "-c", "exec "+serverLine(t, "srv", "10.0.0.1", "10.0.0.0/12", "10.0.1.0", "10.15.255.250", leases))
-	var out output
-	c.Stdout, c.Stderr = &out, &out
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
+	var c *exec.Cmd
+	var took time.Duration
+	stop := func() { c.Process.Kill(); c.Wait() }
+	for tries := 0; ; tries++ { // what else a machine does can only add
+		began := time.Now()
+		c = exec.Command("sh", "-c", "exec "+serverLine(t, "srv", "10.0.0.1", "10.0.0.0/12", "10.0.1.0", "10.15.255.250", leases))
+		var out output
+		c.Stdout, c.Stderr = &out, &out
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "the server serves", func() bool { return strings.Contains(out.String(), "serving") })
+		if took = time.Since(began); !strings.Contains(out.String(), fmt.Sprintf("serving %d leases", count)) {
+			t.Error(out.String())
+		}
+		if took <= time.Second || tries == 2 {
+			break
+		}
+		stop()
 	}
-	defer func() { c.Process.Kill(); c.Wait() }()
-	eventually(t, "the server serves", func() bool { return strings.Contains(out.String(), "serving") })
-	took := time.Since(began)
-	if !strings.Contains(out.String(), fmt.Sprintf("serving %d leases", count)) {
-		t.Error(out.String())
-	}
+	defer stop()
 	l.next = 2 * count // none that has a lease
 	l.releases = true  // compactions
 	l.run(16, time.Second)
@@ -278,7 +286,7 @@ func TestSixtyThousandLeases(t *testing.T) {
 	var rss int
 	fmt.Sscan(after, &rss)
 	t.Logf("serves after %s, with %d kB at most, %d exchanges in the first second", took, rss, l.exchanges)
-	if took > 3*time.Second || rss > 60<<10 { // a second is what it needs on a quiet machine, at most
+	if took > time.Second || rss > 60<<10 {
 		t.Error("that is too much")
 	}
 }
