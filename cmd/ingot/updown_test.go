@@ -177,7 +177,7 @@ func (k *victim) twoAtOnce() {
 		})
 	}
 	both.Wait()
-	const waits = "` or `down` of " + killEnv + " is at work: waiting for it"
+	const waits = "another `ingot --env " + killEnv + " up` or `down` of " + killEnv + " is at work: waiting for it"
 	if n := strings.Count(string(said[0])+string(said[1]), waits); n != 1 {
 		k.t.Errorf("%d of two waited for the other:\n%s\n%s", n, said[0], said[1])
 	}
