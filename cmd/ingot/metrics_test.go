@@ -436,6 +436,14 @@ func TestMetricsListener(t *testing.T) {
 	if _, err := m.host.Facts(t.Context(), &emptypb.Empty{}); err != nil {
 		t.Error(err)
 	}
+
+	// Flintlock has them beside the profiles.
+	m.reconfigure(t, "debug-endpoint: "+metricsAddress+"\n")
+	for path, want := range map[string]string{"/metrics": "\ningot_microvms{", "/debug/pprof/cmdline": "host"} {
+		if status, text, _, err := getMetrics(t.Context(), http.MethodGet, path); err != nil || status != http.StatusOK || !strings.Contains(text, want) {
+			t.Errorf("the debug endpoint's %s: %d, %v: %.200s", path, status, err, text)
+		}
+	}
 }
 
 // TestScrapeOfMany measures what a scrape of many microVMs takes, and whether calls
