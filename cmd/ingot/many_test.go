@@ -50,6 +50,8 @@ func TestMany(t *testing.T) {
 	}
 	await(t, "all to run again", func() bool { return len(m.hypervisors()) == *many && m.running(t) == *many })
 
+	m.pace(t, uids[len(uids)-1])
+
 	m.killDaemon()
 	before := m.found(t)
 	began = time.Now()

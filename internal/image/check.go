@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"strings"
 	"sync"
@@ -24,6 +25,21 @@ func (s *Store) Check(ctx context.Context, r Request) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, checkTime)
 	defer cancel()
+	// Many microVMs that are asked for at once are mostly alike.
+	key, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	err = s.looks.do(ctx, string(key), nil, func(ctx context.Context, _ func(Progress)) error {
+		return s.check(ctx, r)
+	})
+	if errdefs.IsInvalidArgument(err) {
+		return err
+	}
+	return nil
+}
+
+func (s *Store) check(ctx context.Context, r Request) error {
 	looks := []func() error{
 		func() error { return s.checkFile(ctx, "kernel", r.Kernel) },
 		func() error { return s.checkImage(ctx, "root_volume", r.Root.Image) },
