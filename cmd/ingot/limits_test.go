@@ -185,7 +185,11 @@ func (m *testMachine) killOne(t *testing.T, uid string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := syscall.Kill(int(r.Microvm.Status.GetPid()), syscall.SIGKILL); err != nil {
+	pid := int(r.Microvm.Status.GetPid())
+	if pid <= 0 { // it has ended by itself
+		return
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	await(t, "the end to be heard of", func() bool {
