@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ingot/internal/vmm"
+	"ingot/internal/vmm/process"
 )
 
 // machine is a QEMU that runs, or has run.
@@ -20,7 +21,7 @@ type machine struct {
 	log  *slog.Logger
 	dir  string
 	r    record
-	p    *process
+	p    *process.Process
 	done chan struct{}
 	exit vmm.Exit // once done is closed
 
@@ -35,7 +36,7 @@ type machine struct {
 
 var _ vmm.Machine = (*machine)(nil)
 
-func newMachine(log *slog.Logger, dir string, r record, p *process) *machine {
+func newMachine(log *slog.Logger, dir string, r record, p *process.Process) *machine {
 	m := &machine{log: log, dir: dir, r: r, p: p, done: make(chan struct{})}
 	m.watcher.Go(m.watch)
 	return m
@@ -43,7 +44,7 @@ func newMachine(log *slog.Logger, dir string, r record, p *process) *machine {
 
 // watch waits for the end, without a thread, and puts it on record.
 func (m *machine) watch() {
-	status, child, err := m.p.wait()
+	status, child, err := m.p.Wait()
 	if err != nil {
 		return // let go of
 	}
@@ -113,7 +114,7 @@ func (m *machine) State(ctx context.Context) (vmm.State, error) {
 
 // gone says whether the process has ended, which is known before done is closed.
 func (m *machine) gone() bool {
-	_, err := startTime(m.r.PID)
+	_, err := process.StartTime(m.r.PID)
 	return errdefs.IsNotFound(err)
 }
 
@@ -140,7 +141,7 @@ func (m *machine) Kill() error {
 		return nil
 	default:
 	}
-	if err := m.p.signal(unix.SIGKILL); err != nil {
+	if err := m.p.Signal(unix.SIGKILL); err != nil {
 		return fmt.Errorf("kill QEMU: %w", err)
 	}
 	<-m.done
@@ -176,9 +177,9 @@ func (m *machine) Agent(ctx context.Context) (net.Conn, error) {
 // Close lets go of QEMU without ending it.
 func (m *machine) Close() error {
 	m.closing.Do(func() {
-		m.p.fd.SetReadDeadline(time.Unix(1, 0)) // ends watch
+		m.p.LetGo() // ends watch
 		m.watcher.Wait()
-		m.p.close()
+		m.p.Close()
 	})
 	return nil
 }

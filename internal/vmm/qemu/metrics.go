@@ -1,13 +1,11 @@
 package qemu
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
 	"time"
 
 	"ingot/internal/vmm"
@@ -17,46 +15,13 @@ import (
 func (m *machine) Metrics(context.Context) (vmm.Metrics, error) {
 	metrics := vmm.Metrics{At: time.Now()}
 	var err error
-	if metrics.CPU, err = cpuTime(m.r.PID); err == nil {
-		metrics.Resident, err = resident(m.r.PID)
+	if metrics.CPU, err = m.p.CPUTime(); err == nil {
+		metrics.Resident, err = m.p.Resident()
 	}
 	if err != nil {
 		return metrics, fmt.Errorf("measure QEMU: %w", err)
 	}
 	return metrics, appendMetrics(m.dir, metrics)
-}
-
-// cpuTime is how long a process has run, in user and kernel mode.
-func cpuTime(pid int) (time.Duration, error) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0, err
-	}
-	fields := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
-	var ticks int64
-	for _, f := range fields[11:13] {
-		n, err := strconv.ParseInt(string(f), 10, 64)
-		if err != nil {
-			return 0, err
-		}
-		ticks += n
-	}
-	const perSecond = 100 // USER_HZ, the same wherever Go runs
-	return time.Duration(ticks) * time.Second / perSecond, nil
-}
-
-// resident is how much memory a process holds.
-func resident(pid int) (int64, error) {
-	statm, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
-	if err != nil {
-		return 0, err
-	}
-	fields := bytes.Fields(statm)
-	if len(fields) < 2 {
-		return 0, fmt.Errorf("read /proc/%d/statm: %d fields", pid, len(fields))
-	}
-	pages, err := strconv.ParseInt(string(fields[1]), 10, 64)
-	return pages * int64(os.Getpagesize()), err
 }
 
 func appendMetrics(dir string, m vmm.Metrics) error {

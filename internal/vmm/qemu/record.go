@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ingot/internal/vmm"
+	"ingot/internal/vmm/process"
 )
 
 // record is runtime.json: how to find the process again, and once it has ended,
@@ -79,11 +80,11 @@ func bootID() string {
 }
 
 // find opens the process of a record, if it still runs.
-func (r record) find() (*process, error) {
+func (r record) find() (*process.Process, error) {
 	if r.BootID != bootID() {
 		return nil, fmt.Errorf("process %d was of an earlier run of this machine: %w", r.PID, errdefs.ErrNotFound)
 	}
-	return findProcess(r.PID, r.StartTime)
+	return process.Find(r.PID, r.StartTime)
 }
 
 // Attach finds the microVM that was started in dir. A Machine of the same
@@ -150,15 +151,15 @@ func sweep(dir, name string) {
 		}
 		var pid int
 		fmt.Sscanf(path, "/proc/%d/", &pid)
-		p, err := findProcess(pid, 0)
+		p, err := process.Find(pid, 0)
 		if err != nil {
 			continue
 		}
 		// Once more, now that it is held.
 		if got, err := os.ReadFile(path); err == nil && ours(got) {
-			p.signal(unix.SIGKILL)
-			p.wait()
+			p.Signal(unix.SIGKILL)
+			p.Wait()
 		}
-		p.close()
+		p.Close()
 	}
 }

@@ -18,6 +18,7 @@ import (
 
 	"ingot/internal/kvm"
 	"ingot/internal/vmm"
+	"ingot/internal/vmm/process"
 )
 
 // bystander is a process that is not ours to touch.
@@ -39,7 +40,7 @@ func TestAttachDoesNotTrustANumber(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			other := bystander(t)
-			start, err := startTime(other.Process.Pid)
+			start, err := process.StartTime(other.Process.Pid)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -54,7 +55,7 @@ func TestAttachDoesNotTrustANumber(t *testing.T) {
 			if !errors.As(err, &ended) {
 				t.Errorf("attach: %v", err)
 			}
-			if _, err := startTime(other.Process.Pid); err != nil {
+			if _, err := process.StartTime(other.Process.Pid); err != nil {
 				t.Errorf("the other process: %v", err)
 			}
 		})
@@ -74,27 +75,11 @@ func TestAttachEndsWhatWasNotRecorded(t *testing.T) {
 	if _, err := New(Config{}).Attach(t.Context(), dir); !errdefs.IsNotFound(err) {
 		t.Errorf("attach: %v", err)
 	}
-	if _, err := startTime(orphan.Process.Pid); !errdefs.IsNotFound(err) {
+	if _, err := process.StartTime(orphan.Process.Pid); !errdefs.IsNotFound(err) {
 		t.Error("the orphan lives")
 	}
-	if _, err := startTime(other.Process.Pid); err != nil {
+	if _, err := process.StartTime(other.Process.Pid); err != nil {
 		t.Errorf("the other process: %v", err)
-	}
-}
-
-func TestZombieIsDead(t *testing.T) {
-	c := exec.Command("true")
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer c.Wait()
-	for deadline := time.Now().Add(5 * time.Second); ; {
-		if _, err := findProcess(c.Process.Pid, 0); errdefs.IsNotFound(err) {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatal("a zombie counts as alive")
-		}
 	}
 }
 
@@ -198,7 +183,7 @@ func TestStartFindsAStrayBehindAnOldRecord(t *testing.T) {
 	if err := vacant(dir); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := startTime(stray.Process.Pid); err == nil {
+	if _, err := process.StartTime(stray.Process.Pid); err == nil {
 		t.Error("the stray still runs")
 	}
 }
@@ -220,16 +205,16 @@ func TestAttachEndsWhatWasLost(t *testing.T) {
 	if err := vacant(dir); err != nil { // does not look for it
 		t.Fatal(err)
 	}
-	if _, err := startTime(lost.Process.Pid); err != nil {
+	if _, err := process.StartTime(lost.Process.Pid); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := New(Config{}).Attach(t.Context(), dir); !errdefs.IsNotFound(err) {
 		t.Errorf("attach: %v", err)
 	}
-	if _, err := startTime(lost.Process.Pid); !errdefs.IsNotFound(err) {
+	if _, err := process.StartTime(lost.Process.Pid); !errdefs.IsNotFound(err) {
 		t.Errorf("what was lost runs: %v", err)
 	}
-	if _, err := startTime(other.Process.Pid); err != nil {
+	if _, err := process.StartTime(other.Process.Pid); err != nil {
 		t.Errorf("the other process: %v", err)
 	}
 }
@@ -261,7 +246,7 @@ func TestHoldLeavesNoChild(t *testing.T) {
 	if !errors.Is(err, unix.EMFILE) {
 		t.Error(err)
 	}
-	if _, err := startTime(child.Pid); !errdefs.IsNotFound(err) {
+	if _, err := process.StartTime(child.Pid); !errdefs.IsNotFound(err) {
 		t.Errorf("the child lives: %v", err)
 		unix.Kill(child.Pid, unix.SIGKILL)
 	}

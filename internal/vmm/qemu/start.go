@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ingot/internal/vmm"
+	"ingot/internal/vmm/process"
 )
 
 // launch is a start in progress: what is open, and what was made.
@@ -77,7 +78,7 @@ func vacant(dir string) error {
 	if err != nil {
 		return err
 	}
-	p.close()
+	p.Close()
 	return fmt.Errorf("process %d runs in %s: %w", r.PID, dir, errdefs.ErrAlreadyExists)
 }
 
@@ -109,9 +110,9 @@ func (l *launch) run(ctx context.Context, binary string) (vmm.Machine, error) {
 	}
 	l.release() // so that the sockets close with the process
 	if err := l.meet(ctx, p, conn); err != nil {
-		p.signal(unix.SIGKILL)
-		p.wait()
-		p.close()
+		p.Signal(unix.SIGKILL)
+		p.Wait()
+		p.Close()
 		if line := lastLine(filepath.Join(l.c.Dir, stderrFile), ""); line != "" && ctx.Err() == nil {
 			err = errors.New(line)
 		}
@@ -121,11 +122,11 @@ func (l *launch) run(ctx context.Context, binary string) (vmm.Machine, error) {
 }
 
 // meet records the new process, then waits until it answers.
-func (l *launch) meet(ctx context.Context, p *process, conn net.Conn) error {
+func (l *launch) meet(ctx context.Context, p *process.Process, conn net.Conn) error {
 	version, _ := l.d.askVersion()
 	l.r = record{
 		Format: recordFormat, Driver: Name, Version: version, Accelerator: l.d.accelerator(),
-		UID: l.c.UID, PID: p.pid, StartTime: p.start, BootID: bootID(), StartedAt: time.Now(), ConsoleFrom: l.r.ConsoleFrom,
+		UID: l.c.UID, PID: p.PID, StartTime: p.Start, BootID: bootID(), StartedAt: time.Now(), ConsoleFrom: l.r.ConsoleFrom,
 		Sockets: map[string]string{"qmp": qmpSocket, "console": consoleSocket},
 	}
 	if l.c.Agent {
@@ -133,16 +134,16 @@ func (l *launch) meet(ctx context.Context, p *process, conn net.Conn) error {
 	}
 	err := l.r.write(l.c.Dir)
 	if err == nil {
-		err = replaceFile(l.c.Dir, pidFile, []byte(strconv.Itoa(p.pid)+"\n"))
+		err = replaceFile(l.c.Dir, pidFile, []byte(strconv.Itoa(p.PID)+"\n"))
 	}
 	if err != nil {
 		conn.Close()
 		return err
 	}
 	if l.c.Spawned != nil {
-		l.c.Spawned(p.pid)
+		l.c.Spawned(p.PID)
 	}
-	note(l.c.Dir, "started: process %d, version %s, %s %s", p.pid, version, l.r.Accelerator, l.d.KVM.Reason())
+	note(l.c.Dir, "started: process %d, version %s, %s %s", p.PID, version, l.r.Accelerator, l.d.KVM.Reason())
 	q, err := newMonitor(ctx, conn)
 	if err != nil {
 		return err
@@ -151,7 +152,7 @@ func (l *launch) meet(ctx context.Context, p *process, conn net.Conn) error {
 }
 
 // spawn makes the process, of its own session and user.
-func (l *launch) spawn(binary string, argv []string) (*process, error) {
+func (l *launch) spawn(binary string, argv []string) (*process.Process, error) {
 	attr := &syscall.SysProcAttr{Setsid: true}
 	if l.c.User != 0 {
 		attr.Credential = &syscall.Credential{Uid: uint32(l.c.User), Gid: uint32(l.c.User), Groups: l.d.groups()}
@@ -174,8 +175,8 @@ func (l *launch) spawn(binary string, argv []string) (*process, error) {
 }
 
 // hold opens a child, and leaves none that it can't open.
-func hold(child *os.Process) (*process, error) {
-	p, err := findProcess(child.Pid, 0)
+func hold(child *os.Process) (*process.Process, error) {
+	p, err := process.Find(child.Pid, 0)
 	if err != nil {
 		child.Kill()
 		child.Wait()
