@@ -32,7 +32,12 @@ type Keeper struct {
 	events *os.File
 
 	mu   sync.Mutex // guards dirs
-	dirs map[int32]string
+	dirs map[int32]directory
+}
+
+type directory struct {
+	path   string
+	suffix []string // of the logs in it that are bounded
 }
 
 // Open makes a keeper of the files that end in one of the suffixes: ".stdout".
@@ -43,11 +48,15 @@ func open(max int64, suffixes []string, log *slog.Logger) (*Keeper, error) {
 	if err != nil {
 		return nil, fmt.Errorf("watch logs: %w", err)
 	}
-	return &Keeper{max: max, suffix: suffixes, log: log, events: os.NewFile(uintptr(fd), "inotify"), dirs: map[int32]string{}}, nil
+	return &Keeper{max: max, suffix: suffixes, log: log, events: os.NewFile(uintptr(fd), "inotify"), dirs: map[int32]directory{}}, nil
 }
 
-// Add bounds the logs in a directory, until that is removed. It may be repeated.
-func (k *Keeper) Add(dir string) error {
+// Add bounds the logs in a directory, until that is removed: those with the keeper's
+// suffixes, or with these alone. It may be repeated.
+func (k *Keeper) Add(dir string, suffix ...string) error {
+	if len(suffix) == 0 {
+		suffix = k.suffix
+	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	conn, err := k.events.SyscallConn()
@@ -58,7 +67,7 @@ func (k *Keeper) Add(dir string) error {
 	err = conn.Control(func(fd uintptr) {
 		var wd int
 		if wd, added = unix.InotifyAddWatch(int(fd), dir, unix.IN_MODIFY|unix.IN_ONLYDIR); added == nil {
-			k.dirs[int32(wd)] = dir
+			k.dirs[int32(wd)] = directory{dir, suffix}
 		}
 	})
 	if err := errors.Join(err, added); err != nil {
@@ -70,7 +79,7 @@ func (k *Keeper) Add(dir string) error {
 		return err
 	}
 	for _, path := range files {
-		k.look(path)
+		k.look(path, suffix)
 	}
 	return nil
 }
@@ -107,16 +116,16 @@ func (k *Keeper) hear(events []byte) {
 			delete(k.dirs, wd)
 		}
 		k.mu.Unlock()
-		if path := filepath.Join(dir, name); dir != "" && name != "" && !seen[path] {
+		if path := filepath.Join(dir.path, name); dir.path != "" && name != "" && !seen[path] {
 			seen[path] = true
-			k.look(path)
+			k.look(path, dir.suffix)
 		}
 	}
 }
 
 // look moves a log away that is full.
-func (k *Keeper) look(path string) {
-	if !slices.Contains(k.suffix, filepath.Ext(path)) {
+func (k *Keeper) look(path string, suffix []string) {
+	if !slices.Contains(suffix, filepath.Ext(path)) {
 		return
 	}
 	info, err := os.Stat(path)

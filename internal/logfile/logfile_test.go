@@ -92,6 +92,35 @@ func TestBounded(t *testing.T) {
 	}
 }
 
+// Some logs of a directory are left to whoever writes them at a place of their own.
+func TestBoundedInPart(t *testing.T) {
+	k, err := open(100, []string{".stdout", ".log"}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.events.Close()
+	dir := t.TempDir()
+	bounded, left := filepath.Join(dir, "vm.stdout"), filepath.Join(dir, "vm.log")
+	for _, path := range []string{bounded, left} {
+		appender(t, path).Write(make([]byte, 1000))
+	}
+	if err := k.Add(dir, ".stdout"); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{bounded, left} {
+		appender(t, path).Write(make([]byte, 1000))
+	}
+	events := make([]byte, 4096)
+	n, err := k.events.Read(events)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.hear(events[:n])
+	if size(bounded) != 0 || size(left) != 2000 {
+		t.Errorf("%d and %d bytes", size(bounded), size(left))
+	}
+}
+
 // TestFollowAcrossRotation: who follows a log sees what comes after it was emptied.
 func TestFollowAcrossRotation(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "vm.stdout")
