@@ -137,6 +137,9 @@ func (l *lab) checkHolds(t *testing.T, s *Store, lease string) {
 	if f.Snapshots != 5 || len(f.Images) != 2 || f.ContentBytes == 0 {
 		t.Errorf("facts: %+v", f)
 	}
+	if n, err := s.countSnapshots(t.Context(), "devmapper"); err != nil || n != 0 {
+		t.Errorf("snapshots of a snapshotter that is not there: %d, %v", n, err)
+	}
 	recorded := 0
 	err = s.Recorded(t.Context(), map[string]string{"dev.liquidmetal.flintlockd/uid": "01"}, func(_ map[string]string, data []byte) error {
 		recorded++
