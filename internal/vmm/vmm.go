@@ -53,6 +53,7 @@ type Facts struct {
 	Version     string
 	Accelerator string // kvm or tcg
 	Reason      string // why it is not available, or why not with KVM
+	AttachOnly  bool   // it starts no microVM, here or elsewhere, and only finds those that run
 }
 
 // Config is all that a driver needs for one microVM. Disks and network cards

@@ -85,6 +85,21 @@ func Cmdline(pid int) ([]string, error) {
 	return strings.Split(strings.TrimSuffix(string(text), "\x00"), "\x00"), nil
 }
 
+// List returns the numbers of all processes.
+func List() ([]int, error) {
+	files, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, err
+	}
+	var all []int
+	for _, f := range files {
+		if pid, err := strconv.Atoi(f.Name()); err == nil {
+			all = append(all, pid)
+		}
+	}
+	return all, nil
+}
+
 // Started is when the process was started.
 func (p *Process) Started() time.Time {
 	text, err := os.ReadFile("/proc/stat")
