@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"ingot/internal/flintlock"
 	"ingot/internal/host"
 	"ingot/internal/image"
 	"ingot/internal/link"
@@ -151,7 +152,7 @@ func (c hostConfig) run(ctx context.Context, log *slog.Logger) error {
 		StateDir: c.StateDir, Bridge: c.BridgeName, Parent: c.ParentInterface, DefaultDriver: c.DefaultProvider, Pool: c.Pool,
 		DeletePatience: c.DeletePatience, MaximumRetry: c.MaximumRetry,
 		Limits: host.Limits{MicroVMs: c.MaxMicroVMs, VCPUOvercommit: c.VCPUOvercommit, MemoryOvercommit: c.MemoryOvercommit, ReservedMemory: c.ReservedMemory},
-		Hooks:  metrics.Hooks(), Guard: guard.Set, Images: images, Drivers: drivers, Log: log.With("controller", "microvm"),
+		Hooks:  metrics.Hooks(), Guard: guard.Set, Images: images, Drivers: append(drivers, flintlock.Drivers(log)...), Log: log.With("controller", "microvm"),
 	})
 	config := rpc.Config{
 		Listen: c.GRPCEndpoint, Plain: c.InsecureEndpoint, Token: pki.Secret(c.BasicAuthToken), Host: h, Images: images,

@@ -33,7 +33,7 @@ func (v *instance) boot(ctx context.Context) error {
 	spec := v.view().Spec
 	driver, err := v.host.driver(spec)
 	if err != nil {
-		return err
+		return mistaken(err)
 	}
 	step := func(name string) {
 		v.course.next(name)
@@ -90,7 +90,7 @@ func (v *instance) boot(ctx context.Context) error {
 	v.set(func(s *vm.Status) {
 		s.Phase, s.Step, s.Driver, s.Accelerator = vm.Starting, "boot", driver.Name(), driver.Facts().Accelerator
 	})
-	if err := v.host.logs.Add(v.dir); err != nil {
+	if err := v.boundLogs(); err != nil {
 		return err
 	}
 	m, err := driver.Start(ctx, config)
@@ -168,7 +168,7 @@ func (v *instance) progress(p image.Progress) {
 func (v *instance) ensureLinks(spec vm.Spec) (map[string]vm.InterfaceStatus, error) {
 	links := map[string]vm.InterfaceStatus{}
 	for _, n := range spec.Interfaces {
-		name := device(spec.UID, n)
+		name := v.device(n)
 		mac, err := net.ParseMAC(n.MAC)
 		if err != nil {
 			return nil, fmt.Errorf("make interface %s: %w", n.ID, err)
@@ -199,14 +199,14 @@ func (v *instance) ensureLinks(spec vm.Spec) (map[string]vm.InterfaceStatus, err
 
 // guard holds the guest to the MAC address of one of its interfaces.
 func (v *instance) guard(n vm.Interface) error {
-	if v.host.c.Guard == nil || n.Metadata {
-		return nil
+	if v.host.c.Guard == nil || n.Metadata || n.MAC == "" || v.device(n) == "" {
+		return nil // flintlock leaves the address to some guests
 	}
 	mac, err := net.ParseMAC(n.MAC)
 	if err != nil {
 		return err
 	}
-	return v.host.c.Guard(device(v.spec.UID, n), mac)
+	return v.host.c.Guard(v.device(n), mac)
 }
 
 // serveMetadata answers the guest on its metadata interface, and writes down what
@@ -228,7 +228,7 @@ func (v *instance) serveMetadata(ctx context.Context) error {
 		if !n.Metadata || v.metadata != nil {
 			continue
 		}
-		if v.metadata, err = metadata.Listen(ctx, device(spec.UID, n)); err != nil {
+		if v.metadata, err = metadata.Listen(ctx, v.device(n)); err != nil {
 			return err
 		}
 	}
@@ -319,7 +319,7 @@ func (v *instance) running(m vmm.Machine, phase vm.Phase, sizes map[string]vm.Mi
 // hear begins a conversation with the guest's agent, if there is none: its events
 // come while the goroutine rests. One that is lost is made again.
 func (v *instance) hear() {
-	if v.machine == nil || v.agent != nil || time.Now().Before(v.hearAt) {
+	if v.machine == nil || v.agent != nil || v.mute || time.Now().Before(v.hearAt) {
 		return
 	}
 	v.hearAt = time.Now().Add(firstDelay)
@@ -327,6 +327,7 @@ func (v *instance) hear() {
 	defer cancel()
 	conn, err := v.machine.Agent(ctx)
 	if err != nil {
+		v.mute = errdefs.IsNotImplemented(err)
 		v.log.Debug("reach the guest's agent", "err", err) // it may just end
 		return
 	}
@@ -399,6 +400,9 @@ const (
 // note writes the spec into containerd, where `ctr content ls` shows it and a lost
 // directory can be rebuilt from. The microVM runs already: nothing waits for it.
 func (v *instance) note(ctx context.Context) {
+	if v.kept != nil {
+		return // flintlock's record is there, and flintlock may come back to it
+	}
 	ctx, cancel := context.WithTimeout(ctx, askTime)
 	defer cancel()
 	text, err := json.Marshal(record{Format: recordFormat, Spec: v.spec, User: v.user})

@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"ingot/internal/vm"
+	"ingot/internal/vmm"
 )
 
 // digest is of a spec as it was recorded, but for when.
@@ -31,6 +32,9 @@ func (h *Host) Restart(ctx context.Context, uid string, timeout time.Duration) (
 	v, err := h.find(uid)
 	if err != nil {
 		return View{}, err
+	}
+	if _, err := h.driver(v.spec); errdefs.IsNotImplemented(err) {
+		return View{}, fmt.Errorf("restart microVM %s: %w", v.spec.Name, err) // it would only stop
 	}
 	asked, by := time.Now(), time.Now().Add(timeout)
 	if err := v.wantRun(func(r *record) error {
@@ -65,6 +69,9 @@ func (h *Host) setPaused(ctx context.Context, uid string, paused bool, then vm.P
 	w := v.view()
 	if p := w.Status.Phase; p != vm.Running && p != vm.Paused {
 		return View{}, fmt.Errorf("microvm %s does not run (state: %s): %w", w.Spec.Name, p, errdefs.ErrFailedPrecondition)
+	}
+	if h.lacks(w.Status.Driver, vmm.Pause) {
+		return View{}, fmt.Errorf("microvm %s: %s can't be paused here: %w", w.Spec.Name, w.Status.Driver, errdefs.ErrNotImplemented)
 	}
 	if err := v.want(func(r *record) error {
 		if r.Deleting || r.Stopped {
@@ -136,6 +143,9 @@ func (h *Host) Update(uid string, change func(labels, metadata map[string]string
 		}
 		labels, metadata := clone(r.Spec.Labels), clone(r.Spec.Metadata)
 		change(labels, metadata)
+		if r.Flintlock != nil && !maps.Equal(metadata, r.Spec.Metadata) {
+			return fmt.Errorf("microvm %s: its guest is told what flintlock has given its hypervisor: %w", r.Spec.Name, errdefs.ErrFailedPrecondition)
+		}
 		r.Spec.Labels, r.Spec.Metadata = labels, metadata
 		return r.Spec.Validate()
 	}); err != nil {

@@ -142,7 +142,7 @@ func (h *Host) Run(ctx context.Context) error {
 	}
 	h.mu.Unlock()
 	h.report(broken...)
-	if err := errors.Join(h.sweepLeases(ctx), h.sweepLinks()); err != nil {
+	if err := h.sweep(ctx); err != nil {
 		h.c.Log.Warn("remove leftovers", "err", err)
 	}
 	close(h.ready)
@@ -217,6 +217,18 @@ func (h *Host) begin(v *instance) {
 	})
 }
 
+// sweep removes what daemons that were killed have left, once all microVMs are known:
+// those of flintlock's are found by their leases.
+func (h *Host) sweep(ctx context.Context) error {
+	if err := h.sweepLeases(ctx); err != nil {
+		return err
+	}
+	if err := h.findStrays(); err != nil {
+		return err
+	}
+	return h.sweepLinks()
+}
+
 // sweepLinks removes the taps that a killed daemon has left. Those of a microVM
 // whose record can't be read are not known: then all stay.
 func (h *Host) sweepLinks() error {
@@ -224,10 +236,10 @@ func (h *Host) sweepLinks() error {
 	h.mu.Lock()
 	for _, v := range h.vms {
 		for _, n := range v.spec.Interfaces {
-			wanted[device(v.spec.UID, n)] = true
+			wanted[v.device(n)] = true
 		}
 	}
-	blind := len(h.broken) > 0
+	blind := len(h.broken) > 0 || wanted[""] // of flintlock's
 	h.mu.Unlock()
 	if blind {
 		return nil
@@ -283,45 +295,6 @@ func (h *Host) removeLink(device string) error {
 		}
 	}
 	return link.Remove(device)
-}
-
-// rebuild makes the record of a lease anew from its copy in containerd, and
-// releases the lease if there is none.
-func (h *Host) rebuild(ctx context.Context, lease, dir string) error {
-	copies := 0
-	var r record
-	var bad error
-	err := h.c.Images.Recorded(ctx, map[string]string{typeLabel: "microvm", uidLabel: filepath.Base(dir)}, func(_ map[string]string, data []byte) error {
-		copies++
-		got, err := decodeRecord(h.root(), data)
-		if err == nil && got.Dir != dir {
-			err = fmt.Errorf("the copy is of %s", got.Dir)
-		}
-		if err != nil {
-			bad = err
-			return nil
-		}
-		r = got
-		return nil
-	})
-	switch {
-	case err != nil:
-		return err
-	case copies == 0:
-		h.c.Log.Info("removing a leftover lease", "lease", lease)
-		return h.c.Images.Release(ctx, lease)
-	case r.Dir == "":
-		h.report(Broken{filepath.Join(dir, recordName), fmt.Errorf("it is lost, and containerd's copy can't be read: %w", bad)})
-		return nil
-	}
-	if err := r.create(); err != nil {
-		return fmt.Errorf("rebuild %s: %w", r.Dir, err)
-	}
-	h.c.Log.Warn("the record was lost: it is rebuilt from containerd's copy", "path", r.Dir)
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.keep(r, false)
-	return nil
 }
 
 // View is a microVM as others see it.
@@ -490,7 +463,7 @@ func making(key string) string { return "key/" + key }
 // suit makes a spec one that this host can run, or says why it can't.
 func (h *Host) suit(s *vm.Spec) error {
 	if s.Driver != "" {
-		if !slices.ContainsFunc(h.c.Drivers, func(d vmm.Driver) bool { return d.Name() == s.Driver }) {
+		if !slices.ContainsFunc(h.c.Drivers, func(d vmm.Driver) bool { return d.Name() == s.Driver && !d.Facts().AttachOnly }) {
 			return &vm.FieldError{Field: "provider", Problem: fmt.Sprintf("microvm provider %s isn't available", s.Driver)}
 		}
 	}
@@ -721,6 +694,13 @@ func (h *Host) Drivers() map[string]vmm.Facts {
 	return facts
 }
 
+// lacks says whether a driver has not a feature.
+func (h *Host) lacks(driver string, f vmm.Feature) bool {
+	return slices.ContainsFunc(h.c.Drivers, func(d vmm.Driver) bool {
+		return d.Name() == driver && !slices.Contains(d.Features(), f)
+	})
+}
+
 // DefaultDriver is the name of the driver of a spec that names none.
 func (h *Host) DefaultDriver() (string, error) {
 	d, err := h.driver(vm.Spec{})
@@ -742,8 +722,13 @@ func (h *Host) driver(s vm.Spec) (vmm.Driver, error) {
 			continue
 		}
 		f := d.Facts()
-		if f.Available {
+		switch {
+		case f.Available:
 			return d, nil
+		case f.AttachOnly && name != "":
+			return nil, fmt.Errorf("%s%w", f.Reason, silent{errdefs.ErrNotImplemented})
+		case f.AttachOnly:
+			continue
 		}
 		reasons = append(reasons, d.Name()+": "+f.Reason)
 	}

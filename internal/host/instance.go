@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"ingot/internal/agent"
+	"ingot/internal/flintlock"
 	"ingot/internal/metadata"
 	"ingot/internal/vm"
 	"ingot/internal/vmm"
@@ -48,6 +49,7 @@ type instance struct {
 	dir  string
 	user int
 	key  string
+	kept *flintlock.Things // nil: it is not flintlock's
 
 	retell atomic.Bool // the metadata has changed
 
@@ -61,6 +63,7 @@ type instance struct {
 	stopBy   time.Time // when it is ended by force
 	hearAt   time.Time // when the guest's agent may be tried again
 	saveAt   time.Time // when a status that could not be written down is tried again
+	mute     bool      // its hypervisor has no way to a guest's agent
 
 	saving    sync.Mutex // one change of the record at a time, disk and all; comes before mu
 	attaching sync.Mutex // one opening of the console at a time; comes before mu
@@ -90,8 +93,12 @@ func newInstance(h *Host, r record) *instance {
 	// The clock may be another one than what these were noted by.
 	status.RetryAt = atMost(status.RetryAt, lastDelay)
 	r.StopBy = atMost(r.StopBy, cmp.Or(r.Patience, defaultPatience))
+	if r.Flintlock != nil {
+		describe(&status, r)
+	}
 	v := &instance{
-		host: h, spec: r.Spec, dir: r.Dir, user: r.User, key: r.Key, record: r, told: r.Stopped, status: status, wake: make(chan struct{}, 1), seen: make(chan struct{}), watchers: map[chan View]bool{},
+		host: h, spec: r.Spec, dir: r.Dir, user: r.User, key: r.Key, kept: r.Flintlock, record: r, told: r.Stopped, status: status,
+		wake: make(chan struct{}, 1), seen: make(chan struct{}), watchers: map[chan View]bool{},
 		log: h.c.Log.With("vm", r.Spec.Namespace+"/"+r.Spec.Name, "uid", r.Spec.UID),
 	}
 	v.noted, v.labeled = notable(v.view().Status), clone(r.Spec.Labels)
@@ -106,14 +113,22 @@ func (v *instance) lease() string {
 }
 
 // device is the name of an interface's tap. It follows from the uid, so that a
-// crash between making a tap and noting it loses nothing.
-func device(uid string, n vm.Interface) string {
-	sum := sha256.Sum256([]byte(uid + "/" + n.ID))
+// crash between making a tap and noting it loses nothing. flintlock's follow from
+// nothing: that of one which it has not written down is empty.
+func (r record) device(n vm.Interface) string {
+	if r.Flintlock != nil {
+		return r.Flintlock.Devices[n.ID]
+	}
+	sum := sha256.Sum256([]byte(r.Spec.UID + "/" + n.ID))
 	prefix := "fltap"
 	if n.Kind == vm.Macvtap {
 		prefix = "flvtap"
 	}
 	return prefix + fmt.Sprintf("%x", sum)[:7]
+}
+
+func (v *instance) device(n vm.Interface) string {
+	return record{Spec: v.spec, Flintlock: v.kept}.device(n)
 }
 
 func (v *instance) view() View {
@@ -340,7 +355,7 @@ func (v *instance) next() time.Time {
 	if v.machine == nil {
 		return at
 	}
-	if v.agent == nil {
+	if v.agent == nil && !v.mute {
 		sooner(v.hearAt)
 	}
 	if !v.stopBy.IsZero() && !retryAt.After(time.Now()) {
@@ -370,7 +385,7 @@ func (v *instance) drop() {
 	v.mu.Lock()
 	v.machine = nil
 	v.mu.Unlock()
-	v.told, v.asked, v.pressed, v.stopBy, v.hearAt = false, false, false, time.Time{}, time.Time{}
+	v.told, v.asked, v.pressed, v.mute, v.stopBy, v.hearAt = false, false, false, false, time.Time{}, time.Time{}
 }
 
 // look finds out whether the hypervisor runs, and how it ended if it did.
@@ -408,95 +423,6 @@ func (v *instance) ours(exit vmm.Exit) vmm.Exit {
 	return exit
 }
 
-// find takes over what an earlier daemon has started. The drivers know, whatever
-// was noted here.
-func (v *instance) find(ctx context.Context) {
-	var exit *vmm.Exit
-	for _, d := range v.host.c.Drivers {
-		m, err := d.Attach(ctx, v.dir)
-		var ended *vmm.Ended
-		switch {
-		case err == nil:
-			v.looked = true
-			v.adopt(ctx, d, m)
-			return
-		case errors.As(err, &ended):
-			exit = &ended.Exit
-		case errdefs.IsNotFound(err):
-		case ctx.Err() != nil:
-			return
-		default:
-			v.log.Warn("look for an earlier hypervisor", "err", err)
-			v.set(func(s *vm.Status) { s.Reason, s.RetryAt = err.Error(), time.Now().Add(firstDelay) })
-			return
-		}
-	}
-	v.looked = true
-	v.mu.Lock()
-	phase, heard, since := v.status.Phase, v.status.EndedAt, v.record.StartedAt
-	v.mu.Unlock()
-	switch {
-	case exit != nil && !exit.At.Equal(heard) && exit.At.After(since):
-		v.ended(v.ours(*exit))
-	case exit == nil && (phase == vm.Running || phase == vm.Paused):
-		v.ended(vmm.Exit{Cause: vmm.Unknown, Detail: "it ended while the daemon was away", At: time.Now()})
-	}
-	v.told = false
-}
-
-// adopt takes over a hypervisor that runs.
-func (v *instance) adopt(ctx context.Context, d vmm.Driver, m vmm.Machine) {
-	v.log.Info("found running", "pid", m.PID())
-	if w := v.view(); w.Status.Driver == "" { // the status was lost
-		links, err := v.ensureLinks(v.spec)
-		if err != nil {
-			v.log.Error("find interfaces", "err", err)
-		}
-		short, cancel := context.WithTimeout(ctx, askTime)
-		prepared, err := v.prepare(short, unsized(v.spec))
-		cancel()
-		if err != nil {
-			v.log.Error("find volumes", "err", err)
-		}
-		v.set(func(s *vm.Status) {
-			s.Driver, s.Accelerator, s.Links = d.Name(), d.Facts().Accelerator, links
-			s.Volumes, s.KernelPath, s.InitrdPath = prepared.Volumes, prepared.Kernel, prepared.Initrd
-		})
-	}
-	v.running(m, v.phaseOf(ctx, m), nil)
-	for _, n := range v.spec.Interfaces { // also of a daemon that guarded none
-		if err := v.guard(n); err != nil {
-			v.log.Error("guard interface", "err", err)
-		}
-	}
-	if err := v.host.logs.Add(v.dir); err != nil {
-		v.log.Error("bound logs", "err", err)
-	}
-	if err := v.serveMetadata(ctx); err != nil {
-		v.log.Error("serve metadata", "err", err)
-	}
-}
-
-// phaseOf is Running, unless an earlier daemon had its CPUs stand still.
-func (v *instance) phaseOf(ctx context.Context, m vmm.Machine) vm.Phase {
-	v.mu.Lock()
-	may := v.record.Paused || v.status.Phase == vm.Paused
-	v.mu.Unlock()
-	if !may {
-		return vm.Running
-	}
-	ctx, cancel := context.WithTimeout(ctx, askTime)
-	defer cancel()
-	state, err := m.State(ctx)
-	if err != nil {
-		v.log.Warn("ask whether it is paused", "err", err)
-	}
-	if state == vmm.Paused {
-		return vm.Paused
-	}
-	return vm.Running
-}
-
 // ended decides what follows from a hypervisor's end.
 func (v *instance) ended(exit vmm.Exit) {
 	policy := v.spec.Restart
@@ -505,6 +431,8 @@ func (v *instance) ended(exit vmm.Exit) {
 		reason += ": " + exit.Detail
 	}
 	asked := v.stops()
+	_, lost := v.host.driver(v.spec)
+	final := errdefs.IsNotImplemented(lost) // nothing will start it again
 	stop, crashed, again := false, false, false
 	switch exit.Cause {
 	case vmm.PowerOff:
@@ -541,6 +469,8 @@ func (v *instance) ended(exit vmm.Exit) {
 			s.Phase = vm.Failed
 		case stop:
 			s.Phase = vm.Stopped
+		case final:
+			s.Phase, s.Reason = vm.Failed, reason+"; "+lost.Error()
 		case exit.Cause == vmm.Stopped: // and wanted again
 			s.Phase, s.Reason = vm.Pending, ""
 		default:
@@ -647,7 +577,7 @@ func (m *mistake) Unwrap() error { return m.error }
 // mistaken finds the mistake in what failed for no reason but what was asked for.
 func mistaken(err error) error {
 	switch {
-	case errdefs.IsInvalidArgument(err):
+	case errdefs.IsInvalidArgument(err), errdefs.IsNotImplemented(err):
 		return &mistake{err, 1}
 	case errdefs.IsNotFound(err):
 		return &mistake{err, hopeless}
@@ -770,9 +700,15 @@ func (v *instance) destroy(ctx context.Context, asked time.Time) error {
 		v.metadata.Close()
 		v.metadata = nil
 	}
-	spec := v.spec
-	for _, n := range spec.Interfaces {
-		if err := v.host.removeLink(device(spec.UID, n)); err != nil {
+	for _, n := range v.spec.Interfaces {
+		if name := v.device(n); name == "" {
+			continue
+		} else if err := v.host.removeLink(name); err != nil {
+			return err
+		}
+	}
+	if v.kept != nil {
+		if err := v.kept.Clear(v.dir); err != nil {
 			return err
 		}
 	}

@@ -289,3 +289,28 @@ func TestStalledDisk(t *testing.T) {
 		t.Errorf("%d microVMs in the end", n)
 	}
 }
+
+// A hypervisor without a way to the guest's agent, as flintlock has started them, is
+// asked for it once: one that runs steadily has no timer.
+func TestNoAgentNoTimer(t *testing.T) {
+	v := testInstance(t)
+	v.host.ctx = t.Context()
+	m := &agentless{}
+	v.machine = m
+	for range 3 {
+		v.hear()
+	}
+	if at := v.next(); m.asked != 1 || !at.IsZero() {
+		t.Errorf("asked %d times, next at %v", m.asked, at)
+	}
+}
+
+type agentless struct {
+	vmm.Machine
+	asked int
+}
+
+func (m *agentless) Agent(context.Context) (net.Conn, error) {
+	m.asked++
+	return nil, errdefs.ErrNotImplemented
+}

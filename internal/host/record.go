@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"ingot/internal/flintlock"
 	"ingot/internal/vm"
 )
 
@@ -39,6 +40,8 @@ type record struct {
 	// StartedAt is when it was last said that it should run again: an end before
 	// that is of an earlier life, and decides nothing.
 	StartedAt time.Time `json:"started_at,omitzero"`
+	// Flintlock is what flintlock has made for it; nil: it is not flintlock's.
+	Flintlock *flintlock.Things `json:"flintlock,omitempty"`
 
 	Dir string `json:"-"`
 }

@@ -49,6 +49,9 @@ func (h *Host) Resize(uid, id string, size vm.MiB) (_ View, later string, err er
 // it. It finds what is done already, so that a daemon goes on where another was
 // killed; what is never done here, Prepare does at the next start.
 func (v *instance) grow(ctx context.Context) error {
+	if v.kept != nil {
+		return nil // they stay as flintlock has made them
+	}
 	v.growing.Lock()
 	defer v.growing.Unlock()
 	v.mu.Lock()
@@ -96,6 +99,9 @@ func growVolume(ctx context.Context, path string, size vm.MiB, m vmm.Machine, di
 func (v *instance) resize(next *record, id string, size vm.MiB) error {
 	if next.Deleting {
 		return fmt.Errorf("it is being deleted: %w", errdefs.ErrFailedPrecondition)
+	}
+	if next.Flintlock != nil {
+		return fmt.Errorf("flintlock has made its volumes: %w", errdefs.ErrFailedPrecondition)
 	}
 	next.Spec.Volumes = slices.Clone(next.Spec.Volumes)
 	volume := &next.Spec.Root
