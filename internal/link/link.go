@@ -148,6 +148,25 @@ func EnsureVeth(a, b string, peer *Namespace) (changed bool, err error) {
 	return true, nil
 }
 
+// EnsureWireGuard makes an interface of the kernel's own WireGuard. A kernel without
+// it is errdefs.ErrNotImplemented.
+func EnsureWireGuard(name string) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = name
+	err := netlink.LinkAdd(&netlink.Wireguard{LinkAttrs: attrs})
+	switch {
+	case errors.Is(err, unix.EOPNOTSUPP):
+		return fmt.Errorf("make %s: this kernel has no WireGuard: %w", name, errdefs.ErrNotImplemented)
+	case err != nil && !errors.Is(err, unix.EEXIST):
+		return fmt.Errorf("make %s: %w", name, err)
+	}
+	l, err := find(name)
+	if err == nil && l.Type() != "wireguard" {
+		err = fmt.Errorf("make %s: a %s has that name: %w", name, l.Type(), errdefs.ErrAlreadyExists)
+	}
+	return err
+}
+
 func peerExists(name string, ns *Namespace) bool {
 	return inside(ns, func() error { _, err := find(name); return err }) == nil
 }
@@ -171,6 +190,33 @@ func EnsureAddress(name string, p netip.Prefix) error {
 		return fmt.Errorf("give %s the address %s: %w", name, p, err)
 	}
 	return nil
+}
+
+// SetAddress gives an interface an IPv4 address, in place of those that it has.
+func SetAddress(name string, p netip.Prefix) (changed bool, err error) {
+	l, err := find(name)
+	if err != nil {
+		return false, err
+	}
+	have, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(l, unix.AF_INET) })
+	if err != nil {
+		return false, fmt.Errorf("list addresses of %s: %w", name, err)
+	}
+	there := false
+	for _, a := range have {
+		if old, ok := prefix(a.IPNet); ok && old == p {
+			there = true
+			continue
+		}
+		changed = true
+		if err := netlink.AddrDel(l, &a); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			return changed, fmt.Errorf("take the address %s from %s: %w", a.IPNet, name, err)
+		}
+	}
+	if there {
+		return changed, nil
+	}
+	return true, EnsureAddress(name, p)
 }
 
 // Up switches an interface on.
