@@ -209,6 +209,23 @@ func port(proto byte, port uint16) []expr.Any {
 	return append(l4proto(proto), payload(expr.PayloadBaseTransportHeader, 2, binaryutil.BigEndian.PutUint16(port))...)
 }
 
+// toThisMachine matches what is for an address of this machine's own.
+func toThisMachine() []expr.Any {
+	return []expr.Any{
+		&expr.Fib{Register: 1, FlagDADDR: true, ResultADDRTYPE: true},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
+	}
+}
+
+// passOn sends a packet to another address.
+func passOn(to netip.Addr, port uint16) []expr.Any {
+	return []expr.Any{
+		&expr.Immediate{Register: 1, Data: to.AsSlice()},
+		&expr.Immediate{Register: 2, Data: binaryutil.BigEndian.PutUint16(port)},
+		&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, RegProtoMin: 2},
+	}
+}
+
 // udpFrom matches UDP's source port.
 func udpFrom(port uint16) []expr.Any {
 	return append(l4proto(unix.IPPROTO_UDP), payload(expr.PayloadBaseTransportHeader, 0, binaryutil.BigEndian.PutUint16(port))...)

@@ -26,6 +26,7 @@ type Host struct {
 	Platform   []netip.Addr
 	Hub        netip.Addr
 	Trusted    netip.Prefix // who else reaches Management; zero: nobody
+	Peers      netip.Prefix // of the hub's VPN, who do so too; zero: nobody
 	Management []uint16     // TCP ports
 }
 
@@ -80,6 +81,9 @@ func (h Host) inputTable() (*batch, error) {
 		b.rule(input, to("machines"), iif(h.Segment), ipv4(), sourceIn(platform), port(unix.IPPROTO_TCP, number), accept)
 		if h.Trusted.IsValid() {
 			b.rule(input, to("trusted"), ipv4(), source(h.Trusted), port(unix.IPPROTO_TCP, number), accept)
+		}
+		if h.Peers.IsValid() {
+			b.rule(input, to("peers"), ipv4(), source(h.Peers), port(unix.IPPROTO_TCP, number), accept)
 		}
 		b.rule(input, to("nobody else"), port(unix.IPPROTO_TCP, number), drop) // by IPv6 neither
 	}

@@ -28,6 +28,15 @@ type Hub struct {
 	// Trusted reach Management.
 	Platform   []netip.Addr
 	Management []uint16 // TCP ports
+	VPN        VPN      // zero: there is none
+}
+
+// VPN is by what peers, who are operators' devices, come to the hub. They reach the
+// segment and the hub, but neither the world nor each other.
+type VPN struct {
+	Interface string
+	Subnet    netip.Prefix
+	Port      uint16 // UDP, which no guest needs
 }
 
 // forwardText and masqueradeText are the two rules that the environment's
@@ -85,6 +94,9 @@ func (h Hub) table() (*batch, error) {
 	if h.Trusted.IsValid() {
 		b.rule(forward, "trusted into the segment", iif(h.Outside), oif(h.Inside), source(h.Trusted), accept)
 	}
+	if h.VPN.Interface != "" {
+		b.rule(forward, "peers into the segment", iif(h.VPN.Interface), oif(h.Inside), source(h.VPN.Subnet), accept)
+	}
 	postrouting := b.chain("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, nftables.ChainPolicyAccept)
 	b.rule(postrouting, h.masqueradeText(), oif(h.Outside), []expr.Any{&expr.Masq{}})
 	input := b.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nftables.ChainPolicyAccept)
@@ -92,6 +104,10 @@ func (h Hub) table() (*batch, error) {
 	b.rule(input, "machines", iif(h.Inside), sourceIn(platform), accept)
 	if h.Trusted.IsValid() {
 		b.rule(input, "trusted", iif(h.Outside), source(h.Trusted), accept)
+	}
+	if h.VPN.Interface != "" {
+		b.rule(input, "peers", iif(h.VPN.Interface), source(h.VPN.Subnet), accept)
+		b.rule(input, "no guest to the VPN's port", iif(h.Inside), port(unix.IPPROTO_UDP, h.VPN.Port), drop)
 	}
 	for _, number := range h.Management {
 		b.rule(input, fmt.Sprintf("nobody else to %d", number), port(unix.IPPROTO_TCP, number), drop)
@@ -121,6 +137,10 @@ type Lab struct {
 	Table  string
 	Uplink string       // this machine's end of the veth to the hub
 	Subnet netip.Prefix // of that veth
+	// Public is a UDP port that is the hub's own: what comes to it on any address of
+	// this machine's goes there. Zero: none.
+	Public uint16
+	Hub    netip.Addr // the hub's end of the veth
 }
 
 // SetLab replaces the lab's table in the machine's own network namespace: the
@@ -152,6 +172,13 @@ func (l Lab) table() (*batch, error) {
 	accept, drop := verdict(expr.VerdictAccept), verdict(expr.VerdictDrop)
 	forward := b.chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, nftables.ChainPolicyAccept)
 	b.rule(forward, "answers", oif(l.Uplink), established(), accept)
+	if l.Public != 0 {
+		to, text := netip.PrefixFrom(l.Hub, 32), fmt.Sprintf("udp %d is the hub's", l.Public)
+		b.rule(forward, text, oif(l.Uplink), destination(to), port(unix.IPPROTO_UDP, l.Public), accept)
+		// Not the lab's own: guests have no business there.
+		public := b.chain("public", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest, nftables.ChainPolicyAccept)
+		b.rule(public, text, iifNot(l.Uplink), toThisMachine(), port(unix.IPPROTO_UDP, l.Public), passOn(l.Hub, l.Public))
+	}
 	b.rule(forward, "nobody else in", oif(l.Uplink), drop)
 	// Nor do guests get at what this machine serves, but for names.
 	input := b.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nftables.ChainPolicyAccept)

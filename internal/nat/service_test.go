@@ -62,13 +62,9 @@ func reaches(ns, source, network, address string, within time.Duration) bool {
 	result := make(chan bool)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
-		if ns != "" {
-			fd, err := unix.Open("/run/netns/"+ns, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-			if err != nil || unix.Setns(fd, unix.CLONE_NEWNET) != nil {
-				result <- false
-				return
-			}
-			unix.Close(fd)
+		if ns != "" && enter(ns) != nil {
+			result <- false
+			return
 		}
 		d := net.Dialer{Timeout: within}
 		if ip := net.ParseIP(source); ip != nil && network == "udp" {
@@ -88,6 +84,33 @@ func reaches(ns, source, network, address string, within time.Duration) bool {
 		result <- line == "here\n"
 	}()
 	return <-result
+}
+
+// enter puts this thread into a namespace.
+func enter(ns string) error {
+	fd, err := unix.Open("/run/netns/"+ns, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return unix.Setns(fd, unix.CLONE_NEWNET)
+}
+
+// in calls f on a thread that is in a namespace.
+func in(t *testing.T, ns string, f func()) {
+	t.Helper()
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // as in reaches
+		err := enter(ns)
+		if err == nil {
+			f()
+		}
+		done <- err
+	}()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
 }
 
 type attempt struct {
