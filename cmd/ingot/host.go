@@ -198,7 +198,7 @@ func (c hostConfig) guard() (*nat.Guard, error) {
 	}
 	return nat.OpenGuard(nat.Host{
 		Segment: c.Segment, MAC: segment.MAC, Bridge: c.BridgeName, Port: c.SegmentPort,
-		Platform: c.Machines, Hub: c.Hub, Trusted: c.Trusted, Management: ports,
+		Platform: c.Machines, Hub: c.Hub, Trusted: c.Trusted, Peers: c.VPN, Management: ports,
 	})
 }
 

@@ -78,11 +78,12 @@ type hostConfig struct {
 	Machines    []netip.Addr `yaml:"machines"`     // of the environment: guests are kept from them
 	Hub         netip.Addr   `yaml:"hub"`          // the one of them that gives names, addresses and images
 	Trusted     netip.Prefix `yaml:"trusted"`      // who reaches gRPC beside the machines
+	VPN         netip.Prefix `yaml:"vpn"`          // peers of the hub's VPN, who do so too
 	Segment     string       `yaml:"segment"`      // the segment's interface
 	SegmentPort string       `yaml:"segment-port"` // its other end on the bridge, in a lab
 
 	// MetricsEndpoint is where /metrics is served, in plaintext and to whoever reaches it;
-	// empty: nowhere. Where there is a segment, the machines and Trusted reach it.
+	// empty: nowhere. Where there is a segment, the machines, Trusted and VPN reach it.
 	MetricsEndpoint string `yaml:"metrics-endpoint"`
 
 	file    string   // where it was read
@@ -216,7 +217,7 @@ func (c *hostConfig) check() error {
 			return fmt.Errorf("read %s: %s: %v is out of range", c.file, key, n)
 		}
 	}
-	for key, addr := range map[string]netip.Addr{"hub": c.Hub, "trusted": c.Trusted.Addr()} {
+	for key, addr := range map[string]netip.Addr{"hub": c.Hub, "trusted": c.Trusted.Addr(), "vpn": c.VPN.Addr()} {
 		if addr.IsValid() && !addr.Is4() {
 			return fmt.Errorf("read %s: %s: %s is no IPv4 address", c.file, key, addr)
 		}

@@ -15,7 +15,7 @@ func hubCommand() *cobra.Command {
 	var file string
 	cmd := &cobra.Command{
 		Use:   "hub",
-		Short: "Run the network hub: DHCP, DNS, NAT and the image registry",
+		Short: "Run the network hub: DHCP, DNS, NAT, VPN and the image registry",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := hub.ReadConfig(file, buildInfo().Version)

@@ -17,6 +17,10 @@ func TestConfigWantsIPv4(t *testing.T) {
 		"trusted: 100.64.0.0/30\n": "",
 		"trusted: fd00::/64\n":     "trusted: fd00::/64 is no IPv4 prefix",
 		"machines: [{name: host-0, address: \"fd00::3\"}]\n": "machines: fd00::3 of host-0 is no IPv4 address",
+		"vpn: {subnet: 10.91.0.0/24, port: 51820}\n":         "",
+		"vpn: {subnet: 10.91.0.0/24}\n":                      "vpn: port: it is missing",
+		"vpn: {subnet: \"fd00::/64\", port: 51820}\n":        "vpn: subnet: fd00::/64 is no IPv4 prefix with room for peers",
+		"vpn: {subnet: 192.168.0.0/16, port: 51820}\n":       "vpn: subnet: 192.168.0.0/16 overlaps with 192.168.10.0/25",
 	} {
 		path := filepath.Join(t.TempDir(), "hub.yaml")
 		if err := os.WriteFile(path, []byte(good+text), 0o600); err != nil {

@@ -1,10 +1,11 @@
-// Package hub is an environment's network hub: addresses, names, the way out, and
-// images, as parts that run side by side on one interface. A part that fails
+// Package hub is an environment's network hub: addresses, names, the way out and in,
+// and images, as parts that run side by side on one interface. A part that fails
 // ends the hub, with the reason; whoever started it starts it again.
 package hub
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -21,6 +22,7 @@ import (
 	"ingot/internal/pki"
 	"ingot/internal/registry"
 	"ingot/internal/run"
+	"ingot/internal/vpn"
 )
 
 // Ports of the hub's services, on its address on the segment.
@@ -47,6 +49,7 @@ type Config struct {
 	PKI       string       `yaml:"pki"` // directory of ca.pem, cert.pem, key.pem
 	TokenFile string       `yaml:"token-file"`
 	Registry  string       `yaml:"registry"` // directory
+	VPN       *VPN         `yaml:"vpn,omitempty"`
 
 	file    string
 	version string
@@ -56,6 +59,13 @@ type Config struct {
 type Machine struct {
 	Name    string     `yaml:"name"`
 	Address netip.Addr `yaml:"address"`
+}
+
+// VPN is how operators' devices come in.
+type VPN struct {
+	Subnet   netip.Prefix `yaml:"subnet"`             // theirs; the first address is the hub's
+	Port     uint16       `yaml:"port"`               // UDP
+	Endpoint string       `yaml:"endpoint,omitempty"` // HOST:PORT that they are told; empty: the uplink's address
 }
 
 // Default is what a configuration starts from.
@@ -87,6 +97,9 @@ func ReadConfig(path, version string) (Config, error) {
 	case c.Trusted.IsValid() && !c.Trusted.Addr().Is4():
 		err = fmt.Errorf("trusted: %s is no IPv4 prefix", c.Trusted)
 	}
+	if err == nil && c.VPN != nil {
+		err = c.VPN.check(c.Subnet)
+	}
 	for _, m := range c.Machines {
 		if !m.Address.Is4() && err == nil {
 			err = fmt.Errorf("machines: %s of %s is no IPv4 address", m.Address, m.Name)
@@ -96,6 +109,18 @@ func ReadConfig(path, version string) (Config, error) {
 		return c, fmt.Errorf("read %s: %w: %w", path, err, errdefs.ErrInvalidArgument)
 	}
 	return c, nil
+}
+
+func (v VPN) check(segment netip.Prefix) error {
+	switch {
+	case !v.Subnet.IsValid() || !v.Subnet.Addr().Is4() || v.Subnet.Bits() > 30:
+		return fmt.Errorf("vpn: subnet: %s is no IPv4 prefix with room for peers", v.Subnet)
+	case v.Subnet.Overlaps(segment):
+		return fmt.Errorf("vpn: subnet: %s overlaps with %s", v.Subnet, segment)
+	case v.Port == 0:
+		return errors.New("vpn: port: it is missing")
+	}
+	return nil
 }
 
 // Hub is a network hub. New only allocates.
@@ -108,6 +133,7 @@ type Hub struct {
 	dhcp     *dhcp.Server
 	dns      *dns.Server
 	registry *registry.Server
+	vpn      *vpn.Server // nil: nobody comes in
 }
 
 // New makes a hub of its configuration.
@@ -136,9 +162,14 @@ func New(c Config, log *slog.Logger) (*Hub, error) {
 	if err != nil {
 		return nil, err
 	}
+	names := []netip.Prefix{c.Subnet, netip.PrefixFrom(c.Address, 32)}
+	if v := c.VPN; v != nil {
+		names = append(names, v.Subnet)
+		h.vpn = vpn.New(vpn.Settings{Dir: vpnDir, Interface: vpnInterface, Subnet: v.Subnet, Port: v.Port, Log: log})
+	}
 	port := func(p uint16) netip.AddrPort { return netip.AddrPortFrom(c.Address, p) }
 	h.dns = dns.New(dns.Config{
-		Listen: []netip.AddrPort{port(53)}, Allow: []netip.Prefix{c.Subnet, netip.PrefixFrom(c.Address, 32)},
+		Listen: []netip.AddrPort{port(53)}, Allow: names,
 		Upstreams: c.Upstreams, Domain: c.Domain, Lookup: h.lookup, NameOf: h.nameOf, Log: log,
 	})
 	files := pki.In(c.PKI)
@@ -156,6 +187,12 @@ const (
 	dhcpDefaultsFile = "/etc/default/isc-dhcp-server"
 )
 
+// What the VPN keeps, and its interface.
+const (
+	vpnDir       = "/var/lib/ingot/vpn"
+	vpnInterface = "vpn0"
+)
+
 // Run serves until ctx ends or a part fails.
 func (h *Hub) Run(ctx context.Context) error {
 	for _, name := range []string{h.c.Interface, h.c.Uplink} {
@@ -166,17 +203,27 @@ func (h *Hub) Run(ctx context.Context) error {
 	if err := nat.SetHub(h.rules()); err != nil {
 		return err
 	}
-	return run.All(ctx, h.log, h.dhcp, h.dns, h.registry, run.Func("grpc api", h.serve), run.Func("certificates", func(ctx context.Context, ready func()) error {
+	tasks := []run.Task{h.dhcp, h.dns, h.registry, run.Func("grpc api", h.serve), run.Func("certificates", func(ctx context.Context, ready func()) error {
 		ready()
 		return h.shown.Run(ctx)
-	}))
+	})}
+	if h.vpn != nil {
+		tasks = append(tasks, h.vpn)
+	} else if err := vpn.Forget(vpnDir, vpnInterface); err != nil {
+		return err
+	}
+	return run.All(ctx, h.log, tasks...)
 }
 
 func (h *Hub) rules() nat.Hub {
-	return nat.Hub{
+	rules := nat.Hub{
 		Inside: h.c.Interface, Outside: h.c.Uplink, Trusted: h.c.Trusted,
 		Platform: h.platform(), Management: []uint16{GRPCPort},
 	}
+	if v := h.c.VPN; v != nil {
+		rules.VPN = nat.VPN{Interface: vpnInterface, Subnet: v.Subnet, Port: v.Port}
+	}
+	return rules
 }
 
 func (h *Hub) platform() []netip.Addr {

@@ -149,7 +149,7 @@ func (s *service) Ping(ctx context.Context, r *ingotv1.PingRequest) (*ingotv1.Pi
 func (s *service) Facts(ctx context.Context, _ *emptypb.Empty) (*ingotv1.HubFacts, error) {
 	f := &ingotv1.HubFacts{
 		Version: s.c.version, Uptime: durationpb.New(time.Since(s.began)), RssBytes: wire.RSS(), ConfigFile: s.c.file,
-		Dhcp: s.dhcpFacts(), Nat: s.natFacts(), Registry: s.registryFacts(ctx),
+		Dhcp: s.dhcpFacts(), Nat: s.natFacts(), Registry: s.registryFacts(ctx), Vpn: s.vpnFacts(),
 	}
 	f.Hostname, _ = os.Hostname()
 	d := s.dns.Facts()

@@ -61,7 +61,7 @@ func caller(ctx context.Context) (who, from string) {
 	return who, p.Addr.String()
 }
 
-// target is what a request is about: a microVM, an image, a lease.
+// target is what a request is about: a microVM, an image, a lease, a peer.
 func target(request any) string {
 	type (
 		ofSpec  interface{ GetMicrovm() *types.MicroVMSpec }
@@ -75,6 +75,7 @@ func target(request any) string {
 		ofStart interface{ GetStart() *ingotv1.ExecStart }
 		ofExec  interface{ GetStart() *execv1.ExecStart }
 		ofMany  interface{ GetImages() []string }
+		ofName  interface{ GetName() string }
 	)
 	switch r := request.(type) {
 	case ofSpec:
@@ -89,6 +90,8 @@ func target(request any) string {
 		return r.GetIp()
 	case ofMany:
 		return strings.Join(r.GetImages(), " ")
+	case ofName:
+		return r.GetName()
 	case ofExec: // the arguments may be secrets, and so may a shell's line
 		if r.GetStart().GetShell() {
 			return r.GetStart().GetUid() + " sh"

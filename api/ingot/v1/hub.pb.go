@@ -352,6 +352,376 @@ func (x *ReleaseLeaseRequest) GetMac() string {
 	return ""
 }
 
+type AddVPNPeerRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	PublicKey     string                 `protobuf:"bytes,2,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"` // of WireGuard, in base64
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddVPNPeerRequest) Reset() {
+	*x = AddVPNPeerRequest{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddVPNPeerRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddVPNPeerRequest) ProtoMessage() {}
+
+func (x *AddVPNPeerRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddVPNPeerRequest.ProtoReflect.Descriptor instead.
+func (*AddVPNPeerRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *AddVPNPeerRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AddVPNPeerRequest) GetPublicKey() string {
+	if x != nil {
+		return x.PublicKey
+	}
+	return ""
+}
+
+type AddVPNPeerResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Peer          *VPNPeer               `protobuf:"bytes,1,opt,name=peer,proto3" json:"peer,omitempty"`
+	PublicKey     string                 `protobuf:"bytes,2,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`    // the hub's
+	Endpoint      string                 `protobuf:"bytes,3,opt,name=endpoint,proto3" json:"endpoint,omitempty"`                       // HOST:PORT, where the hub is reached from outside
+	AllowedIps    []string               `protobuf:"bytes,4,rep,name=allowed_ips,json=allowedIps,proto3" json:"allowed_ips,omitempty"` // what lies behind it
+	Dns           string                 `protobuf:"bytes,5,opt,name=dns,proto3" json:"dns,omitempty"`                                 // the hub, as a name server
+	Domain        string                 `protobuf:"bytes,6,opt,name=domain,proto3" json:"domain,omitempty"`                           // in which it knows names
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddVPNPeerResponse) Reset() {
+	*x = AddVPNPeerResponse{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddVPNPeerResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddVPNPeerResponse) ProtoMessage() {}
+
+func (x *AddVPNPeerResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddVPNPeerResponse.ProtoReflect.Descriptor instead.
+func (*AddVPNPeerResponse) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *AddVPNPeerResponse) GetPeer() *VPNPeer {
+	if x != nil {
+		return x.Peer
+	}
+	return nil
+}
+
+func (x *AddVPNPeerResponse) GetPublicKey() string {
+	if x != nil {
+		return x.PublicKey
+	}
+	return ""
+}
+
+func (x *AddVPNPeerResponse) GetEndpoint() string {
+	if x != nil {
+		return x.Endpoint
+	}
+	return ""
+}
+
+func (x *AddVPNPeerResponse) GetAllowedIps() []string {
+	if x != nil {
+		return x.AllowedIps
+	}
+	return nil
+}
+
+func (x *AddVPNPeerResponse) GetDns() string {
+	if x != nil {
+		return x.Dns
+	}
+	return ""
+}
+
+func (x *AddVPNPeerResponse) GetDomain() string {
+	if x != nil {
+		return x.Domain
+	}
+	return ""
+}
+
+type RemoveVPNPeerRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveVPNPeerRequest) Reset() {
+	*x = RemoveVPNPeerRequest{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveVPNPeerRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveVPNPeerRequest) ProtoMessage() {}
+
+func (x *RemoveVPNPeerRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveVPNPeerRequest.ProtoReflect.Descriptor instead.
+func (*RemoveVPNPeerRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *RemoveVPNPeerRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ListVPNPeersRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListVPNPeersRequest) Reset() {
+	*x = ListVPNPeersRequest{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListVPNPeersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListVPNPeersRequest) ProtoMessage() {}
+
+func (x *ListVPNPeersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListVPNPeersRequest.ProtoReflect.Descriptor instead.
+func (*ListVPNPeersRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{9}
+}
+
+type ListVPNPeersResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Peers         []*VPNPeer             `protobuf:"bytes,1,rep,name=peers,proto3" json:"peers,omitempty"` // in the order in which they were added
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListVPNPeersResponse) Reset() {
+	*x = ListVPNPeersResponse{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListVPNPeersResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListVPNPeersResponse) ProtoMessage() {}
+
+func (x *ListVPNPeersResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListVPNPeersResponse.ProtoReflect.Descriptor instead.
+func (*ListVPNPeersResponse) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ListVPNPeersResponse) GetPeers() []*VPNPeer {
+	if x != nil {
+		return x.Peers
+	}
+	return nil
+}
+
+// VPNPeer is an operator's device.
+type VPNPeer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	PublicKey     string                 `protobuf:"bytes,2,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`
+	Address       string                 `protobuf:"bytes,3,opt,name=address,proto3" json:"address,omitempty"` // in the VPN
+	Added         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=added,proto3" json:"added,omitempty"`
+	Endpoint      string                 `protobuf:"bytes,5,opt,name=endpoint,proto3" json:"endpoint,omitempty"`                                 // where it was heard from last; empty: nowhere
+	Handshake     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=handshake,proto3" json:"handshake,omitempty"`                               // the last one; unset: none since the interface was made
+	ReceivedBytes int64                  `protobuf:"varint,7,opt,name=received_bytes,json=receivedBytes,proto3" json:"received_bytes,omitempty"` // by the hub
+	SentBytes     int64                  `protobuf:"varint,8,opt,name=sent_bytes,json=sentBytes,proto3" json:"sent_bytes,omitempty"`
+	// Its address is of a subnet that the VPN had before: it can't come in.
+	Outside       bool `protobuf:"varint,9,opt,name=outside,proto3" json:"outside,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VPNPeer) Reset() {
+	*x = VPNPeer{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VPNPeer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VPNPeer) ProtoMessage() {}
+
+func (x *VPNPeer) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VPNPeer.ProtoReflect.Descriptor instead.
+func (*VPNPeer) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *VPNPeer) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *VPNPeer) GetPublicKey() string {
+	if x != nil {
+		return x.PublicKey
+	}
+	return ""
+}
+
+func (x *VPNPeer) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *VPNPeer) GetAdded() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Added
+	}
+	return nil
+}
+
+func (x *VPNPeer) GetEndpoint() string {
+	if x != nil {
+		return x.Endpoint
+	}
+	return ""
+}
+
+func (x *VPNPeer) GetHandshake() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Handshake
+	}
+	return nil
+}
+
+func (x *VPNPeer) GetReceivedBytes() int64 {
+	if x != nil {
+		return x.ReceivedBytes
+	}
+	return 0
+}
+
+func (x *VPNPeer) GetSentBytes() int64 {
+	if x != nil {
+		return x.SentBytes
+	}
+	return 0
+}
+
+func (x *VPNPeer) GetOutside() bool {
+	if x != nil {
+		return x.Outside
+	}
+	return false
+}
+
 type PingRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Address       string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
@@ -362,7 +732,7 @@ type PingRequest struct {
 
 func (x *PingRequest) Reset() {
 	*x = PingRequest{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[6]
+	mi := &file_ingot_v1_hub_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -374,7 +744,7 @@ func (x *PingRequest) String() string {
 func (*PingRequest) ProtoMessage() {}
 
 func (x *PingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[6]
+	mi := &file_ingot_v1_hub_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -387,7 +757,7 @@ func (x *PingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingRequest.ProtoReflect.Descriptor instead.
 func (*PingRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{6}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *PingRequest) GetAddress() string {
@@ -413,7 +783,7 @@ type PingResponse struct {
 
 func (x *PingResponse) Reset() {
 	*x = PingResponse{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[7]
+	mi := &file_ingot_v1_hub_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -425,7 +795,7 @@ func (x *PingResponse) String() string {
 func (*PingResponse) ProtoMessage() {}
 
 func (x *PingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[7]
+	mi := &file_ingot_v1_hub_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -438,7 +808,7 @@ func (x *PingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingResponse.ProtoReflect.Descriptor instead.
 func (*PingResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{7}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *PingResponse) GetRoundTrip() *durationpb.Duration {
@@ -461,13 +831,14 @@ type HubFacts struct {
 	Nat           *NATFacts              `protobuf:"bytes,8,opt,name=nat,proto3" json:"nat,omitempty"`
 	Registry      *RegistryFacts         `protobuf:"bytes,9,opt,name=registry,proto3" json:"registry,omitempty"`
 	ConfigFile    string                 `protobuf:"bytes,10,opt,name=config_file,json=configFile,proto3" json:"config_file,omitempty"`
+	Vpn           *VPNFacts              `protobuf:"bytes,11,opt,name=vpn,proto3" json:"vpn,omitempty"` // unset: the hub has none
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *HubFacts) Reset() {
 	*x = HubFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[8]
+	mi := &file_ingot_v1_hub_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -479,7 +850,7 @@ func (x *HubFacts) String() string {
 func (*HubFacts) ProtoMessage() {}
 
 func (x *HubFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[8]
+	mi := &file_ingot_v1_hub_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -492,7 +863,7 @@ func (x *HubFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HubFacts.ProtoReflect.Descriptor instead.
 func (*HubFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{8}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *HubFacts) GetHostname() string {
@@ -565,6 +936,121 @@ func (x *HubFacts) GetConfigFile() string {
 	return ""
 }
 
+func (x *HubFacts) GetVpn() *VPNFacts {
+	if x != nil {
+		return x.Vpn
+	}
+	return nil
+}
+
+type VPNFacts struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Serving        bool                   `protobuf:"varint,1,opt,name=serving,proto3" json:"serving,omitempty"`
+	Error          string                 `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	Implementation string                 `protobuf:"bytes,3,opt,name=implementation,proto3" json:"implementation,omitempty"` // kernel or wireguard-go
+	Interface      string                 `protobuf:"bytes,4,opt,name=interface,proto3" json:"interface,omitempty"`
+	Address        string                 `protobuf:"bytes,5,opt,name=address,proto3" json:"address,omitempty"` // the hub's own, with the subnet
+	Port           uint32                 `protobuf:"varint,6,opt,name=port,proto3" json:"port,omitempty"`      // UDP
+	Endpoint       string                 `protobuf:"bytes,7,opt,name=endpoint,proto3" json:"endpoint,omitempty"`
+	PublicKey      string                 `protobuf:"bytes,8,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`
+	Peers          []*VPNPeer             `protobuf:"bytes,9,rep,name=peers,proto3" json:"peers,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *VPNFacts) Reset() {
+	*x = VPNFacts{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VPNFacts) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VPNFacts) ProtoMessage() {}
+
+func (x *VPNFacts) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VPNFacts.ProtoReflect.Descriptor instead.
+func (*VPNFacts) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *VPNFacts) GetServing() bool {
+	if x != nil {
+		return x.Serving
+	}
+	return false
+}
+
+func (x *VPNFacts) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *VPNFacts) GetImplementation() string {
+	if x != nil {
+		return x.Implementation
+	}
+	return ""
+}
+
+func (x *VPNFacts) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *VPNFacts) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *VPNFacts) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *VPNFacts) GetEndpoint() string {
+	if x != nil {
+		return x.Endpoint
+	}
+	return ""
+}
+
+func (x *VPNFacts) GetPublicKey() string {
+	if x != nil {
+		return x.PublicKey
+	}
+	return ""
+}
+
+func (x *VPNFacts) GetPeers() []*VPNPeer {
+	if x != nil {
+		return x.Peers
+	}
+	return nil
+}
+
 type DHCPFacts struct {
 	state        protoimpl.MessageState `protogen:"open.v1"`
 	Serving      bool                   `protobuf:"varint,1,opt,name=serving,proto3" json:"serving,omitempty"`
@@ -594,7 +1080,7 @@ type DHCPFacts struct {
 
 func (x *DHCPFacts) Reset() {
 	*x = DHCPFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[9]
+	mi := &file_ingot_v1_hub_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -606,7 +1092,7 @@ func (x *DHCPFacts) String() string {
 func (*DHCPFacts) ProtoMessage() {}
 
 func (x *DHCPFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[9]
+	mi := &file_ingot_v1_hub_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -619,7 +1105,7 @@ func (x *DHCPFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DHCPFacts.ProtoReflect.Descriptor instead.
 func (*DHCPFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{9}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DHCPFacts) GetServing() bool {
@@ -768,7 +1254,7 @@ type ForeignDHCP struct {
 
 func (x *ForeignDHCP) Reset() {
 	*x = ForeignDHCP{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[10]
+	mi := &file_ingot_v1_hub_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -780,7 +1266,7 @@ func (x *ForeignDHCP) String() string {
 func (*ForeignDHCP) ProtoMessage() {}
 
 func (x *ForeignDHCP) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[10]
+	mi := &file_ingot_v1_hub_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -793,7 +1279,7 @@ func (x *ForeignDHCP) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignDHCP.ProtoReflect.Descriptor instead.
 func (*ForeignDHCP) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{10}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ForeignDHCP) GetServer() string {
@@ -836,7 +1322,7 @@ type DNSFacts struct {
 
 func (x *DNSFacts) Reset() {
 	*x = DNSFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[11]
+	mi := &file_ingot_v1_hub_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -848,7 +1334,7 @@ func (x *DNSFacts) String() string {
 func (*DNSFacts) ProtoMessage() {}
 
 func (x *DNSFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[11]
+	mi := &file_ingot_v1_hub_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -861,7 +1347,7 @@ func (x *DNSFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DNSFacts.ProtoReflect.Descriptor instead.
 func (*DNSFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{11}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *DNSFacts) GetServing() bool {
@@ -905,7 +1391,7 @@ type NATFacts struct {
 
 func (x *NATFacts) Reset() {
 	*x = NATFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[12]
+	mi := &file_ingot_v1_hub_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -917,7 +1403,7 @@ func (x *NATFacts) String() string {
 func (*NATFacts) ProtoMessage() {}
 
 func (x *NATFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[12]
+	mi := &file_ingot_v1_hub_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -930,7 +1416,7 @@ func (x *NATFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NATFacts.ProtoReflect.Descriptor instead.
 func (*NATFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{12}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *NATFacts) GetForwarding() bool {
@@ -979,7 +1465,7 @@ type NATRule struct {
 
 func (x *NATRule) Reset() {
 	*x = NATRule{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[13]
+	mi := &file_ingot_v1_hub_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -991,7 +1477,7 @@ func (x *NATRule) String() string {
 func (*NATRule) ProtoMessage() {}
 
 func (x *NATRule) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[13]
+	mi := &file_ingot_v1_hub_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1004,7 +1490,7 @@ func (x *NATRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NATRule.ProtoReflect.Descriptor instead.
 func (*NATRule) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{13}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *NATRule) GetRule() string {
@@ -1034,7 +1520,7 @@ type RegistryFacts struct {
 
 func (x *RegistryFacts) Reset() {
 	*x = RegistryFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[14]
+	mi := &file_ingot_v1_hub_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1046,7 +1532,7 @@ func (x *RegistryFacts) String() string {
 func (*RegistryFacts) ProtoMessage() {}
 
 func (x *RegistryFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[14]
+	mi := &file_ingot_v1_hub_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1059,7 +1545,7 @@ func (x *RegistryFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryFacts.ProtoReflect.Descriptor instead.
 func (*RegistryFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{14}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RegistryFacts) GetServing() bool {
@@ -1121,13 +1607,43 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\x02ip\x18\x02 \x01(\tR\x02ip\"7\n" +
 	"\x13ReleaseLeaseRequest\x12\x0e\n" +
 	"\x02ip\x18\x01 \x01(\tR\x02ip\x12\x10\n" +
-	"\x03mac\x18\x02 \x01(\tR\x03mac\"\\\n" +
+	"\x03mac\x18\x02 \x01(\tR\x03mac\"F\n" +
+	"\x11AddVPNPeerRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\x02 \x01(\tR\tpublicKey\"\xc1\x01\n" +
+	"\x12AddVPNPeerResponse\x12%\n" +
+	"\x04peer\x18\x01 \x01(\v2\x11.ingot.v1.VPNPeerR\x04peer\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\x02 \x01(\tR\tpublicKey\x12\x1a\n" +
+	"\bendpoint\x18\x03 \x01(\tR\bendpoint\x12\x1f\n" +
+	"\vallowed_ips\x18\x04 \x03(\tR\n" +
+	"allowedIps\x12\x10\n" +
+	"\x03dns\x18\x05 \x01(\tR\x03dns\x12\x16\n" +
+	"\x06domain\x18\x06 \x01(\tR\x06domain\"*\n" +
+	"\x14RemoveVPNPeerRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x15\n" +
+	"\x13ListVPNPeersRequest\"?\n" +
+	"\x14ListVPNPeersResponse\x12'\n" +
+	"\x05peers\x18\x01 \x03(\v2\x11.ingot.v1.VPNPeerR\x05peers\"\xbe\x02\n" +
+	"\aVPNPeer\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\x02 \x01(\tR\tpublicKey\x12\x18\n" +
+	"\aaddress\x18\x03 \x01(\tR\aaddress\x120\n" +
+	"\x05added\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05added\x12\x1a\n" +
+	"\bendpoint\x18\x05 \x01(\tR\bendpoint\x128\n" +
+	"\thandshake\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\thandshake\x12%\n" +
+	"\x0ereceived_bytes\x18\a \x01(\x03R\rreceivedBytes\x12\x1d\n" +
+	"\n" +
+	"sent_bytes\x18\b \x01(\x03R\tsentBytes\x12\x18\n" +
+	"\aoutside\x18\t \x01(\bR\aoutside\"\\\n" +
 	"\vPingRequest\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x123\n" +
 	"\atimeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\atimeout\"H\n" +
 	"\fPingResponse\x128\n" +
 	"\n" +
-	"round_trip\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\troundTrip\"\x95\x03\n" +
+	"round_trip\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\troundTrip\"\xbb\x03\n" +
 	"\bHubFacts\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x121\n" +
@@ -1142,7 +1658,19 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\bregistry\x18\t \x01(\v2\x17.ingot.v1.RegistryFactsR\bregistry\x12\x1f\n" +
 	"\vconfig_file\x18\n" +
 	" \x01(\tR\n" +
-	"configFile\"\xc7\x05\n" +
+	"configFile\x12$\n" +
+	"\x03vpn\x18\v \x01(\v2\x12.ingot.v1.VPNFactsR\x03vpn\"\x92\x02\n" +
+	"\bVPNFacts\x12\x18\n" +
+	"\aserving\x18\x01 \x01(\bR\aserving\x12\x14\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\x12&\n" +
+	"\x0eimplementation\x18\x03 \x01(\tR\x0eimplementation\x12\x1c\n" +
+	"\tinterface\x18\x04 \x01(\tR\tinterface\x12\x18\n" +
+	"\aaddress\x18\x05 \x01(\tR\aaddress\x12\x12\n" +
+	"\x04port\x18\x06 \x01(\rR\x04port\x12\x1a\n" +
+	"\bendpoint\x18\a \x01(\tR\bendpoint\x12\x1d\n" +
+	"\n" +
+	"public_key\x18\b \x01(\tR\tpublicKey\x12'\n" +
+	"\x05peers\x18\t \x03(\v2\x11.ingot.v1.VPNPeerR\x05peers\"\xc7\x05\n" +
 	"\tDHCPFacts\x12\x18\n" +
 	"\aserving\x18\x01 \x01(\bR\aserving\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12\x1c\n" +
@@ -1194,14 +1722,18 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12\x18\n" +
 	"\aaddress\x18\x03 \x01(\tR\aaddress\x12\"\n" +
 	"\frepositories\x18\x04 \x03(\tR\frepositories\x12\x10\n" +
-	"\x03dir\x18\x05 \x01(\tR\x03dir2\xf8\x02\n" +
+	"\x03dir\x18\x05 \x01(\tR\x03dir2\xd9\x04\n" +
 	"\x03Hub\x12G\n" +
 	"\n" +
 	"ListLeases\x12\x1b.ingot.v1.ListLeasesRequest\x1a\x1c.ingot.v1.ListLeasesResponse\x124\n" +
 	"\aReserve\x12\x18.ingot.v1.ReserveRequest\x1a\x0f.ingot.v1.Lease\x12?\n" +
 	"\tUnreserve\x12\x1a.ingot.v1.UnreserveRequest\x1a\x16.google.protobuf.Empty\x12E\n" +
 	"\fReleaseLease\x12\x1d.ingot.v1.ReleaseLeaseRequest\x1a\x16.google.protobuf.Empty\x123\n" +
-	"\x05Facts\x12\x16.google.protobuf.Empty\x1a\x12.ingot.v1.HubFacts\x125\n" +
+	"\x05Facts\x12\x16.google.protobuf.Empty\x1a\x12.ingot.v1.HubFacts\x12G\n" +
+	"\n" +
+	"AddVPNPeer\x12\x1b.ingot.v1.AddVPNPeerRequest\x1a\x1c.ingot.v1.AddVPNPeerResponse\x12G\n" +
+	"\rRemoveVPNPeer\x12\x1e.ingot.v1.RemoveVPNPeerRequest\x1a\x16.google.protobuf.Empty\x12M\n" +
+	"\fListVPNPeers\x12\x1d.ingot.v1.ListVPNPeersRequest\x1a\x1e.ingot.v1.ListVPNPeersResponse\x125\n" +
 	"\x04Ping\x12\x15.ingot.v1.PingRequest\x1a\x16.ingot.v1.PingResponseB\x1cZ\x1aingot/api/ingot/v1;ingotv1b\x06proto3"
 
 var (
@@ -1216,7 +1748,7 @@ func file_ingot_v1_hub_proto_rawDescGZIP() []byte {
 	return file_ingot_v1_hub_proto_rawDescData
 }
 
-var file_ingot_v1_hub_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_ingot_v1_hub_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_ingot_v1_hub_proto_goTypes = []any{
 	(*ListLeasesRequest)(nil),     // 0: ingot.v1.ListLeasesRequest
 	(*ListLeasesResponse)(nil),    // 1: ingot.v1.ListLeasesResponse
@@ -1224,56 +1756,75 @@ var file_ingot_v1_hub_proto_goTypes = []any{
 	(*ReserveRequest)(nil),        // 3: ingot.v1.ReserveRequest
 	(*UnreserveRequest)(nil),      // 4: ingot.v1.UnreserveRequest
 	(*ReleaseLeaseRequest)(nil),   // 5: ingot.v1.ReleaseLeaseRequest
-	(*PingRequest)(nil),           // 6: ingot.v1.PingRequest
-	(*PingResponse)(nil),          // 7: ingot.v1.PingResponse
-	(*HubFacts)(nil),              // 8: ingot.v1.HubFacts
-	(*DHCPFacts)(nil),             // 9: ingot.v1.DHCPFacts
-	(*ForeignDHCP)(nil),           // 10: ingot.v1.ForeignDHCP
-	(*DNSFacts)(nil),              // 11: ingot.v1.DNSFacts
-	(*NATFacts)(nil),              // 12: ingot.v1.NATFacts
-	(*NATRule)(nil),               // 13: ingot.v1.NATRule
-	(*RegistryFacts)(nil),         // 14: ingot.v1.RegistryFacts
-	(*timestamppb.Timestamp)(nil), // 15: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 16: google.protobuf.Duration
-	(*InterfaceFacts)(nil),        // 17: ingot.v1.InterfaceFacts
-	(*emptypb.Empty)(nil),         // 18: google.protobuf.Empty
+	(*AddVPNPeerRequest)(nil),     // 6: ingot.v1.AddVPNPeerRequest
+	(*AddVPNPeerResponse)(nil),    // 7: ingot.v1.AddVPNPeerResponse
+	(*RemoveVPNPeerRequest)(nil),  // 8: ingot.v1.RemoveVPNPeerRequest
+	(*ListVPNPeersRequest)(nil),   // 9: ingot.v1.ListVPNPeersRequest
+	(*ListVPNPeersResponse)(nil),  // 10: ingot.v1.ListVPNPeersResponse
+	(*VPNPeer)(nil),               // 11: ingot.v1.VPNPeer
+	(*PingRequest)(nil),           // 12: ingot.v1.PingRequest
+	(*PingResponse)(nil),          // 13: ingot.v1.PingResponse
+	(*HubFacts)(nil),              // 14: ingot.v1.HubFacts
+	(*VPNFacts)(nil),              // 15: ingot.v1.VPNFacts
+	(*DHCPFacts)(nil),             // 16: ingot.v1.DHCPFacts
+	(*ForeignDHCP)(nil),           // 17: ingot.v1.ForeignDHCP
+	(*DNSFacts)(nil),              // 18: ingot.v1.DNSFacts
+	(*NATFacts)(nil),              // 19: ingot.v1.NATFacts
+	(*NATRule)(nil),               // 20: ingot.v1.NATRule
+	(*RegistryFacts)(nil),         // 21: ingot.v1.RegistryFacts
+	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 23: google.protobuf.Duration
+	(*InterfaceFacts)(nil),        // 24: ingot.v1.InterfaceFacts
+	(*emptypb.Empty)(nil),         // 25: google.protobuf.Empty
 }
 var file_ingot_v1_hub_proto_depIdxs = []int32{
 	2,  // 0: ingot.v1.ListLeasesResponse.leases:type_name -> ingot.v1.Lease
-	15, // 1: ingot.v1.Lease.starts:type_name -> google.protobuf.Timestamp
-	15, // 2: ingot.v1.Lease.ends:type_name -> google.protobuf.Timestamp
-	16, // 3: ingot.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
-	16, // 4: ingot.v1.PingResponse.round_trip:type_name -> google.protobuf.Duration
-	16, // 5: ingot.v1.HubFacts.uptime:type_name -> google.protobuf.Duration
-	17, // 6: ingot.v1.HubFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
-	9,  // 7: ingot.v1.HubFacts.dhcp:type_name -> ingot.v1.DHCPFacts
-	11, // 8: ingot.v1.HubFacts.dns:type_name -> ingot.v1.DNSFacts
-	12, // 9: ingot.v1.HubFacts.nat:type_name -> ingot.v1.NATFacts
-	14, // 10: ingot.v1.HubFacts.registry:type_name -> ingot.v1.RegistryFacts
-	16, // 11: ingot.v1.DHCPFacts.default_lease:type_name -> google.protobuf.Duration
-	16, // 12: ingot.v1.DHCPFacts.max_lease:type_name -> google.protobuf.Duration
-	10, // 13: ingot.v1.DHCPFacts.foreign:type_name -> ingot.v1.ForeignDHCP
-	16, // 14: ingot.v1.DHCPFacts.since_conflict:type_name -> google.protobuf.Duration
-	16, // 15: ingot.v1.DHCPFacts.since_exhausted:type_name -> google.protobuf.Duration
-	16, // 16: ingot.v1.ForeignDHCP.since:type_name -> google.protobuf.Duration
-	13, // 17: ingot.v1.NATFacts.rules:type_name -> ingot.v1.NATRule
-	0,  // 18: ingot.v1.Hub.ListLeases:input_type -> ingot.v1.ListLeasesRequest
-	3,  // 19: ingot.v1.Hub.Reserve:input_type -> ingot.v1.ReserveRequest
-	4,  // 20: ingot.v1.Hub.Unreserve:input_type -> ingot.v1.UnreserveRequest
-	5,  // 21: ingot.v1.Hub.ReleaseLease:input_type -> ingot.v1.ReleaseLeaseRequest
-	18, // 22: ingot.v1.Hub.Facts:input_type -> google.protobuf.Empty
-	6,  // 23: ingot.v1.Hub.Ping:input_type -> ingot.v1.PingRequest
-	1,  // 24: ingot.v1.Hub.ListLeases:output_type -> ingot.v1.ListLeasesResponse
-	2,  // 25: ingot.v1.Hub.Reserve:output_type -> ingot.v1.Lease
-	18, // 26: ingot.v1.Hub.Unreserve:output_type -> google.protobuf.Empty
-	18, // 27: ingot.v1.Hub.ReleaseLease:output_type -> google.protobuf.Empty
-	8,  // 28: ingot.v1.Hub.Facts:output_type -> ingot.v1.HubFacts
-	7,  // 29: ingot.v1.Hub.Ping:output_type -> ingot.v1.PingResponse
-	24, // [24:30] is the sub-list for method output_type
-	18, // [18:24] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	22, // 1: ingot.v1.Lease.starts:type_name -> google.protobuf.Timestamp
+	22, // 2: ingot.v1.Lease.ends:type_name -> google.protobuf.Timestamp
+	11, // 3: ingot.v1.AddVPNPeerResponse.peer:type_name -> ingot.v1.VPNPeer
+	11, // 4: ingot.v1.ListVPNPeersResponse.peers:type_name -> ingot.v1.VPNPeer
+	22, // 5: ingot.v1.VPNPeer.added:type_name -> google.protobuf.Timestamp
+	22, // 6: ingot.v1.VPNPeer.handshake:type_name -> google.protobuf.Timestamp
+	23, // 7: ingot.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
+	23, // 8: ingot.v1.PingResponse.round_trip:type_name -> google.protobuf.Duration
+	23, // 9: ingot.v1.HubFacts.uptime:type_name -> google.protobuf.Duration
+	24, // 10: ingot.v1.HubFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
+	16, // 11: ingot.v1.HubFacts.dhcp:type_name -> ingot.v1.DHCPFacts
+	18, // 12: ingot.v1.HubFacts.dns:type_name -> ingot.v1.DNSFacts
+	19, // 13: ingot.v1.HubFacts.nat:type_name -> ingot.v1.NATFacts
+	21, // 14: ingot.v1.HubFacts.registry:type_name -> ingot.v1.RegistryFacts
+	15, // 15: ingot.v1.HubFacts.vpn:type_name -> ingot.v1.VPNFacts
+	11, // 16: ingot.v1.VPNFacts.peers:type_name -> ingot.v1.VPNPeer
+	23, // 17: ingot.v1.DHCPFacts.default_lease:type_name -> google.protobuf.Duration
+	23, // 18: ingot.v1.DHCPFacts.max_lease:type_name -> google.protobuf.Duration
+	17, // 19: ingot.v1.DHCPFacts.foreign:type_name -> ingot.v1.ForeignDHCP
+	23, // 20: ingot.v1.DHCPFacts.since_conflict:type_name -> google.protobuf.Duration
+	23, // 21: ingot.v1.DHCPFacts.since_exhausted:type_name -> google.protobuf.Duration
+	23, // 22: ingot.v1.ForeignDHCP.since:type_name -> google.protobuf.Duration
+	20, // 23: ingot.v1.NATFacts.rules:type_name -> ingot.v1.NATRule
+	0,  // 24: ingot.v1.Hub.ListLeases:input_type -> ingot.v1.ListLeasesRequest
+	3,  // 25: ingot.v1.Hub.Reserve:input_type -> ingot.v1.ReserveRequest
+	4,  // 26: ingot.v1.Hub.Unreserve:input_type -> ingot.v1.UnreserveRequest
+	5,  // 27: ingot.v1.Hub.ReleaseLease:input_type -> ingot.v1.ReleaseLeaseRequest
+	25, // 28: ingot.v1.Hub.Facts:input_type -> google.protobuf.Empty
+	6,  // 29: ingot.v1.Hub.AddVPNPeer:input_type -> ingot.v1.AddVPNPeerRequest
+	8,  // 30: ingot.v1.Hub.RemoveVPNPeer:input_type -> ingot.v1.RemoveVPNPeerRequest
+	9,  // 31: ingot.v1.Hub.ListVPNPeers:input_type -> ingot.v1.ListVPNPeersRequest
+	12, // 32: ingot.v1.Hub.Ping:input_type -> ingot.v1.PingRequest
+	1,  // 33: ingot.v1.Hub.ListLeases:output_type -> ingot.v1.ListLeasesResponse
+	2,  // 34: ingot.v1.Hub.Reserve:output_type -> ingot.v1.Lease
+	25, // 35: ingot.v1.Hub.Unreserve:output_type -> google.protobuf.Empty
+	25, // 36: ingot.v1.Hub.ReleaseLease:output_type -> google.protobuf.Empty
+	14, // 37: ingot.v1.Hub.Facts:output_type -> ingot.v1.HubFacts
+	7,  // 38: ingot.v1.Hub.AddVPNPeer:output_type -> ingot.v1.AddVPNPeerResponse
+	25, // 39: ingot.v1.Hub.RemoveVPNPeer:output_type -> google.protobuf.Empty
+	10, // 40: ingot.v1.Hub.ListVPNPeers:output_type -> ingot.v1.ListVPNPeersResponse
+	13, // 41: ingot.v1.Hub.Ping:output_type -> ingot.v1.PingResponse
+	33, // [33:42] is the sub-list for method output_type
+	24, // [24:33] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_ingot_v1_hub_proto_init() }
@@ -1288,7 +1839,7 @@ func file_ingot_v1_hub_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ingot_v1_hub_proto_rawDesc), len(file_ingot_v1_hub_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   15,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

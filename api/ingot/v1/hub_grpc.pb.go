@@ -20,12 +20,15 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Hub_ListLeases_FullMethodName   = "/ingot.v1.Hub/ListLeases"
-	Hub_Reserve_FullMethodName      = "/ingot.v1.Hub/Reserve"
-	Hub_Unreserve_FullMethodName    = "/ingot.v1.Hub/Unreserve"
-	Hub_ReleaseLease_FullMethodName = "/ingot.v1.Hub/ReleaseLease"
-	Hub_Facts_FullMethodName        = "/ingot.v1.Hub/Facts"
-	Hub_Ping_FullMethodName         = "/ingot.v1.Hub/Ping"
+	Hub_ListLeases_FullMethodName    = "/ingot.v1.Hub/ListLeases"
+	Hub_Reserve_FullMethodName       = "/ingot.v1.Hub/Reserve"
+	Hub_Unreserve_FullMethodName     = "/ingot.v1.Hub/Unreserve"
+	Hub_ReleaseLease_FullMethodName  = "/ingot.v1.Hub/ReleaseLease"
+	Hub_Facts_FullMethodName         = "/ingot.v1.Hub/Facts"
+	Hub_AddVPNPeer_FullMethodName    = "/ingot.v1.Hub/AddVPNPeer"
+	Hub_RemoveVPNPeer_FullMethodName = "/ingot.v1.Hub/RemoveVPNPeer"
+	Hub_ListVPNPeers_FullMethodName  = "/ingot.v1.Hub/ListVPNPeers"
+	Hub_Ping_FullMethodName          = "/ingot.v1.Hub/Ping"
 )
 
 // HubClient is the client API for Hub service.
@@ -42,6 +45,12 @@ type HubClient interface {
 	// ReleaseLease ends a lease before its time. NotFound says that there is none.
 	ReleaseLease(ctx context.Context, in *ReleaseLeaseRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
 	Facts(ctx context.Context, in *emptypb.Empty, opts ...grpc.CallOption) (*HubFacts, error)
+	// AddVPNPeer lets a device in, and says what it has to be told. To add it again
+	// changes nothing; AlreadyExists says that another one has the name or the key.
+	AddVPNPeer(ctx context.Context, in *AddVPNPeerRequest, opts ...grpc.CallOption) (*AddVPNPeerResponse, error)
+	// RemoveVPNPeer cuts a device off, at once.
+	RemoveVPNPeer(ctx context.Context, in *RemoveVPNPeerRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
+	ListVPNPeers(ctx context.Context, in *ListVPNPeersRequest, opts ...grpc.CallOption) (*ListVPNPeersResponse, error)
 	// Ping sends an ICMP echo from the hub and answers when the reply is there.
 	Ping(ctx context.Context, in *PingRequest, opts ...grpc.CallOption) (*PingResponse, error)
 }
@@ -104,6 +113,36 @@ func (c *hubClient) Facts(ctx context.Context, in *emptypb.Empty, opts ...grpc.C
 	return out, nil
 }
 
+func (c *hubClient) AddVPNPeer(ctx context.Context, in *AddVPNPeerRequest, opts ...grpc.CallOption) (*AddVPNPeerResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AddVPNPeerResponse)
+	err := c.cc.Invoke(ctx, Hub_AddVPNPeer_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hubClient) RemoveVPNPeer(ctx context.Context, in *RemoveVPNPeerRequest, opts ...grpc.CallOption) (*emptypb.Empty, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(emptypb.Empty)
+	err := c.cc.Invoke(ctx, Hub_RemoveVPNPeer_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hubClient) ListVPNPeers(ctx context.Context, in *ListVPNPeersRequest, opts ...grpc.CallOption) (*ListVPNPeersResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListVPNPeersResponse)
+	err := c.cc.Invoke(ctx, Hub_ListVPNPeers_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *hubClient) Ping(ctx context.Context, in *PingRequest, opts ...grpc.CallOption) (*PingResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(PingResponse)
@@ -128,6 +167,12 @@ type HubServer interface {
 	// ReleaseLease ends a lease before its time. NotFound says that there is none.
 	ReleaseLease(context.Context, *ReleaseLeaseRequest) (*emptypb.Empty, error)
 	Facts(context.Context, *emptypb.Empty) (*HubFacts, error)
+	// AddVPNPeer lets a device in, and says what it has to be told. To add it again
+	// changes nothing; AlreadyExists says that another one has the name or the key.
+	AddVPNPeer(context.Context, *AddVPNPeerRequest) (*AddVPNPeerResponse, error)
+	// RemoveVPNPeer cuts a device off, at once.
+	RemoveVPNPeer(context.Context, *RemoveVPNPeerRequest) (*emptypb.Empty, error)
+	ListVPNPeers(context.Context, *ListVPNPeersRequest) (*ListVPNPeersResponse, error)
 	// Ping sends an ICMP echo from the hub and answers when the reply is there.
 	Ping(context.Context, *PingRequest) (*PingResponse, error)
 	mustEmbedUnimplementedHubServer()
@@ -154,6 +199,15 @@ func (UnimplementedHubServer) ReleaseLease(context.Context, *ReleaseLeaseRequest
 }
 func (UnimplementedHubServer) Facts(context.Context, *emptypb.Empty) (*HubFacts, error) {
 	return nil, status.Error(codes.Unimplemented, "method Facts not implemented")
+}
+func (UnimplementedHubServer) AddVPNPeer(context.Context, *AddVPNPeerRequest) (*AddVPNPeerResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AddVPNPeer not implemented")
+}
+func (UnimplementedHubServer) RemoveVPNPeer(context.Context, *RemoveVPNPeerRequest) (*emptypb.Empty, error) {
+	return nil, status.Error(codes.Unimplemented, "method RemoveVPNPeer not implemented")
+}
+func (UnimplementedHubServer) ListVPNPeers(context.Context, *ListVPNPeersRequest) (*ListVPNPeersResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListVPNPeers not implemented")
 }
 func (UnimplementedHubServer) Ping(context.Context, *PingRequest) (*PingResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Ping not implemented")
@@ -269,6 +323,60 @@ func _Hub_Facts_Handler(srv interface{}, ctx context.Context, dec func(interface
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Hub_AddVPNPeer_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AddVPNPeerRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HubServer).AddVPNPeer(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Hub_AddVPNPeer_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HubServer).AddVPNPeer(ctx, req.(*AddVPNPeerRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Hub_RemoveVPNPeer_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RemoveVPNPeerRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HubServer).RemoveVPNPeer(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Hub_RemoveVPNPeer_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HubServer).RemoveVPNPeer(ctx, req.(*RemoveVPNPeerRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Hub_ListVPNPeers_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListVPNPeersRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HubServer).ListVPNPeers(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Hub_ListVPNPeers_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HubServer).ListVPNPeers(ctx, req.(*ListVPNPeersRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Hub_Ping_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(PingRequest)
 	if err := dec(in); err != nil {
@@ -313,6 +421,18 @@ var Hub_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Facts",
 			Handler:    _Hub_Facts_Handler,
+		},
+		{
+			MethodName: "AddVPNPeer",
+			Handler:    _Hub_AddVPNPeer_Handler,
+		},
+		{
+			MethodName: "RemoveVPNPeer",
+			Handler:    _Hub_RemoveVPNPeer_Handler,
+		},
+		{
+			MethodName: "ListVPNPeers",
+			Handler:    _Hub_ListVPNPeers_Handler,
 		},
 		{
 			MethodName: "Ping",
