@@ -35,8 +35,15 @@ func (s *survey) hubStep() step {
 			check: func(ctx context.Context) finding { return s.checkOutside(ctx, host, facts()) },
 		})
 	}
+	more := func() []step {
+		if v := facts().GetVpn(); v != nil {
+			return []step{vpnStep(v, facts().GetInterfaces())}
+		}
+		return nil
+	}
 	return step{
 		name: h.Name,
+		more: more,
 		check: func(context.Context) finding {
 			f, err := h.facts()
 			if err != nil {
