@@ -26,6 +26,7 @@ func TestJSONDocs(t *testing.T) {
 		"ingot lease list":   &[]leaseView{},
 		"ingot lease show":   &leaseView{},
 		"ingot nat list":     &natView{},
+		"ingot vpn list":     &[]peerView{},
 		"ingot machine list": &[]machineView{},
 		"ingot image list":   &[]imageRow{},
 		"ingot version":      &build{},
