@@ -28,7 +28,7 @@ const e2eEnv, debianEnv = "e2e", "e2e-debian"
 
 // e2eScripts are the scripts of testdata/e2e in the order in which they run:
 // the first brings the environment up, the last takes it down.
-var e2eScripts = []string{"up", "ps", "run", "resize", "exec", "terminal", "image", "logs", "isolation", "faults", "upgrade", "rm", "declare", "down"}
+var e2eScripts = []string{"up", "ps", "run", "resize", "exec", "terminal", "image", "logs", "isolation", "vpn", "faults", "upgrade", "rm", "declare", "down"}
 
 // TestE2E runs the program that `make build` makes, on an environment of its own.
 func TestE2E(t *testing.T) {
@@ -85,6 +85,10 @@ func TestE2E(t *testing.T) {
 					e.Setenv("PROGRAM", program)
 					e.Setenv("PROBE", probe)
 					e.Setenv("NEWER", newer)
+					if script == "vpn" {
+						removePeer()
+						e.Defer(removePeer)
+					}
 					if script != "up" && environment == e2eEnv {
 						e.Defer(func() { removeVMs(t, program) })
 					}
@@ -129,6 +133,12 @@ func onlyOne(t *testing.T) {
 	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// removePeer ends the device of vpn.txtar, which is gone if the script succeeded: first
+// the interface, since its process keeps the namespace.
+func removePeer() {
+	_ = exec.Command("sh", "-c", "ip -n e2e-peer link del e2epeer; ip netns del e2e-peer; ip link del e2e-peer").Run()
 }
 
 // removeVMs deletes what a script that failed has left.

@@ -67,6 +67,7 @@ func (d *Declaration) checkNetwork(m *mistakes) {
 	if d.Subnet.IsValid() && d.Uplink.IsValid() && d.Subnet.Overlaps(d.Uplink) {
 		m.add("uplink", "%s overlaps with subnet %s", d.Uplink, d.Subnet)
 	}
+	d.checkVPN(m)
 	if d.has("dhcp") && (!d.has("dhcp.first") || !d.has("dhcp.last")) {
 		m.add("dhcp", "it needs both first and last")
 	}

@@ -40,6 +40,7 @@ type Env struct {
 	Subnet   netip.Prefix
 	Uplink   netip.Prefix // between this machine and the hub
 	DHCP     Range
+	VPN      VPN
 	Machines []Machine
 	MicroVMs []MicroVM // those that the file declares
 }
@@ -137,6 +138,11 @@ func readKept(path string, b []byte) (Env, error) {
 		return Env{}, err
 	}
 	e := Env{Name: d.Name, Subnet: d.Subnet, Uplink: d.Uplink, MicroVMs: d.MicroVMs}
+	if d.VPN != nil {
+		if e.VPN = *d.VPN; !e.VPN.Subnet.IsValid() || e.VPN.Port == 0 {
+			return Env{}, fmt.Errorf("read %s: vpn must have subnet and port: %w", path, errdefs.ErrInvalidArgument)
+		}
+	}
 	if d.Name == "" || !d.Subnet.IsValid() || !d.Uplink.IsValid() {
 		return Env{}, fmt.Errorf("read %s: name, subnet and uplink must be there: %w", path, errdefs.ErrInvalidArgument)
 	}
@@ -186,6 +192,7 @@ type form struct {
 	Subnet   netip.Prefix  `yaml:"subnet"`
 	Uplink   netip.Prefix  `yaml:"uplink"`
 	DHCP     rangeForm     `yaml:"dhcp"`
+	VPN      *vpnForm      `yaml:"vpn,omitempty"`
 	Machines []machineForm `yaml:"machines"`
 	MicroVMs []MicroVM     `yaml:"microvms,omitempty"`
 }
@@ -193,6 +200,12 @@ type form struct {
 type rangeForm struct {
 	First netip.Addr `yaml:"first"`
 	Last  netip.Addr `yaml:"last"`
+}
+
+type vpnForm struct {
+	Subnet   netip.Prefix `yaml:"subnet"`
+	Port     uint16       `yaml:"port"`
+	Endpoint string       `yaml:"endpoint,omitempty"`
 }
 
 type machineForm struct {
@@ -204,6 +217,9 @@ type machineForm struct {
 // marshal writes an environment as a file that says all of it.
 func (e Env) marshal() ([]byte, error) {
 	f := form{Format: format, Name: e.Name, Subnet: e.Subnet, Uplink: e.Uplink, DHCP: rangeForm{e.DHCP.First, e.DHCP.Last}, MicroVMs: e.MicroVMs}
+	if e.VPN.On() {
+		f.VPN = &vpnForm{e.VPN.Subnet, e.VPN.Port, e.VPN.Endpoint}
+	}
 	for _, m := range e.Machines {
 		f.Machines = append(f.Machines, machineForm{m.Name, m.Address, m.roles()})
 	}
@@ -391,7 +407,7 @@ const (
 // Lab is the lab that the environment is.
 func (e Env) Lab(binary string) *lab.Lab {
 	c := lab.Config{
-		Name: e.Name, Dir: e.Dir(), RunDir: e.RunDir(), Binary: binary, Subnet: e.Subnet, Uplink: e.Uplink,
+		Name: e.Name, Dir: e.Dir(), RunDir: e.RunDir(), Binary: binary, Subnet: e.Subnet, Uplink: e.Uplink, VPN: e.VPN.Port,
 	}
 	secrets := []string{tokenFile, pkiDir + "/ca.pem", pkiDir + "/cert.pem"}
 	for _, m := range e.Machines {

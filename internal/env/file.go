@@ -27,6 +27,7 @@ type Declaration struct {
 	Name           string
 	Subnet, Uplink netip.Prefix
 	DHCP           Range
+	VPN            *VPN      // nil: none
 	Machines       []Machine // none: the usual three
 	MicroVMs       []MicroVM
 
@@ -106,6 +107,25 @@ func (r *reader) read(root *yaml.Node, d *Declaration) {
 			r.mapping(n, key, fields{
 				"first": func(n *yaml.Node, key string) { d.DHCP.First = r.address(n, key) },
 				"last":  func(n *yaml.Node, key string) { d.DHCP.Last = r.address(n, key) },
+			})
+		},
+		"vpn": func(n *yaml.Node, key string) {
+			d.VPN = &VPN{}
+			r.mapping(n, key, fields{
+				"subnet": func(n *yaml.Node, key string) { d.VPN.Subnet = r.prefix(n, key) },
+				"port": func(n *yaml.Node, key string) {
+					if v, ok := r.number(n, key); ok && (v < 1 || v > 65535) {
+						r.add(key, "%d is not a port: from 1 to 65535", v)
+					} else if ok {
+						d.VPN.Port = uint16(v)
+					}
+				},
+				"endpoint": func(n *yaml.Node, key string) {
+					if d.VPN.Endpoint = r.text(n, key); d.VPN.Endpoint != "" && !validEndpoint(d.VPN.Endpoint) {
+						r.add(key, "%q is not where a hub can be reached: a name or an address, and :PORT if it is another one than the VPN's", d.VPN.Endpoint)
+						d.VPN.Endpoint = ""
+					}
+				},
 			})
 		},
 		"machines": func(n *yaml.Node, key string) {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
@@ -65,8 +66,8 @@ func TestReferenceFile(t *testing.T) {
 }
 
 // nobodyElse is a machine on which all subnets are free.
-func nobodyElse(want, avoid netip.Prefix) (netip.Prefix, error) {
-	if avoid.IsValid() && want.Overlaps(avoid) {
+func nobodyElse(want netip.Prefix, avoid ...netip.Prefix) (netip.Prefix, error) {
+	if slices.ContainsFunc(avoid, want.Overlaps) {
 		return netip.Prefix{}, errors.New("overlaps")
 	}
 	return want, nil
@@ -85,7 +86,7 @@ func TestMistakes(t *testing.T) {
 		{"two documents", "format: 2\n---\nformat: 2\n", []string{"2: one document is enough: take away what begins here"}},
 		{"no format", "name: lab\n", []string{"1: format is missing: begin with `format: 2`"}},
 		{"format of another version", "\nformat: 3\n", []string{"2: format: 3 is not known to this version, which reads format 2"}},
-		{"a key", "format: 2\nsubnets: 10.0.0.0/24\n", []string{`2: there is no key "subnets", only dhcp, format, machines, microvms, name, subnet, uplink`}},
+		{"a key", "format: 2\nsubnets: 10.0.0.0/24\n", []string{`2: there is no key "subnets", only dhcp, format, machines, microvms, name, subnet, uplink, vpn`}},
 		{"a key twice", "format: 2\nname: a\nname: b\n", []string{"3: name: it is there already in line 2"}},
 		{"a key inside", "format: 2\nmachines:\n- name: a\n  adress: 10.0.0.1\n  roles: [hub, host]\n", []string{`4: machines[0]: there is no key "adress", only address, name, roles`}},
 		{"a name", "format: 2\nname: My_Lab\n", []string{`2: name: "My_Lab" is not a name: only lower-case letters, digits and dashes, at most 32`}},
@@ -97,6 +98,16 @@ func TestMistakes(t *testing.T) {
 			"3: uplink: 10.1.0.0/31 has no useful size: two addresses are needed, a /30"}},
 		{"loopback", "format: 2\nsubnet: 127.0.0.0/24\n", []string{"2: subnet: 127.0.0.0/24 is not for machines"}},
 		{"uplink in subnet", "format: 2\nsubnet: 10.0.0.0/16\nuplink: 10.0.9.0/30\n", []string{"3: uplink: 10.0.9.0/30 overlaps with subnet 10.0.0.0/16"}},
+		{"a VPN", "format: 2\nsubnet: 10.0.0.0/24\nuplink: 10.1.0.0/30\nvpn:\n  subnet: 10.0.0.0/16\n  port: 0\n  endpoint: 'a b'\n  peers: []\n", []string{
+			"5: vpn.subnet: 10.0.0.0/16 overlaps with subnet 10.0.0.0/24",
+			"6: vpn.port: 0 is not a port: from 1 to 65535",
+			`7: vpn.endpoint: "a b" is not where a hub can be reached: a name or an address, and :PORT if it is another one than the VPN's`,
+			`8: vpn: there is no key "peers", only endpoint, port, subnet`}},
+		{"a VPN on the uplink", "format: 2\nuplink: 10.1.0.0/30\nvpn: {subnet: 10.1.0.0/24, port: 70000}\n", []string{
+			"3: vpn.port: 70000 is not a port: from 1 to 65535", "3: vpn.subnet: 10.1.0.0/24 overlaps with uplink 10.1.0.0/30"}},
+		{"a VPN without room", "format: 2\nvpn: {subnet: 10.1.0.0/30}\n", []string{"2: vpn.subnet: 10.1.0.0/30 has no useful size: from /16 to /29"}},
+		{"a VPN of multicast", "format: 2\nvpn: {subnet: 224.1.0.0/24}\n", []string{"2: vpn.subnet: 224.1.0.0/24 is not for machines"}},
+		{"a VPN that is a text", "format: 2\nvpn: yes\n", []string{`2: vpn: it must be keys and values, and is "yes"`}},
 		{"hub outside", "format: 2\nsubnet: 10.0.0.0/24\nmachines:\n- {name: h, address: 10.0.1.2, roles: [hub, host]}\n", []string{
 			"4: machines[0].address: 10.0.1.2 is not in subnet 10.0.0.0/24"}},
 		{"ends of the subnet", "format: 2\nsubnet: 10.0.0.0/24\nmachines:\n- {name: h, address: 10.0.0.0, roles: [hub]}\n- {name: i, address: 10.0.0.255, roles: [host]}\n", []string{
@@ -227,6 +238,7 @@ func FuzzParse(f *testing.F) {
 		}
 		f.Add(b)
 	}
+	f.Add([]byte("format: 2\nvpn: {subnet: 10.1.0.0/24, port: 5, endpoint: '[fd00::1]:5'}"))
 	f.Add([]byte("format: 2\nsubnet: 10.0.0.0/29\nmachines: [{name: a, roles: [hub, host]}]\nmicrovms: [{name: x, spec: {vcpu: 1}}]"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		d, err := Parse("f", data)

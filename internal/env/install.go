@@ -16,6 +16,7 @@ import (
 	"ingot/internal/lab"
 	"ingot/internal/nat"
 	"ingot/internal/pki"
+	"ingot/internal/vpn"
 )
 
 // keep makes the environment's directory, with its file: from now on an `up`
@@ -96,7 +97,7 @@ type file struct {
 }
 
 // files are a machine's configuration.
-func (u *up) files(m Machine) ([]file, error) {
+func (u *up) files(ctx context.Context, m Machine) ([]file, error) {
 	files := []file{{tokenFile, []byte(u.token)}}
 	add := func(path string, v any) error {
 		b, err := yaml.Marshal(v)
@@ -104,7 +105,7 @@ func (u *up) files(m Machine) ([]file, error) {
 		return err
 	}
 	if m.Hub {
-		if err := add(hubFile, u.hubConfig(m)); err != nil {
+		if err := add(hubFile, u.hubConfig(ctx, m)); err != nil {
 			return nil, err
 		}
 	}
@@ -117,10 +118,10 @@ func (u *up) files(m Machine) ([]file, error) {
 }
 
 // configure writes each machine's configuration.
-func (u *up) configure(context.Context) (string, error) {
+func (u *up) configure(ctx context.Context) (string, error) {
 	changed := 0
 	for _, m := range u.env.Machines {
-		files, err := u.files(m)
+		files, err := u.files(ctx, m)
 		if err != nil {
 			return "", err
 		}
@@ -140,13 +141,16 @@ func (u *up) configure(context.Context) (string, error) {
 	return fmt.Sprintf("%d files changed", changed), nil
 }
 
-func (u *up) hubConfig(m Machine) hub.Config {
+func (u *up) hubConfig(ctx context.Context, m Machine) hub.Config {
 	c := hub.Default()
 	c.Address, c.Subnet, c.Trusted = m.Address, u.env.Subnet, u.env.Uplink
 	c.First, c.Last = u.env.DHCP.First, u.env.DHCP.Last
 	c.Domain = u.env.Name + ".internal"
 	for _, other := range u.env.Machines {
 		c.Machines = append(c.Machines, hub.Machine{Name: other.Name, Address: other.Address})
+	}
+	if v := u.env.VPN; v.On() {
+		c.VPN = &hub.VPN{Subnet: v.Subnet, Port: v.Port, Endpoint: v.endpoint(ctx)}
 	}
 	c.Upstreams, _ = dns.SystemUpstreams() // configure says what it means if there are none
 	return c
@@ -159,6 +163,9 @@ func (u *up) hostConfig(m Machine) any {
 		platform = append(platform, other.Address)
 	}
 	platform = append(platform, u.lab.RootEnd(), u.lab.HubEnd())
+	if u.env.VPN.On() {
+		platform = append(platform, vpn.Address(u.env.VPN.Subnet).Addr())
+	}
 	c := yaml.MapSlice{
 		{Key: "grpc-endpoint", Value: netip.AddrPortFrom(m.Address, hub.HostPort).String()},
 		{Key: "tls-cert", Value: "/etc/ingot/pki/cert.pem"},
@@ -180,6 +187,9 @@ func (u *up) hostConfig(m Machine) any {
 	}
 	if !m.Hub { // which a macvtap guest of its own can't reach: it gets a tap
 		c = append(c, yaml.MapItem{Key: "parent-iface", Value: lab.Segment})
+	}
+	if u.env.VPN.On() {
+		c = append(c, yaml.MapItem{Key: "vpn", Value: u.env.VPN.Subnet})
 	}
 	return c
 }

@@ -53,14 +53,11 @@ func (u *up) decide() error {
 	}
 	var taken []netip.Prefix
 	for _, other := range u.others {
-		taken = append(taken, other.Subnet, other.Uplink)
+		taken = append(taken, other.networks()...)
 	}
 	var err error
-	u.env, err = d.resolve(u.name, u.was, func(want, avoid netip.Prefix) (netip.Prefix, error) {
-		not := taken
-		if avoid.IsValid() {
-			not = append(slices.Clone(taken), avoid)
-		}
+	u.env, err = d.resolve(u.name, u.was, func(want netip.Prefix, avoid ...netip.Prefix) (netip.Prefix, error) {
+		not := append(slices.Clone(taken), avoid...)
 		device := Env{Name: u.name}.Lab(u.Binary).Device()
 		got, err := lab.FreeSubnet(want, device, not...)
 		if err == nil && got != want {
@@ -68,13 +65,14 @@ func (u *up) decide() error {
 		}
 		return got, err
 	})
+	u.choosePort()
 	return err
 }
 
 // taken says who has a subnet.
 func (u *up) taken(p netip.Prefix, device string) string {
 	for _, other := range u.others {
-		if p.Overlaps(other.Subnet) || p.Overlaps(other.Uplink) {
+		if slices.ContainsFunc(other.networks(), p.Overlaps) {
 			return "environment " + other.Name + " has"
 		}
 	}
@@ -96,16 +94,25 @@ func (u *up) collisions() Objections {
 			o = append(o, refuse(errdefs.ErrAlreadyExists, "environment %s has the interface %s already: choose another name", other.Name, u.lab.Device()))
 		}
 	}
+	var was Env
 	if u.was != nil {
-		return o
+		was = *u.was
+	}
+	if u.env.VPN.On() && u.env.VPN.Port != was.VPN.Port {
+		if who := u.portObjection(); who != "" {
+			o = append(o, where.mistake("vpn.port", "%s already", who))
+		}
 	}
 	for _, net := range []struct {
-		key string
-		p   netip.Prefix
-	}{{"subnet", u.env.Subnet}, {"uplink", u.env.Uplink}} {
+		key    string
+		p, was netip.Prefix
+	}{{"subnet", u.env.Subnet, was.Subnet}, {"uplink", u.env.Uplink, was.Uplink}, {"vpn.subnet", u.env.VPN.Subnet, was.VPN.Subnet}} {
+		if net.p == net.was {
+			continue
+		}
 		for _, other := range u.others {
-			if net.p.Overlaps(other.Subnet) || net.p.Overlaps(other.Uplink) {
-				o = append(o, where.mistake(net.key, "%s overlaps with environment %s, which has %s and %s", net.p, other.Name, other.Subnet, other.Uplink))
+			if i := slices.IndexFunc(other.networks(), net.p.Overlaps); i >= 0 {
+				o = append(o, where.mistake(net.key, "%s overlaps with environment %s, which has %s", net.p, other.Name, other.networks()[i]))
 			}
 		}
 		if r, found, err := lab.InTheWay(net.p, u.lab.Device()); err != nil {

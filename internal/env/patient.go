@@ -37,14 +37,14 @@ func (e Env) patient(binary string, exists bool) (doctor.Patient, error) {
 		Dir: Root, Exists: exists, Device: l.Device(), CA: e.CAFile(), Hosts: len(e.Hosts()),
 	}
 	if e.Subnet.IsValid() {
-		p.Networks = append(p.Networks, e.Subnet, e.Uplink)
+		p.Networks = append(p.Networks, e.networks()...)
 	}
 	all, err := others(e.Name)
 	if err != nil && !errors.Is(err, fs.ErrPermission) {
 		return p, err
 	}
 	for _, other := range all {
-		p.Taken = append(p.Taken, other.Subnet, other.Uplink)
+		p.Taken = append(p.Taken, other.networks()...)
 		p.Others = append(p.Others, other.Lab(binary).Device())
 	}
 	if !exists {

@@ -11,10 +11,13 @@ import (
 	"ingot/api/types"
 )
 
+// freeSubnet finds a subnet like one that is wanted, which nobody has, nor overlaps
+// with others that are to be avoided.
+type freeSubnet func(want netip.Prefix, avoid ...netip.Prefix) (netip.Prefix, error)
+
 // resolve decides what the declaration leaves open. What an environment that is
-// there already (was) has decided stays; else free finds a subnet like the one
-// that it is given, which the other one does not overlap. What can't be changed while the environment is there is objected to.
-func (d *Declaration) resolve(name string, was *Env, free func(want, avoid netip.Prefix) (netip.Prefix, error)) (Env, error) {
+// there already (was) has decided stays; else free finds subnets. What can't be changed while the environment is there is objected to.
+func (d *Declaration) resolve(name string, was *Env, free freeSubnet) (Env, error) {
 	e := Env{Name: name, MicroVMs: d.MicroVMs}
 	had := map[string]netip.Addr{}
 	m := mistakes{source: d.source}
@@ -27,13 +30,26 @@ func (d *Declaration) resolve(name string, was *Env, free func(want, avoid netip
 	} else {
 		var err error
 		if e.Subnet = d.Subnet; !e.Subnet.IsValid() {
-			e.Subnet, err = free(usualSubnet, d.Uplink)
+			e.Subnet, err = free(usualSubnet, d.Uplink, d.vpnSubnet())
 		}
 		if e.Uplink = d.Uplink; !e.Uplink.IsValid() && err == nil {
-			e.Uplink, err = free(usualUplink, e.Subnet)
+			e.Uplink, err = free(usualUplink, e.Subnet, d.vpnSubnet())
 		}
 		if err != nil {
 			return Env{}, err
+		}
+	}
+	if d.VPN != nil {
+		var old VPN
+		if was != nil {
+			old = was.VPN
+		}
+		var err error
+		if e.VPN, err = d.resolveVPN(e, old, free); err != nil {
+			return Env{}, err
+		}
+		if p := e.VPN.Subnet; p.Overlaps(e.Subnet) || p.Overlaps(e.Uplink) {
+			m.add("vpn.subnet", "%s overlaps with subnet %s or uplink %s", p, e.Subnet, e.Uplink)
 		}
 	}
 	var problem *Mistake
@@ -92,6 +108,15 @@ func changes(was *Env, e Env) []string {
 		say("+ environment %s: subnet %s, uplink %s, DHCP range %s", e.Name, e.Subnet, e.Uplink, e.DHCP)
 	} else if e.DHCP != was.DHCP {
 		say("~ DHCP range %s, was %s: a microVM with an address outside gets another one when it renews it", e.DHCP, was.DHCP)
+	}
+	switch {
+	case e.VPN == was.VPN:
+	case !was.VPN.On():
+		say("+ VPN: %s", e.VPN)
+	case !e.VPN.On():
+		say("- VPN: its peers can't come in any more; it is kept who they are")
+	default:
+		say("~ VPN: %s, was %s: peers need other configurations", e.VPN, was.VPN)
 	}
 	find := func(all []Machine, name string) bool {
 		return slices.ContainsFunc(all, func(m Machine) bool { return m.Name == name })

@@ -139,12 +139,12 @@ func TestANewEnvironment(t *testing.T) {
 func TestTheUplinkAvoidsTheSubnet(t *testing.T) {
 	for _, text := range []string{"format: 2\nsubnet: 100.64.0.0/16\n", "format: 2\nuplink: 192.168.10.4/30\n"} {
 		d := parse(t, text)
-		asked := netip.Prefix{}
-		_, err := d.resolve("lab", nil, func(want, avoid netip.Prefix) (netip.Prefix, error) {
+		var asked []netip.Prefix
+		_, err := d.resolve("lab", nil, func(want netip.Prefix, avoid ...netip.Prefix) (netip.Prefix, error) {
 			asked = avoid
 			return want, nil
 		})
-		if err != nil || !asked.IsValid() {
+		if err != nil || !asked[0].IsValid() {
 			t.Errorf("%s: %v, avoided %v", text, err, asked)
 		}
 	}

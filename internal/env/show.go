@@ -7,9 +7,9 @@ import (
 )
 
 // showPlan says what will change, and nothing of what is as it should be.
-func (u *up) showPlan(context.Context) (string, error) {
+func (u *up) showPlan(ctx context.Context) (string, error) {
 	lines := changes(u.was, u.env)
-	lines = append(lines, u.roleChanges()...)
+	lines = append(lines, u.roleChanges(ctx)...)
 	lines = append(lines, u.vmPlan().lines()...)
 	if u.firstVMs() {
 		for _, m := range u.first() {
@@ -31,7 +31,7 @@ func (u *up) showPlan(context.Context) (string, error) {
 }
 
 // roleChanges are about machines that were there and stay.
-func (u *up) roleChanges() []string {
+func (u *up) roleChanges(ctx context.Context) []string {
 	if u.was == nil {
 		return nil
 	}
@@ -47,7 +47,7 @@ func (u *up) roleChanges() []string {
 			continue
 		}
 		stale := map[string]bool{}
-		files, _ := u.files(m)
+		files, _ := u.files(ctx, m)
 		for _, f := range files {
 			stale[f.path] = !u.lab.HasFile(m.Name, f.path, f.text)
 		}

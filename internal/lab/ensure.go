@@ -341,7 +341,7 @@ func (l *Lab) openUplink(ctx context.Context) (changed bool, err error) {
 }
 
 func (l *Lab) rules() nat.Lab {
-	return nat.Lab{Table: l.Device(), Uplink: l.Device(), Subnet: l.Uplink}
+	return nat.Lab{Table: l.Device(), Uplink: l.Device(), Subnet: l.Uplink, Public: l.VPN, Hub: l.HubEnd()}
 }
 
 // MissingRules names what this machine's nftables table for the lab ought to have
