@@ -55,6 +55,7 @@ type hostConfig struct {
 	HTTPEndpoint    string         `yaml:"http-endpoint"`
 	EnableExec      bool           `yaml:"enable-exec-api"`
 	EnableSSHProxy  bool           `yaml:"enable-ssh-proxy-api"`
+	AuthzMode       string         `yaml:"authz-mode"`
 
 	// InsecureEndpoint is where flintlock's services alone are served in plaintext.
 	InsecureEndpoint string `yaml:"insecure-endpoint"`
@@ -95,7 +96,7 @@ func defaultHostConfig() hostConfig {
 		GRPCEndpoint: "localhost:9090", HTTPEndpoint: "localhost:8090", Containerd: "/run/containerd/containerd.sock", ContainerdNS: image.DefaultNamespace,
 		StateDir: "/var/lib/flintlock", Pool: "/var/lib/containerd",
 		RegistryAuth: "/etc/ingot/registry-auth.json", ImageKeep: image.DefaultUnused,
-		LogFormat: logline.Text, LogOutput: "stderr",
+		LogFormat: logline.Text, LogOutput: "stderr", AuthzMode: "off",
 		// An idle guest takes no CPU, but keeps its memory.
 		VCPUOvercommit: 64, MemoryOvercommit: 1, ReservedMemory: 512,
 	}
@@ -229,6 +230,13 @@ func (c *hostConfig) check() error {
 	}
 	if !slices.Contains(logline.Formats, c.LogFormat) {
 		return fmt.Errorf("log-format: %q is neither text nor json: %w", c.LogFormat, errdefs.ErrInvalidArgument)
+	}
+	switch c.AuthzMode {
+	case "off":
+	case "audit":
+		c.remark("no policy judges calls: who has a certificate or the token may do all, and the log has who did what", "setting", "authz-mode")
+	default: // who asks for more must not believe that there is more
+		return fmt.Errorf("authz-mode: %q: no policy judges calls: who has a certificate or the token may do all; only off and audit can be had: %w", c.AuthzMode, errdefs.ErrInvalidArgument)
 	}
 	if c.DeletePatience < 0 || c.MaximumRetry < 0 {
 		return fmt.Errorf("deleteMicroVM-timeout and maximum-retry cannot be negative: %w", errdefs.ErrInvalidArgument)

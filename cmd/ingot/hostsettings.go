@@ -48,6 +48,7 @@ func hostSettings() []settingGroup {
 			{key: "tls-key", value: c.TLSKey, usage: "its key"},
 			{key: "tls-client-validate", value: c.TLSClientCheck, usage: "want a certificate of clients"},
 			{key: "tls-client-ca", value: c.TLSClientCA, usage: "CA of clients' certificates"},
+			{key: "authz-mode", value: c.AuthzMode, usage: "off or audit, which are the same: who has a certificate or the token may do all, and the log has who did what"},
 		}},
 		{"MicroVMs", []setting{
 			{key: "state-dir", value: c.StateDir, usage: "where they are recorded, and write their logs"},
@@ -81,7 +82,6 @@ func hostSettings() []settingGroup {
 			{key: "sqlite-data-path", value: "", usage: "records are in state-dir", vain: true},
 			{key: "trust-domain", value: "", usage: "who has a certificate or the token may do all", vain: true},
 			{key: "host-id", value: "", usage: "who has a certificate or the token may do all", vain: true},
-			{key: "authz-mode", value: "off", usage: "who has a certificate or the token may do all", vain: true},
 			{key: "authz-policy", value: "", usage: "who has a certificate or the token may do all", vain: true},
 		}},
 	}
