@@ -158,8 +158,8 @@ func (c hostConfig) run(ctx context.Context, log *slog.Logger) error {
 		Listen: c.GRPCEndpoint, Plain: c.InsecureEndpoint, Token: pki.Secret(c.BasicAuthToken), Host: h, Images: images,
 		Pool: c.Pool, Segment: c.Segment, Version: b.Version, Revision: b.Revision, BuildDate: b.Date,
 		ConfigFile: c.file, StateDir: c.StateDir, Log: log, ExecAPI: c.EnableExec, SSHProxyAPI: c.EnableSSHProxy, Advertise: c.AdvertiseAddress,
-		Options: metrics.ServerOptions(),
 	}
+	config.Unary, config.Stream = metrics.Interceptors()
 	source := web.Source{Host: h, Images: images, Pool: c.Pool}
 	collector := image.Collector{Images: images, VMs: h.Specs, Unused: c.ImageKeep, Pool: c.Pool}
 	tasks := []run.Task{keep(guard, log), h, run.Func(collector.String(), collector.Run)}

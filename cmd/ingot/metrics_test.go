@@ -102,7 +102,7 @@ func TestMetrics(t *testing.T) {
 		return
 	}
 	m := newMachine(t)
-	m.serveMetrics(t, "max-microvms: 10000\n")
+	m.serveMetrics(t, "max-microvms: 10000\nenable-http: true\nhttp-endpoint: 127.0.0.1:8090\n")
 	is := func(want float64, name string, labels ...string) {
 		t.Helper()
 		families, _ := scrape(t)
@@ -176,6 +176,18 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 	is(3, "grpc_server_handled_total", append(gets, "grpc_code", "NotFound")...)
+	answer, err := http.Get("http://127.0.0.1:8090/v1alpha1/microvm/" + uid)
+	if err != nil || answer.StatusCode != http.StatusOK {
+		t.Fatal(answer, err)
+	}
+	answer.Body.Close()
+	before++
+	answer, err = http.Post("http://127.0.0.1:8090/microvm.services.api.v1alpha1.MicroVM/ListMicroVMsStream", "application/json", strings.NewReader("{}"))
+	if err != nil || answer.StatusCode != http.StatusBadRequest { // there is no namespace in it
+		t.Fatal(answer, err)
+	}
+	answer.Body.Close()
+	is(1, "grpc_server_handled_total", "grpc_method", "ListMicroVMsStream", "grpc_code", "InvalidArgument")
 	is(before+3, "grpc_server_handling_seconds", gets...)
 
 	families, text := scrape(t)

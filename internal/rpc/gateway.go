@@ -210,7 +210,9 @@ func (g *Gateway) ask(r *http.Request, method string, fill func(proto.Message) e
 
 // enter is what each call passes, as by gRPC.
 func (g *Gateway) enter(ctx context.Context, r any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
-	return g.door.Unary(ctx, r, info, func(ctx context.Context, r any) (any, error) { return g.bound.unary(ctx, r, info, next) })
+	bounded := func(ctx context.Context, r any) (any, error) { return g.bound.unary(ctx, r, info, next) }
+	let := func(ctx context.Context, r any) (any, error) { return g.door.Unary(ctx, r, info, bounded) }
+	return g.c.unary(ctx, r, info, let)
 }
 
 // context is what a call by gRPC would have: who asks, and what it is let in by.
@@ -342,7 +344,9 @@ func (g *Gateway) stream(w http.ResponseWriter, r *http.Request) error {
 	info := &grpc.StreamServerInfo{FullMethod: unbound(d.StreamName), IsServerStream: true}
 	lines := &lineStream{ctx: g.context(r), w: w, r: r}
 	w.Header().Set("Content-Type", "application/json")
-	err := g.door.Stream(g.service, lines, info, func(srv any, s grpc.ServerStream) error { return g.bound.stream(srv, s, info, d.Handler) })
+	bounded := func(srv any, s grpc.ServerStream) error { return g.bound.stream(srv, s, info, d.Handler) }
+	let := func(srv any, s grpc.ServerStream) error { return g.door.Stream(srv, s, info, bounded) }
+	err := g.c.stream(g.service, lines, info, let)
 	if err != nil && lines.began { // it is too late for a status
 		s, _ := status.FromError(err)
 		return lines.line("error", readable(s))

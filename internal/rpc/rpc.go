@@ -10,7 +10,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"slices"
 	"sync"
 	"time"
 
@@ -52,7 +51,23 @@ type Config struct {
 	SSHProxyAPI bool   // serve MicroVMSSHProxy
 	Advertise   string // where clients reach Listen; empty: where they came
 
-	Options []grpc.ServerOption // more of them, which see the codes of errors
+	// What calls pass first, which sees the codes of errors; nil: nothing.
+	Unary  grpc.UnaryServerInterceptor
+	Stream grpc.StreamServerInterceptor
+}
+
+func (c Config) unary(ctx context.Context, r any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+	if c.Unary == nil {
+		return next(ctx, r)
+	}
+	return c.Unary(ctx, r, info, next)
+}
+
+func (c Config) stream(service any, s grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+	if c.Stream == nil {
+		return next(service, s)
+	}
+	return c.Stream(service, s, info, next)
 }
 
 // Server serves one host.
@@ -140,7 +155,8 @@ func (s *Server) open(ctx context.Context) error {
 
 // add begins to listen on one address. No security is plaintext.
 func (s *Server) add(ctx context.Context, address string, security *tls.Config, register func(*grpc.Server)) error {
-	options := append(slices.Clone(s.c.Options), wire.ServerOptions(s.c.Token, s.c.Log)...)
+	options := []grpc.ServerOption{grpc.ChainUnaryInterceptor(s.c.unary), grpc.ChainStreamInterceptor(s.c.stream)}
+	options = append(options, wire.ServerOptions(s.c.Token, s.c.Log)...)
 	options = append(options, grpc.WaitForHandlers(true), grpc.ChainUnaryInterceptor(s.calls.count))
 	options = append(options, s.bound.options()...)
 	switch {

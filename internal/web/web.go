@@ -93,12 +93,9 @@ func (m *Metrics) Hooks() host.Hooks {
 	}
 }
 
-// ServerOptions have a gRPC server count its calls. They come before those that say
-// what an error's code is.
-func (m *Metrics) ServerOptions() []grpc.ServerOption {
-	return []grpc.ServerOption{
-		grpc.ChainUnaryInterceptor(m.calls.UnaryServerInterceptor()), grpc.ChainStreamInterceptor(m.calls.StreamServerInterceptor()),
-	}
+// Interceptors count calls. They are outside those that say what an error's code is.
+func (m *Metrics) Interceptors() (grpc.UnaryServerInterceptor, grpc.StreamServerInterceptor) {
+	return m.calls.UnaryServerInterceptor(), m.calls.StreamServerInterceptor()
 }
 
 // Source is what is measured when somebody asks.
