@@ -1,12 +1,16 @@
 package main
 
 import (
+	"context"
+	"fmt"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	ingotv1 "ingot/api/ingot/v1"
+	"ingot/api/types"
 )
 
 func execCommand() *cobra.Command {
@@ -44,6 +48,9 @@ With a terminal at both ends, -it is as if given.`,
 				if err != nil {
 					return err
 				}
+				if err := booted(cmd.Context(), vm); err != nil {
+					return err
+				}
 				return attach(cmd.Context(), vm, &ingotv1.ExecStart{
 					Uid: vm.uid(), Args: command, Env: vars, WorkingDir: dir, User: user, Tty: tty, Stdin: stdin,
 				})
@@ -58,6 +65,28 @@ With a terminal at both ends, -it is as if given.`,
 	f.StringVarP(&user, "user", "u", "", "user in the guest: name or id, and :group")
 	f.SetInterspersed(false)
 	return cmd
+}
+
+// bootPatience is how long after its start a guest's agent is waited for.
+const bootPatience = 2 * time.Minute
+
+// booted waits for the agent of a microVM that was just started, and says so if it takes a
+// moment. It returns without it too: the call that needs the agent then says what is wrong.
+func booted(ctx context.Context, vm microVM) error {
+	boots := func(st *types.MicroVMStatus) bool { return state(st) == "running" && !st.GetAgentReady() }
+	left := time.Until(vm.GetStatus().GetStartedAt().AsTime().Add(bootPatience))
+	if !boots(vm.GetStatus()) || left <= 0 {
+		return nil
+	}
+	notice := time.AfterFunc(silence, func() { fmt.Fprintf(os.Stderr, "ingot: %s boots: waiting for its agent\n", vm) })
+	defer notice.Stop()
+	patience, cancel := context.WithTimeout(ctx, min(left, bootPatience))
+	defer cancel()
+	_, err := observe(patience, vm, func() {}, func(vm microVM) (bool, error) { return !boots(vm.GetStatus()), nil })
+	if err != nil && ctx.Err() == nil && patience.Err() != nil {
+		return nil
+	}
+	return err
 }
 
 // checkTerminal refuses a terminal in the guest whose input is none here: the end

@@ -50,6 +50,9 @@ keys are the guest's. A guest without sshd, or out of reach, gets a shell by its
 				if err != nil {
 					return err
 				}
+				if err := booted(cmd.Context(), vm); err != nil {
+					return err
+				}
 				if !plain {
 					err := c.ssh(cmd.Context(), vm, user, command)
 					var no *noSSH
