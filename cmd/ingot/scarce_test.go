@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/health/grpc_health_v1"
 
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/api/services/microvm/v1alpha1"
@@ -80,17 +81,29 @@ func TestNoContainerd(t *testing.T) {
 			if s := m.status(t, stays); s.GetPhase() != "running" || s.GetPid() != pid {
 				t.Errorf("the one that runs is %v", s)
 			}
+			await(t, "health checks to hear of it", func() bool { return !m.serves(t) })
 			c.begin()
 			for _, uid := range []string{stays, late, crashes} {
 				m.await(t, uid, "running")
 			}
 			m.await(t, goes, "")
+			await(t, "health checks to hear of that", func() bool { return m.serves(t) })
 			for _, uid := range []string{stays, late, crashes, stops} {
 				m.remove(t, uid)
 			}
 			m.expectNothing(t)
 		})
 	}
+}
+
+// serves is what health checks are told.
+func (m *testMachine) serves(t *testing.T) bool {
+	t.Helper()
+	r, err := grpc_health_v1.NewHealthClient(m.conn).Check(t.Context(), &grpc_health_v1.HealthCheckRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r.Status == grpc_health_v1.HealthCheckResponse_SERVING
 }
 
 // TestDiskFull: no room where microVMs are recorded refuses what is new and leaves

@@ -71,8 +71,76 @@ func (s *Store) reconnect(ctx context.Context) error {
 		}
 		return err
 	}
-	s.silent.Store(false)
+	s.setSilent(false)
 	return nil
+}
+
+func (s *Store) setSilent(silent bool) {
+	if s.silent.Swap(silent) == silent {
+		return
+	}
+	select {
+	case s.turned <- struct{}{}:
+	default:
+	}
+}
+
+// Follow tells whether containerd answers, at first and whenever that changes, until ctx
+// ends. Its restart is no change. That it hangs is known once something is asked of it.
+func (s *Store) Follow(ctx context.Context, tell func(answers bool)) {
+	told := false
+	for last := false; ctx.Err() == nil; {
+		connected := s.steady(ctx)
+		hangs := s.silent.Load()
+		if answers := connected && !hangs; ctx.Err() == nil && (answers != last || !told) {
+			tell(answers)
+			last, told = answers, true
+		}
+		switch {
+		case hangs && connected: // where it is not served nobody may ask
+			select {
+			case <-time.After(watchEvery):
+				_ = s.reconnect(ctx) // which finds whether it still hangs
+			case <-ctx.Done():
+			}
+		case connected:
+			s.change(ctx)
+		}
+	}
+}
+
+// steady says whether there is a connection, or is one within restartTime.
+func (s *Store) steady(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, restartTime)
+	defer cancel()
+	for {
+		state := s.conn.GetState()
+		if state == connectivity.Ready {
+			return true
+		}
+		s.conn.Connect() // it may be idle
+		if !s.conn.WaitForStateChange(ctx, state) {
+			return false
+		}
+	}
+}
+
+// change returns when a connection that was there is not, or containerd hangs, or ctx
+// ends.
+func (s *Store) change(ctx context.Context) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var turned sync.WaitGroup
+	defer turned.Wait()
+	defer cancel()
+	turned.Go(func() {
+		select {
+		case <-s.turned:
+			cancel()
+		case <-ctx.Done():
+		}
+	})
+	s.conn.WaitForStateChange(ctx, connectivity.Ready)
 }
 
 func (s *Store) noAnswer(err error) error {
@@ -91,7 +159,7 @@ func (s *Store) answering(ctx context.Context, do func(context.Context) error) e
 	defer watch.Wait()
 	watch.Go(func() {
 		if err := s.watch(ctx); err != nil {
-			s.silent.Store(true)
+			s.setSilent(true)
 			end(err)
 		}
 	})

@@ -57,7 +57,8 @@ type Store struct {
 	conn   *grpc.ClientConn // the client's
 	pulls  flight
 	looks  flight
-	silent atomic.Bool // containerd did not answer when it was asked last
+	silent atomic.Bool   // containerd did not answer when it was asked last
+	turned chan struct{} // that has changed
 
 	pullPlaces, unpackPlaces *places
 	patience                 patience // with registries
@@ -103,7 +104,8 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
 	s := &Store{
-		c: c, known: map[digest.Digest]image{}, dirs: map[string]string{}, pulling: map[string]bool{},
+		turned: make(chan struct{}, 1),
+		c:      c, known: map[digest.Digest]image{}, dirs: map[string]string{}, pulling: map[string]bool{},
 		pullPlaces: newPlaces(mostPulls, mostPullsEach), unpackPlaces: newUnpacks(), patience: usualPatience,
 	}
 	if err := s.connect(ctx); err != nil {

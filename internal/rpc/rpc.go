@@ -131,10 +131,9 @@ func (s *Server) Run(ctx context.Context) error {
 	group.Go(func() error {
 		select {
 		case <-s.c.Host.Ready():
-			s.setHealth(true)
+			s.c.Images.Follow(ctx, s.setHealth) // without containerd nothing can be made
 		case <-ctx.Done():
 		}
-		<-ctx.Done()
 		s.drain(context.WithoutCancel(ctx))
 		return nil
 	})
