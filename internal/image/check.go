@@ -1,6 +1,7 @@
 package image
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -13,8 +14,14 @@ import (
 	"ingot/internal/vm"
 )
 
-// checkTime is how long Check looks at an image that is not unpacked yet.
-const checkTime = 5 * time.Second
+const (
+	// checkTime is how long Check looks at an image that is not unpacked yet.
+	checkTime = 5 * time.Second
+	// sureTime is how long what was found right is not looked at again: Prepare does.
+	sureTime = 10 * time.Second
+	// mostSure is how much of that is known.
+	mostSure = 256
+)
 
 // Check refuses what can't work with the images that are here: a file that its
 // image has not, an image that is none. The error is a *vm.FieldError. Of an
@@ -30,15 +37,38 @@ func (s *Store) Check(ctx context.Context, r Request) error {
 	if err != nil {
 		return err
 	}
+	if s.sure(string(key)) {
+		return nil
+	}
 	err = s.looks.do(ctx, string(key), nil, func(ctx context.Context, _ func(Progress)) error {
 		return s.check(ctx, r)
 	})
-	if errdefs.IsInvalidArgument(err) {
+	switch {
+	case err == nil:
+		s.setSure(string(key))
+	case errdefs.IsInvalidArgument(err):
 		return err
 	}
 	return nil
 }
 
+func (s *Store) sure(key string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	until, ok := s.right[key]
+	return ok && time.Now().Before(until)
+}
+
+func (s *Store) setSure(key string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.right) >= mostSure {
+		clear(s.right)
+	}
+	s.right[key] = time.Now().Add(sureTime)
+}
+
+// check is nil if all was looked at, and is right.
 func (s *Store) check(ctx context.Context, r Request) error {
 	looks := []func() error{
 		func() error { return s.checkFile(ctx, "kernel", r.Kernel) },
@@ -63,7 +93,7 @@ func (s *Store) check(ctx context.Context, r Request) error {
 			return err
 		}
 	}
-	return nil
+	return cmp.Or(errs...)
 }
 
 func (s *Store) checkImage(ctx context.Context, volume, ref string) error {

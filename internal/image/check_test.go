@@ -117,6 +117,7 @@ func BenchmarkCheck(b *testing.B) {
 	s := l.open(b)
 	prepare(b, s, "flintlock/ns/bench/01", standard())
 	for b.Loop() {
+		clear(s.right)
 		if err := s.Check(b.Context(), standard()); err != nil {
 			b.Fatal(err)
 		}

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
@@ -65,8 +66,9 @@ type Store struct {
 
 	mu      sync.Mutex // guards what follows
 	known   map[digest.Digest]image
-	dirs    map[string]string // of committed native snapshots, by chain id
-	pulling map[string]bool   // the leases of pulls under way
+	dirs    map[string]string    // of committed native snapshots, by chain id
+	pulling map[string]bool      // the leases of pulls under way
+	right   map[string]time.Time // until when requests that were found right are
 }
 
 // Request is what one microVM needs.
@@ -105,7 +107,7 @@ func Open(ctx context.Context, c Config) (*Store, error) {
 	}
 	s := &Store{
 		turned: make(chan struct{}, 1),
-		c:      c, known: map[digest.Digest]image{}, dirs: map[string]string{}, pulling: map[string]bool{},
+		c:      c, known: map[digest.Digest]image{}, dirs: map[string]string{}, right: map[string]time.Time{}, pulling: map[string]bool{},
 		pullPlaces: newPlaces(mostPulls, mostPullsEach), unpackPlaces: newUnpacks(), patience: usualPatience,
 	}
 	if err := s.connect(ctx); err != nil {
