@@ -64,6 +64,7 @@ type Host struct {
 	ledger  *ledger
 	events  *journal
 	logs    *logfile.Keeper // from Run on
+	wal     *wal            // likewise
 	running sync.WaitGroup
 
 	mu     sync.Mutex // guards what follows; no disk is waited for under it
@@ -104,6 +105,10 @@ func (h *Host) Run(ctx context.Context) error {
 			h.c.Log.Error("logs are not bounded any more", "err", err)
 		}
 	})
+	if h.wal, err = openWAL(h.c.StateDir, h.root(), h.c.Log); err != nil {
+		return err
+	}
+	defer h.wal.close()
 	if err := sweepFiles(h.root()); err != nil {
 		h.c.Log.Warn("remove leftovers", "err", err)
 	}
@@ -376,7 +381,7 @@ func (h *Host) record(s vm.Spec, key string) (v *instance, busy <-chan struct{},
 	}
 	defer h.running.Done()
 	r := record{Format: recordFormat, Spec: s, User: user, Key: key, Asked: digest(s), Dir: place(h.root(), s)}
-	if err = r.create(); err != nil {
+	if err = h.wal.create(r); err != nil {
 		r.remove() // nobody is told of it
 	}
 	h.c.Hooks.recorded(s.CreatedAt, err)

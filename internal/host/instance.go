@@ -717,7 +717,7 @@ func (v *instance) destroy(ctx context.Context, asked time.Time) error {
 		return err
 	}
 	v.course.next("record")
-	if err := (record{Dir: v.dir}).remove(); err != nil {
+	if err := v.host.wal.remove(record{Dir: v.dir}); err != nil {
 		return err
 	}
 	v.course.deleted(asked)

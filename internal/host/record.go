@@ -206,6 +206,19 @@ func (r record) write(b []byte) error {
 	return nil
 }
 
+// lay puts a new record in its place, which is not on disk then.
+func (r record) lay(b []byte) error {
+	for {
+		_, err := makeDirs(r.Dir)
+		if err == nil {
+			err = replace(filepath.Join(r.Dir, recordName), b, false)
+		}
+		if !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+}
+
 // ordered says whether a file system brings metadata to disk in the order of the
 // changes, so that a sync of a file that was just renamed does so for its name and
 // for the directories above, too.

@@ -3,6 +3,8 @@ package host
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -89,8 +91,12 @@ func TestEmptyRecordIsNone(t *testing.T) {
 // be on it: the file that a loop device writes to has what the file system has
 // written, and no more.
 func TestPowerCut(t *testing.T) {
-	for _, kind := range []string{"ext4", "xfs", "btrfs"} {
-		t.Run(kind, func(t *testing.T) {
+	for _, c := range []struct {
+		kind   string
+		logged bool
+	}{{"ext4", true}, {"ext4", false}, {"xfs", true}, {"xfs", false}, {"btrfs", false}} {
+		kind := c.kind
+		t.Run(fmt.Sprintf("%s, by the log: %v", kind, c.logged), func(t *testing.T) {
 			need.Binary(t, "mkfs."+kind)
 			disk, mnt := mountDisk(t, kind)
 			root, cut := filepath.Join(mnt, "vm"), disk+".cut"
@@ -100,7 +106,15 @@ func TestPowerCut(t *testing.T) {
 				t.Fatalf("ordered: %v, %v", ok, err)
 			}
 			told, untold := testRecord(root, "told"), testRecord(root, "untold")
-			if err := told.create(); err != nil {
+			w, err := openWAL(mnt, root, slog.New(slog.DiscardHandler))
+			if err != nil || (w == nil) != (kind == "btrfs") {
+				t.Fatalf("a write-ahead log: %v, %v", w, err)
+			}
+			if w != nil && !c.logged {
+				w.close()
+				w = nil
+			}
+			if err := w.create(told); err != nil {
 				t.Fatal(err)
 			}
 			// The disk is not as it would be without the sync.
@@ -108,11 +122,21 @@ func TestPowerCut(t *testing.T) {
 				t.Fatal(err)
 			}
 			command(t, "cp", "--sparse=always", disk, cut)
+			w.close()
 			if err := unix.Unmount(mnt, 0); err != nil {
 				t.Fatal(err)
 			}
 			command(t, "mv", cut, disk) // btrfs knows its devices by name
 			command(t, "mount", "-o", "loop", disk, mnt)
+			if w != nil {
+				if _, err := os.Stat(told.Dir); err == nil {
+					t.Error("its place is on disk: that shows nothing of the log")
+				}
+				if w, err = openWAL(mnt, root, slog.New(slog.DiscardHandler)); err != nil {
+					t.Fatal(err)
+				}
+				defer w.close()
+			}
 			r, err := readRecord(root, filepath.Join(told.Dir, recordName))
 			if err != nil || r.Spec.Name != "told" {
 				t.Errorf("after the power cut: %+v, %v", r, err)

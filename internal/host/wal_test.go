@@ -1,0 +1,201 @@
+package host
+
+import (
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+)
+
+func testWAL(t *testing.T, state string) *wal {
+	t.Helper()
+	w, err := openWAL(state, filepath.Join(state, "vm"), slog.New(slog.DiscardHandler))
+	if err != nil || w == nil || w.failed != nil {
+		t.Fatal(w, err)
+	}
+	return w
+}
+
+// found are the names of the records in their places.
+func found(t *testing.T, state string) map[string]bool {
+	t.Helper()
+	all, broken, err := readRecords(filepath.Join(state, "vm"))
+	if err != nil || len(broken) > 0 {
+		t.Fatal(broken, err)
+	}
+	names := map[string]bool{}
+	for _, r := range all {
+		names[r.Spec.Name] = true
+	}
+	return names
+}
+
+// TestWALGivesBack what a power failure takes of places, and nothing that was removed.
+func TestWALGivesBack(t *testing.T) {
+	_, state := mountDisk(t, "ext4")
+	root := filepath.Join(state, "vm")
+	w := testWAL(t, state)
+	at := func(name string) string { return testRecord(root, name).Dir }
+	for _, name := range []string{"whole", "lost", "empty", "torn", "zeros", "removed", "half-removed"} {
+		if err := w.create(testRecord(root, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range []string{"removed", "half-removed"} {
+		if err := w.remove(testRecord(root, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.close(); err != nil {
+		t.Fatal(err)
+	}
+	whole, err := os.ReadFile(filepath.Join(at("whole"), recordName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, is := range map[string]string{"empty": "", "torn": string(whole[:len(whole)/2]), "zeros": strings.Repeat("\x00", len(whole))} {
+		if err := os.WriteFile(filepath.Join(at(name), recordName), []byte(is), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.RemoveAll(filepath.Dir(at("lost"))); err != nil {
+		t.Fatal(err)
+	}
+	if err := testRecord(root, "half-removed").create(); err != nil { // the removal is lost
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := testWAL(t, state).close(); err != nil {
+			t.Fatal(err)
+		}
+		if got := found(t, state); len(got) != 6 || got["removed"] || !got["half-removed"] {
+			t.Errorf("there are %v", got)
+		}
+	}
+	// It forgets what is in its place.
+	if err := os.RemoveAll(at("whole")); err != nil {
+		t.Fatal(err)
+	}
+	testWAL(t, state).close()
+	if found(t, state)["whole"] {
+		t.Error("a record was kept")
+	}
+}
+
+// TestWALTurns: many come and go at once, and the log gives way to itself.
+func TestWALTurns(t *testing.T) {
+	_, state := mountDisk(t, "ext4")
+	root := filepath.Join(state, "vm")
+	w := testWAL(t, state)
+	const workers, each = 8, 150
+	var all sync.WaitGroup
+	stays := make([][]string, workers)
+	for i := range workers {
+		all.Go(func() {
+			for n := range each {
+				r := testRecord(root, fmt.Sprintf("w%d-%d", i, n))
+				r.Spec.Metadata = map[string]string{"user-data": strings.Repeat("x", rand.IntN(4000))}
+				if err := w.create(r); err != nil {
+					t.Error(err)
+				}
+				if n%3 == 0 {
+					stays[i] = append(stays[i], r.Spec.Name)
+				} else if err := w.remove(r); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
+	if err := w.close(); err != nil {
+		t.Fatal(err)
+	}
+	if w.seq*2000 < 3*walSize {
+		t.Errorf("%d entries took no turns", w.seq)
+	}
+	// What the log still has is lost.
+	text, err := os.ReadFile(filepath.Join(state, walName))
+	if err != nil || len(text) != 2*walSize {
+		t.Fatal(len(text), err)
+	}
+	lost := 0
+	for _, half := range [][]byte{text[:walSize], text[walSize:]} {
+		for _, e := range walEntries(half) {
+			lost++
+			if err := os.RemoveAll(filepath.Join(root, e.dir)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	testWAL(t, state).close()
+	got := found(t, state)
+	for _, names := range stays {
+		for _, name := range names {
+			if !got[name] {
+				t.Errorf("%s is lost", name)
+			}
+			delete(got, name)
+		}
+	}
+	if len(got) > 0 || lost == 0 {
+		t.Errorf("%v are back; %d were lost", got, lost)
+	}
+}
+
+// TestTornWAL: an entry that was not written whole, and what is after it, is none.
+func TestTornWAL(t *testing.T) {
+	var half []byte
+	for seq := range uint64(3) {
+		half = appendWALEntry(half, 7+seq, fmt.Sprint("ns/name/", seq), []byte("{}"))
+	}
+	one := len(half) / 3
+	half = append(half, make([]byte, walSize-len(half))...)
+	if n := len(walEntries(half)); n != 3 {
+		t.Fatalf("%d entries", n)
+	}
+	for i := one; i < 2*one; i++ {
+		torn := append([]byte(nil), half...)
+		torn[i] ^= 0x40
+		if n := len(walEntries(torn)); n != 1 {
+			t.Errorf("byte %d: %d entries", i, n)
+		}
+	}
+	if all := walEntries(half[one : one+1]); len(all) > 0 {
+		t.Error(all)
+	}
+	older := appendWALEntry(append([]byte(nil), half[:one]...), 3, "ns/name/old", nil)
+	if n := len(walEntries(older)); n != 1 {
+		t.Errorf("of an earlier turn: %d", n)
+	}
+}
+
+// TestWALFails: a record that the log can't take is put on disk without it.
+func TestWALFails(t *testing.T) {
+	_, state := mountDisk(t, "ext4")
+	root := filepath.Join(state, "vm")
+	w := testWAL(t, state)
+	large, kept, small := testRecord(root, "large"), testRecord(root, "kept"), testRecord(root, "small")
+	large.Spec.Metadata = map[string]string{"user-data": strings.Repeat("x", walSize)}
+	for _, r := range []record{large, kept} {
+		if err := w.create(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.file.Close() // nothing can be written
+	if err := w.create(small); err != nil {
+		t.Fatal(err)
+	}
+	if got := found(t, state); len(got) != 3 {
+		t.Errorf("there are %v", got)
+	}
+	if w.remove(large) != nil || w.remove(small) != nil || w.remove(kept) == nil { // which would be back
+		t.Error("what is in the log was removed, or the others were not")
+	}
+	if got := found(t, state); len(got) != 1 || !got["kept"] {
+		t.Errorf("there are %v", got)
+	}
+}
