@@ -152,7 +152,7 @@ func (c hostConfig) run(ctx context.Context, log *slog.Logger) error {
 		StateDir: c.StateDir, Bridge: c.BridgeName, Parent: c.ParentInterface, DefaultDriver: c.DefaultProvider, Pool: c.Pool,
 		DeletePatience: c.DeletePatience, MaximumRetry: c.MaximumRetry,
 		Limits: host.Limits{MicroVMs: c.MaxMicroVMs, VCPUOvercommit: c.VCPUOvercommit, MemoryOvercommit: c.MemoryOvercommit, ReservedMemory: c.ReservedMemory},
-		Hooks:  metrics.Hooks(), Guard: guard.Set, Images: images, Drivers: append(drivers, flintlock.Drivers(log)...), Log: log.With("controller", "microvm"),
+		Hooks:  metrics.Hooks(), Guard: func(device string, g host.Guest) error { return guard.Set(device, nat.Guest(g)) }, Images: images, Drivers: append(drivers, flintlock.Drivers(log)...), Log: log.With("controller", "microvm"),
 	})
 	config := rpc.Config{
 		Listen: c.GRPCEndpoint, Plain: c.InsecureEndpoint, Token: pki.Secret(c.BasicAuthToken), Host: h, Images: images,
@@ -207,7 +207,7 @@ func keep(guard *nat.Guard, log *slog.Logger) run.Task {
 	return background("guest guard", func(ctx context.Context) error {
 		return guard.Keep(ctx, func() {
 			log.Warn("somebody changed the nftables rules that guests are kept by: they are set again")
-		})
+		}, func([]nat.Refusal) {})
 	})
 }
 

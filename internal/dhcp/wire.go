@@ -250,6 +250,8 @@ func newAnswer(b []byte, m *message, k kind, your, server addr4) answer {
 	be.PutUint32(b[24:], uint32(m.giaddr))
 	copy(b[28:], m.mac[:])
 	b = be.AppendUint32(b, cookie)
+	// The hosts' rules find the kind as the first option, and the lease's time as the
+	// third (docs/decisions/013).
 	b = append(b, optionKind, 1, byte(k))
 	a := answer{b: b, limit: limit, agent: m.agent}
 	a.number(optionServer, uint32(server))

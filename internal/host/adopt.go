@@ -231,7 +231,7 @@ func (v *instance) find(ctx context.Context) {
 func (v *instance) adopt(ctx context.Context, d vmm.Driver, m vmm.Machine) {
 	v.log.Info("found running", "pid", m.PID())
 	if w := v.view(); w.Status.Driver == "" { // the status was lost
-		links, err := v.ensureLinks(v.spec)
+		links, err := v.ensureLinks(v.spec, true)
 		if err != nil {
 			v.log.Error("find interfaces", "err", err)
 		}
@@ -248,7 +248,7 @@ func (v *instance) adopt(ctx context.Context, d vmm.Driver, m vmm.Machine) {
 	}
 	v.running(m, v.phaseOf(ctx, m), nil)
 	for _, n := range v.spec.Interfaces { // also of a daemon that guarded none
-		if err := v.guard(n); err != nil {
+		if err := v.guard(n, true); err != nil {
 			v.log.Error("guard interface", "err", err)
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -45,7 +46,7 @@ func (v *instance) boot(ctx context.Context) error {
 		return fmt.Errorf("prepare images: %w", mistaken(err))
 	}
 	step("network")
-	links, err := v.ensureLinks(spec)
+	links, err := v.ensureLinks(spec, false)
 	if err != nil {
 		return err
 	}
@@ -164,8 +165,8 @@ func (v *instance) progress(p image.Progress) {
 	}
 }
 
-// ensureLinks makes the interfaces' taps.
-func (v *instance) ensureLinks(spec vm.Spec) (map[string]vm.InterfaceStatus, error) {
+// ensureLinks makes the interfaces' taps, or finds those of a guest that is running.
+func (v *instance) ensureLinks(spec vm.Spec, running bool) (map[string]vm.InterfaceStatus, error) {
 	links := map[string]vm.InterfaceStatus{}
 	for _, n := range spec.Interfaces {
 		name := v.device(n)
@@ -185,7 +186,7 @@ func (v *instance) ensureLinks(spec vm.Spec) (map[string]vm.InterfaceStatus, err
 			info, err = link.EnsureTap(name, link.Tap{Bridge: n.Bridge, MAC: mac})
 		}
 		if err == nil {
-			err = v.guard(n)
+			err = v.guard(n, running)
 		}
 		if err != nil {
 			return nil, fmt.Errorf("make interface %s: %w", n.ID, err)
@@ -197,8 +198,8 @@ func (v *instance) ensureLinks(spec vm.Spec) (map[string]vm.InterfaceStatus, err
 	return links, nil
 }
 
-// guard holds the guest to the MAC address of one of its interfaces.
-func (v *instance) guard(n vm.Interface) error {
+// guard holds the guest to the addresses of one of its interfaces.
+func (v *instance) guard(n vm.Interface, running bool) error {
 	if v.host.c.Guard == nil || n.Metadata || n.MAC == "" || v.device(n) == "" {
 		return nil // flintlock leaves the address to some guests
 	}
@@ -206,7 +207,11 @@ func (v *instance) guard(n vm.Interface) error {
 	if err != nil {
 		return err
 	}
-	return v.host.c.Guard(v.device(n), mac)
+	g := Guest{MAC: mac, Running: running && !n.Address.IsValid()}
+	if a := n.Address.Addr(); a.IsValid() {
+		g.Allowed = append(g.Allowed, netip.PrefixFrom(a, a.BitLen()))
+	}
+	return v.host.c.Guard(v.device(n), g)
 }
 
 // serveMetadata answers the guest on its metadata interface, and writes down what

@@ -44,14 +44,23 @@ type Config struct {
 	// MaximumRetry is how often a microVM that could not be started is tried again before
 	// it has failed; 0: as often as it takes.
 	MaximumRetry int
-	// Guard is told the MAC address of the guest behind each device on a network,
-	// before the guest can send, and nil before the device is removed. nil: nobody.
-	Guard   func(device string, mac net.HardwareAddr) error
+	// Guard is told who the guest behind each device on a network is, before the guest
+	// can send, and a Guest without a MAC address before the device is removed. nil:
+	// nobody.
+	Guard   func(device string, g Guest) error
 	Images  *image.Store
 	Drivers []vmm.Driver
 	Limits  Limits
 	Log     *slog.Logger
 	Hooks   Hooks
+}
+
+// Guest is who sends by a device.
+type Guest struct {
+	MAC net.HardwareAddr
+	// Allowed are the addresses that it may use beside the one that DHCP gives it.
+	Allowed []netip.Prefix
+	Running bool // since before this daemon, with what DHCP gave it
 }
 
 // Host keeps microVMs. New only allocates; Run finds what is there and keeps it.
@@ -295,7 +304,7 @@ func (h *Host) sweepLeases(ctx context.Context) error {
 // removeLink removes a guest's device, which then guards nobody's address.
 func (h *Host) removeLink(device string) error {
 	if h.c.Guard != nil {
-		if err := h.c.Guard(device, nil); err != nil {
+		if err := h.c.Guard(device, Guest{}); err != nil {
 			return err
 		}
 	}

@@ -21,7 +21,7 @@ type batch struct {
 	table  *nftables.Table
 	chains []*nftables.Chain
 	rules  map[string][]string // the comments, by chain
-	sets   map[string][][]byte // the keys, by set
+	sets   map[string][][]byte // the keys, by set; nil: the kernel changes them
 	err    error
 }
 
@@ -75,11 +75,19 @@ func (b *batch) set(set *nftables.Set, keys [][]byte) *nftables.Set {
 		elements = append(elements, nftables.SetElement{Key: key})
 	}
 	set.Table = b.table
-	b.sets[set.Name] = keys
+	b.addSet(set, elements)
+	return set
+}
+
+// addSet adds a set of this table with its elements.
+func (b *batch) addSet(set *nftables.Set, elements []nftables.SetElement) {
+	b.sets[set.Name] = nil
+	if !set.Dynamic {
+		b.sets[set.Name] = keysOf(elements)
+	}
 	if err := b.conn.AddSet(set, elements); err != nil && b.err == nil {
 		b.err = err
 	}
-	return set
 }
 
 // rule adds a rule of the given parts. Its text becomes its comment, by which
@@ -169,6 +177,7 @@ func tagged(protocol uint16) []expr.Any {
 const (
 	sourceOffset      = 12 // of an IPv4 header, RFC 791
 	destinationOffset = 16
+	sourceOffset6     = 8 // of an IPv6 header, RFC 8200
 )
 
 func source(p netip.Prefix) []expr.Any { return inPrefix(sourceOffset, p) }

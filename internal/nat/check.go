@@ -71,11 +71,11 @@ func (b *batch) compare(c *nftables.Conn) ([]Rule, error) {
 		rules = append(rules, Rule{"chain " + want.Name + " as it was made, with no other rules", whole && (!all || slices.Equal(comments, texts))})
 	}
 	for name, want := range b.sets {
-		have, err := keys(c, b.table, name)
+		have, there, err := elements(c, &nftables.Set{Table: b.table, Name: name})
 		if err != nil {
 			return nil, err
 		}
-		rules = append(rules, Rule{"set " + name, slices.EqualFunc(have, want, bytes.Equal)})
+		rules = append(rules, Rule{"set " + name, there && (want == nil || slices.EqualFunc(keysOf(have), want, bytes.Equal))})
 	}
 	return rules, nil
 }
@@ -101,18 +101,24 @@ func comments(c *nftables.Conn, chain *nftables.Chain) ([]string, error) {
 	return texts, nil
 }
 
-// keys are a set's, in order; none if there is no such set.
-func keys(c *nftables.Conn, table *nftables.Table, name string) ([][]byte, error) {
-	elements, err := c.GetSetElements(&nftables.Set{Table: table, Name: name})
-	if err != nil && !gone(err) {
-		return nil, err
+// elements are a set's, and whether there is such a set.
+func elements(c *nftables.Conn, set *nftables.Set) ([]nftables.SetElement, bool, error) {
+	all, err := c.GetSetElements(set)
+	if gone(err) {
+		return nil, false, nil
 	}
-	var all [][]byte
+	return all, err == nil, err
+}
+
+// keysOf are the elements' keys in order, with their ends where they are ranges;
+// never nil.
+func keysOf(elements []nftables.SetElement) [][]byte {
+	all := [][]byte{}
 	for _, e := range elements {
-		all = append(all, e.Key)
+		all = append(all, slices.Concat(e.Key, e.KeyEnd))
 	}
 	slices.SortFunc(all, bytes.Compare)
-	return all, nil
+	return all
 }
 
 // gone says whether the kernel does not know a table, chain or set. The library

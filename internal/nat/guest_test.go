@@ -114,7 +114,7 @@ func segment(t *testing.T) (g *nat.Guard, h nat.Host, guest, other, world card) 
 		t.Fatal(err)
 	}
 	for device, mac := range map[string]net.HardwareAddr{guestTap: guestMAC, otherTap: otherMAC} {
-		if err := g.Set(device, mac); err != nil {
+		if err := g.Set(device, nat.Guest{MAC: mac}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -176,9 +176,9 @@ func ipv4(from, to string, protocol byte, options int, fragment uint16, payload 
 	return append(b, payload...)
 }
 
-func ipv6(to string, protocol byte, payload []byte) []byte {
+func ipv6(from, to string, protocol byte, payload []byte) []byte {
 	b := []byte{0x60, 0, 0, 0, byte(len(payload) >> 8), byte(len(payload)), protocol, 255}
-	b = append(b, netip.MustParseAddr("fe80::1234").AsSlice()...)
+	b = append(b, netip.MustParseAddr(from).AsSlice()...)
 	return append(append(b, netip.MustParseAddr(to).AsSlice()...), payload...)
 }
 
@@ -204,12 +204,44 @@ func request(mac net.HardwareAddr) []byte {
 	return m.ToBytes()
 }
 
+// acknowledge is what a DHCP server tells a card.
+func acknowledge(mac net.HardwareAddr, your string, lease time.Duration) []byte {
+	return ether(everyone, worldMAC, unix.ETH_P_IP, ipv4("192.168.10.2", "255.255.255.255", unix.IPPROTO_UDP, 0, 0, udp(67, 68, answerTo(mac, 5, your, lease))))
+}
+
+func answerTo(mac net.HardwareAddr, kind byte, your string, lease time.Duration) []byte {
+	b := make([]byte, 240)
+	copy(b, []byte{2, 1, 6})
+	copy(b[16:], netip.MustParseAddr(your).AsSlice())
+	copy(b[28:], mac)
+	b = append(b[:236], 99, 130, 83, 99, 53, 1, kind, 54, 4, 192, 168, 10, 2, 51, 4)
+	return append(binary.BigEndian.AppendUint32(b, uint32(lease.Seconds())), 255)
+}
+
+// made is the address that a card makes in a network.
+func made(prefix string, mac net.HardwareAddr) string {
+	b := netip.MustParseAddr(prefix).As16()
+	copy(b[8:], []byte{mac[0] ^ 2, mac[1], mac[2], 0xff, 0xfe, mac[3], mac[4], mac[5]})
+	return netip.AddrFrom16(b).String()
+}
+
+// neighbour is what IPv6 neighbours say about an address.
+func neighbour(kind byte, target string) []byte {
+	return append([]byte{kind, 0, 0, 0, 0, 0, 0, 0}, netip.MustParseAddr(target).AsSlice()...)
+}
+
 // TestGuestFrames: what a guest sends, and whether anybody on the segment hears it.
 func TestGuestFrames(t *testing.T) {
 	g, h, guest, _, world := segment(t)
-	const me, them, hubIP, hostIP, all = "192.168.10.30", "192.168.10.31", "192.168.10.2", "192.168.10.3", "255.255.255.255"
+	const me, them, hubIP, hostIP, all, cluster = "192.168.10.30", "192.168.10.31", "192.168.10.2", "192.168.10.3", "255.255.255.255", "192.168.10.25"
 	v4 := func(payload []byte) []byte { return ether(everyone, guestMAC, unix.ETH_P_IP, payload) }
 	v6 := func(payload []byte) []byte { return ether(everyone, guestMAC, unix.ETH_P_IPV6, payload) }
+	mine, theirs, slaac := made("fe80::", guestMAC), made("fe80::", otherMAC), made("2001:db8:1:2::", guestMAC)
+	const private, cluster6 = "fe80::1234", "2001:db8::25"
+	from6 := func(from string) []byte { return v6(ipv6(from, "ff02::1", unix.IPPROTO_UDP, udp(1000, 1000, nil))) }
+	says6 := func(from string, kind byte, target string) []byte {
+		return v6(ipv6(from, "ff02::1", unix.IPPROTO_ICMPV6, neighbour(kind, target)))
+	}
 	udp4 := func(to string, from, port uint16, payload []byte) []byte {
 		return v4(ipv4(me, to, unix.IPPROTO_UDP, 0, 0, udp(from, port, payload)))
 	}
@@ -234,6 +266,18 @@ func TestGuestFrames(t *testing.T) {
 		{"ARP as the hub", ether(everyone, guestMAC, unix.ETH_P_ARP, arp(guestMAC, hubIP, me)), false},
 		{"ARP as a host", ether(everyone, guestMAC, unix.ETH_P_ARP, arp(guestMAC, hostIP, hostIP)), false},
 
+		{"ARP as another guest", ether(everyone, guestMAC, unix.ETH_P_ARP, arp(guestMAC, them, them)), false},
+		{"an ARP probe", ether(everyone, guestMAC, unix.ETH_P_ARP, arp(guestMAC, "0.0.0.0", them)), true},
+		{"ARP as the cluster", ether(everyone, guestMAC, unix.ETH_P_ARP, arp(guestMAC, cluster, cluster)), true},
+		{"ARP from an allowed prefix", ether(everyone, guestMAC, unix.ETH_P_ARP, arp(guestMAC, "10.42.3.9", me)), true},
+		{"ARP from beside an allowed prefix", ether(everyone, guestMAC, unix.ETH_P_ARP, arp(guestMAC, "10.42.4.1", me)), false},
+
+		{"from another guest's address", v4(ipv4(them, "1.1.1.1", unix.IPPROTO_UDP, 0, 0, udp(1000, 1000, nil))), false},
+		{"a fragment from another guest's address", v4(ipv4(them, "1.1.1.1", unix.IPPROTO_UDP, 0, 100, make([]byte, 16))), false},
+		{"from no address", v4(ipv4("0.0.0.0", "1.1.1.1", unix.IPPROTO_UDP, 0, 0, udp(1000, 1000, nil))), false},
+		{"from the cluster's address", v4(ipv4(cluster, "1.1.1.1", unix.IPPROTO_UDP, 0, 0, udp(1000, 1000, nil))), true},
+		{"from an allowed prefix", v4(ipv4("10.42.3.9", "1.1.1.1", unix.IPPROTO_UDP, 0, 0, udp(1000, 1000, nil))), true},
+		{"from beside an allowed prefix", v4(ipv4("10.42.4.1", "1.1.1.1", unix.IPPROTO_UDP, 0, 0, udp(1000, 1000, nil))), false},
 		{"to another guest", udp4(them, 1000, 9090, nil), true},
 		{"to the world", udp4("1.1.1.1", 1000, 53, nil), true},
 		{"from the hub's address", v4(ipv4(hubIP, them, unix.IPPROTO_UDP, 0, 0, udp(1000, 1000, nil))), false},
@@ -252,11 +296,25 @@ func TestGuestFrames(t *testing.T) {
 		{"a DHCP server", udp4(all, 67, 68, nil), false},
 		{"a DHCP server on another port", udp4(all, 6767, 68, nil), false},
 		{"a DHCP relay", udp4(them, 67, 67, request(guestMAC)), false},
-		{"a DHCPv6 server", v6(ipv6("ff02::1", unix.IPPROTO_UDP, udp(547, 546, nil))), false},
-		{"a DHCPv6 server on another port", v6(ipv6("ff02::1", unix.IPPROTO_UDP, udp(1547, 546, nil))), false},
-		{"DHCPv6", v6(ipv6("ff02::1:2", unix.IPPROTO_UDP, udp(546, 547, nil))), true},
-		{"a router", v6(ipv6("ff02::1", unix.IPPROTO_ICMPV6, []byte{134, 0, 0, 0})), false},
-		{"IPv6", v6(ipv6("ff02::1", unix.IPPROTO_ICMPV6, []byte{128, 0, 0, 0})), true},
+		{"a DHCPv6 server", v6(ipv6(mine, "ff02::1", unix.IPPROTO_UDP, udp(547, 546, nil))), false},
+		{"a DHCPv6 server on another port", v6(ipv6(mine, "ff02::1", unix.IPPROTO_UDP, udp(1547, 546, nil))), false},
+		{"DHCPv6", v6(ipv6(mine, "ff02::1:2", unix.IPPROTO_UDP, udp(546, 547, nil))), true},
+		{"IPv6 from its link-local address", from6(mine), true},
+		{"IPv6 from an address made of its MAC", from6(slaac), true},
+		{"IPv6 from an allowed address", from6(cluster6), true},
+		{"IPv6 from another guest's address", from6(theirs), false},
+		{"IPv6 from a private address", from6(private), false},
+		{"IPv6 from nobody", v6(ipv6("::", "ff02::2", unix.IPPROTO_ICMPV6, []byte{133, 0, 0, 0})), true},
+		{"a neighbour that has its address", says6(mine, 136, mine), true},
+		{"a neighbour that has an allowed address", says6(mine, 136, cluster6), true},
+		{"a neighbour that has another's address", says6(mine, 136, theirs), false},
+		{"a neighbour that asks for another", says6(mine, 135, theirs), true},
+		{"a neighbour that asks as another", says6(theirs, 135, mine), false},
+		{"a neighbour that wants its own address", says6("::", 135, mine), true},
+		{"a neighbour that wants another's address", says6("::", 135, theirs), false},
+		{"a router's redirect", v6(ipv6(mine, "ff02::1", unix.IPPROTO_ICMPV6, []byte{137, 0, 0, 0})), false},
+		{"a router", v6(ipv6(mine, "ff02::1", unix.IPPROTO_ICMPV6, []byte{134, 0, 0, 0})), false},
+		{"IPv6", v6(ipv6(mine, "ff02::1", unix.IPPROTO_ICMPV6, []byte{128, 0, 0, 0})), true},
 
 		{"DNS at the hub", udp4(hubIP, 1000, 53, nil), true},
 		{"images at the hub", v4(ipv4(me, hubIP, unix.IPPROTO_TCP, 0, 0, tcp(5000, 2))), true},
@@ -269,8 +327,16 @@ func TestGuestFrames(t *testing.T) {
 		{"an answer to a host", v4(ipv4(me, hostIP, unix.IPPROTO_TCP, 0, 0, tcp(40000, 0x12))), true},
 		{"ping a host", v4(ipv4(me, hostIP, unix.IPPROTO_ICMP, 0, 0, []byte{8, 0, 0, 0})), true},
 	}
+	allowed := []netip.Prefix{netip.MustParsePrefix("10.42.0.0/22"), netip.MustParsePrefix(cluster + "/32"), netip.MustParsePrefix("10.42.1.0/24"), netip.MustParsePrefix(cluster6 + "/128")}
 	by := func(t *testing.T, c card) {
 		c.t = t
+		if err := g.Set(c.name, nat.Guest{MAC: guestMAC, Allowed: allowed}); err != nil {
+			t.Fatal(err)
+		}
+		world.send(append(acknowledge(guestMAC, me, time.Hour), "acknowledged"...))
+		if !c.heard("acknowledged", 20*time.Second) {
+			t.Fatal("the guest hears no answer of the DHCP server")
+		}
 		for i, one := range cases {
 			mark := fmt.Sprintf("|%s %d|", c.name, i)
 			c.send(append(bytes.Clone(one.frame), mark...))
@@ -293,7 +359,7 @@ func TestGuestFrames(t *testing.T) {
 			t.Fatal(err)
 		}
 		c := open(t, guestMacvtap, link.OpenMacvtap)
-		if err := g.Set(guestMacvtap, guestMAC); err != nil {
+		if err := g.Set(guestMacvtap, nat.Guest{MAC: guestMAC}); err != nil {
 			t.Fatal(err)
 		}
 		c.settle(guestMAC, world)
@@ -335,7 +401,7 @@ func TestUnknownGuestIsMute(t *testing.T) {
 		c.send(ether(everyone, mac, 0x88b5, []byte("hello of "+c.name)))
 		return world.heard("hello of "+c.name, within)
 	}
-	if err := g.Set(guestTap, nil); err != nil {
+	if err := g.Set(guestTap, nat.Guest{}); err != nil {
 		t.Fatal(err)
 	}
 	if says(guest, guestMAC, 50*time.Millisecond) {
@@ -348,10 +414,10 @@ func TestUnknownGuestIsMute(t *testing.T) {
 	if says(guest, guestMAC, 50*time.Millisecond) || !says(other, otherMAC, 20*time.Second) {
 		t.Error("another guard does not go on where the earlier one ended")
 	}
-	if err := g.Set(guestTap, worldMAC); err != nil {
+	if err := g.Set(guestTap, nat.Guest{MAC: worldMAC}); err != nil {
 		t.Fatal(err)
 	}
-	if err := g.Set(guestTap, guestMAC); err != nil { // it has got another card
+	if err := g.Set(guestTap, nat.Guest{MAC: guestMAC}); err != nil { // it has got another card
 		t.Fatal(err)
 	}
 	if says(guest, worldMAC, 50*time.Millisecond) || !says(guest, guestMAC, 20*time.Second) {

@@ -36,21 +36,18 @@ const (
 	macvtap = "flvtap"
 )
 
-// guests are the cards that guests have: by device, the MAC address that is theirs.
-type guests map[string]net.HardwareAddr
-
 // tables are the host's: what reaches this machine, what taps may send, and what
 // macvtaps may. A table that is not wanted is nil.
-func (h Host) tables(g guests) (map[nftables.TableFamily]*batch, error) {
+func (h Host) tables(k known) (map[nftables.TableFamily]*batch, error) {
 	tables := map[nftables.TableFamily]*batch{nftables.TableFamilyINet: nil, nftables.TableFamilyBridge: nil, nftables.TableFamilyNetdev: nil}
 	var err error
 	if tables[nftables.TableFamilyINet], err = h.inputTable(); err != nil || h.Segment == "" {
 		return tables, err
 	}
-	if tables[nftables.TableFamilyBridge], err = h.bridgeTable(g); err != nil {
+	if tables[nftables.TableFamilyBridge], err = h.bridgeTable(k); err != nil {
 		return tables, err
 	}
-	tables[nftables.TableFamilyNetdev], err = h.macvtapTable(g)
+	tables[nftables.TableFamilyNetdev], err = h.macvtapTable(k)
 	return tables, err
 }
 
@@ -91,14 +88,14 @@ func (h Host) inputTable() (*batch, error) {
 }
 
 // bridgeTable is what guests on taps are held to, on whichever bridge.
-func (h Host) bridgeTable(g guests) (*batch, error) {
+func (h Host) bridgeTable(k known) (*batch, error) {
 	b, err := begin(nftables.TableFamilyBridge, Table)
 	if err != nil {
 		return nil, err
 	}
 	platform := b.addresses("platform", h.Platform)
-	identity, guest := b.plainChain("identity"), b.plainChain("guest")
-	h.identityRules(b, identity, expr.MetaKeyIIFNAME, b.guests(g, tap), platform)
+	s := k.sets(b, tap)
+	identity, guest, lease := b.identity(expr.MetaKeyIIFNAME, s, platform), b.plainChain("guest"), b.lease(expr.MetaKeyOIFNAME, s)
 	h.guestRules(b, guest, platform)
 	// Before the bridge takes the frame for itself, too. (That it learns no forged
 	// address, also from frames that pass no hook, is link.Tap's.)
@@ -109,15 +106,16 @@ func (h Host) bridgeTable(g guests) (*batch, error) {
 	if h.Port != "" {
 		b.rule(forward, "macvtap guests", iif(h.Port), etherSourceNot(h.MAC), jump(guest))
 	}
+	b.rule(forward, "leases", oif(tap+"*"), acknowledgement(), card(expr.MetaKeyOIFNAME, expr.PayloadBaseTransportHeader, dhcpCard, s.guests, false), jump(lease))
 	return b, nil
 }
 
 // macvtapTable is what guests on macvtaps are held to. What they send to each
 // other and to the segment passes no bridge; each device has a chain of its own
 // where frames leave it. nil: there are no such guests.
-func (h Host) macvtapTable(g guests) (*batch, error) {
+func (h Host) macvtapTable(k known) (*batch, error) {
 	var devices []string
-	for device := range g {
+	for device := range k.guests {
 		if _, err := link.Get(device); err == nil && strings.HasPrefix(device, macvtap) {
 			devices = append(devices, device)
 		}
@@ -130,47 +128,31 @@ func (h Host) macvtapTable(g guests) (*batch, error) {
 		return nil, err
 	}
 	platform := b.addresses("platform", h.Platform)
-	identity, guest := b.plainChain("identity"), b.plainChain("guest")
-	h.identityRules(b, identity, expr.MetaKeyOIFNAME, b.guests(g, macvtap), platform)
+	s := k.sets(b, macvtap)
+	identity, guest, lease := b.identity(expr.MetaKeyOIFNAME, s, platform), b.plainChain("guest"), b.lease(expr.MetaKeyIIFNAME, s)
 	h.guestRules(b, guest, platform)
 	for _, device := range devices {
-		policy := nftables.ChainPolicyAccept
-		out := b.add(&nftables.Chain{
-			Name: device, Device: device, Type: nftables.ChainTypeFilter,
-			Hooknum: nftables.ChainHookEgress, Priority: nftables.ChainPriorityFilter, Policy: &policy,
-		})
+		at := func(name string, hook *nftables.ChainHook) *nftables.Chain {
+			policy := nftables.ChainPolicyAccept
+			return b.add(&nftables.Chain{
+				Name: name, Device: device, Type: nftables.ChainTypeFilter,
+				Hooknum: hook, Priority: nftables.ChainPriorityFilter, Policy: &policy,
+			})
+		}
+		out, in := at(device, nftables.ChainHookEgress), at(device+"-in", nftables.ChainHookIngress)
 		b.rule(out, "identity", jump(identity))
 		b.rule(out, "guest", jump(guest))
+		b.rule(in, "leases", acknowledgement(), card(expr.MetaKeyIIFNAME, expr.PayloadBaseTransportHeader, dhcpCard, s.guests, false), jump(lease))
 	}
 	return b, nil
-}
-
-// identityRules drop what a guest sends as somebody else: with another MAC address
-// in the frame, in ARP or in DHCP, or with a machine's IP address. Which IP address
-// is a guest's own the network decides, and is not known here.
-func (h Host) identityRules(b *batch, c *nftables.Chain, key expr.MetaKey, own, platform *nftables.Set) {
-	drop := verdict(expr.VerdictDrop)
-	const (
-		arpSender, arpSenderIP = 8, 14  // RFC 826
-		chaddr                 = 8 + 28 // after UDP's header, RFC 2131
-	)
-	b.rule(c, "no VLANs", tagged(unix.ETH_P_8021Q), drop)
-	b.rule(c, "no VLANs of providers", tagged(unix.ETH_P_8021AD), drop)
-	b.rule(c, "its own MAC", card(key, expr.PayloadBaseLLHeader, 6, own, true), drop)
-	b.rule(c, "its own MAC in ARP", etherType(unix.ETH_P_ARP), card(key, expr.PayloadBaseNetworkHeader, arpSender, own, true), drop)
-	b.rule(c, "no machine's address in ARP", etherType(unix.ETH_P_ARP), in(arpSenderIP, platform, false), drop)
-	b.rule(c, "no machine's address", etherType(unix.ETH_P_IP), sourceIn(platform), drop)
-	// This way round, what is too short to hold the address is dropped.
-	request := append(etherType(unix.ETH_P_IP), port(unix.IPPROTO_UDP, 67)...)
-	b.rule(c, "its own MAC in DHCP", request, whole(), card(key, expr.PayloadBaseTransportHeader, chaddr, own, false), verdict(expr.VerdictReturn))
-	b.rule(c, "no other in DHCP", request, drop)
 }
 
 // guestRules drop what no guest may send, and let little reach the machines.
 func (h Host) guestRules(b *batch, c *nftables.Chain, platform *nftables.Set) {
 	accept, drop := verdict(expr.VerdictAccept), verdict(expr.VerdictDrop)
 	v4, v6 := etherType(unix.ETH_P_IP), etherType(unix.ETH_P_IPV6)
-	b.rule(c, "no routers", v6, l4proto(unix.IPPROTO_ICMPV6), payload(expr.PayloadBaseTransportHeader, 0, []byte{134}), drop)
+	b.rule(c, "no routers", v6, icmp6(routerAdvertisement), drop)
+	b.rule(c, "no routers' redirects", v6, icmp6(redirect), drop)
 	// Clients look at the port that an answer goes to, not where it came from.
 	b.rule(c, "no DHCPv6 servers", v6, port(unix.IPPROTO_UDP, 546), drop)
 	b.rule(c, "no DHCPv6 servers' port", v6, udpFrom(547), drop)
@@ -191,40 +173,4 @@ func (h Host) guestRules(b *batch, c *nftables.Chain, platform *nftables.Set) {
 	// An answer to what the platform asked: `ssh`, a published port, a probe.
 	b.rule(c, "answers", v4, whole(), l4proto(unix.IPPROTO_TCP), acknowledges(), accept)
 	b.rule(c, "nothing else to machines", v4, drop)
-}
-
-func jump(c *nftables.Chain) []expr.Any {
-	return []expr.Any{&expr.Verdict{Kind: expr.VerdictJump, Chain: c.Name}}
-}
-
-// guests makes the set of the cards whose devices' names begin with prefix.
-func (b *batch) guests(g guests, prefix string) *nftables.Set {
-	var keys [][]byte
-	for device, mac := range g {
-		if strings.HasPrefix(device, prefix) {
-			keys = append(keys, cardKey(device, mac))
-		}
-	}
-	return b.set(guestSet(b.table), keys)
-}
-
-func guestSet(t *nftables.Table) *nftables.Set {
-	return &nftables.Set{
-		Table: t, Name: "guests", Concatenation: true,
-		KeyType: nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeEtherAddr),
-	}
-}
-
-// cardKey is a card as the set of guests has it: in whole registers.
-func cardKey(device string, mac net.HardwareAddr) []byte {
-	return append(append(ifname(device), mac...), 0, 0)
-}
-
-// card matches frames by their device and a MAC address in them.
-func card(key expr.MetaKey, base expr.PayloadBase, offset uint32, s *nftables.Set, not bool) []expr.Any {
-	return []expr.Any{
-		&expr.Meta{Key: key, Register: 1},
-		&expr.Payload{DestRegister: 2, Base: base, Offset: offset, Len: 6},
-		&expr.Lookup{SourceRegister: 1, SetName: s.Name, SetID: s.ID, Invert: not},
-	}
 }

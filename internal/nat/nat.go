@@ -1,8 +1,8 @@
 // Package nat sets what a machine forwards, rewrites and refuses. It is the only
 // package that speaks nftables. Each role has tables of ours, each replaced in one
-// transaction; rules of others are never touched. Guard keeps a host's in force;
-// the other roles' are watched by nobody: CheckHub and CheckLab say what is missing
-// when they are asked.
+// transaction; rules of others are never touched. Guard keeps a host's in force; by
+// them the kernel learns from DHCP which address a guest has. The other roles' are
+// watched by nobody: CheckHub and CheckLab say what is missing when they are asked.
 package nat
 
 import (

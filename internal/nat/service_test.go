@@ -260,7 +260,7 @@ func TestMetadataInterface(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := g.Set(otherTap, otherMAC); err != nil { // which it does not guard there
+	if err := g.Set(otherTap, nat.Guest{MAC: otherMAC}); err != nil { // which it does not guard there
 		t.Fatal(err)
 	}
 	defer nat.Remove(nat.Table)
