@@ -305,6 +305,7 @@ type MicroVMSpec struct {
 	CpuConfig         *CPUConfig             `protobuf:"bytes,18,opt,name=cpu_config,json=cpuConfig,proto3,oneof" json:"cpu_config,omitempty"`
 	RestartPolicy     *RestartPolicy         `protobuf:"varint,1000,opt,name=restart_policy,json=restartPolicy,proto3,enum=flintlock.types.RestartPolicy,oneof" json:"restart_policy,omitempty"` // unset means ALWAYS
 	Process           *Process               `protobuf:"bytes,1001,opt,name=process,proto3,oneof" json:"process,omitempty"`                                                                      // what runs instead of the image's own entrypoint
+	AllowedAddresses  []string               `protobuf:"bytes,1002,rep,name=allowed_addresses,json=allowedAddresses,proto3" json:"allowed_addresses,omitempty"`                                  // that it may use beside its own: addresses and prefixes
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -475,6 +476,13 @@ func (x *MicroVMSpec) GetRestartPolicy() RestartPolicy {
 func (x *MicroVMSpec) GetProcess() *Process {
 	if x != nil {
 		return x.Process
+	}
+	return nil
+}
+
+func (x *MicroVMSpec) GetAllowedAddresses() []string {
+	if x != nil {
+		return x.AllowedAddresses
 	}
 	return nil
 }
@@ -1643,7 +1651,7 @@ const file_types_microvm_proto_rawDesc = "" +
 	"\aMicroVM\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\x05R\aversion\x120\n" +
 	"\x04spec\x18\x02 \x01(\v2\x1c.flintlock.types.MicroVMSpecR\x04spec\x126\n" +
-	"\x06status\x18\x03 \x01(\v2\x1e.flintlock.types.MicroVMStatusR\x06status\"\xc9\t\n" +
+	"\x06status\x18\x03 \x01(\v2\x1e.flintlock.types.MicroVMStatusR\x06status\"\xf7\t\n" +
 	"\vMicroVMSpec\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12@\n" +
@@ -1673,7 +1681,8 @@ const file_types_microvm_proto_rawDesc = "" +
 	"\n" +
 	"cpu_config\x18\x12 \x01(\v2\x1a.flintlock.types.CPUConfigH\x03R\tcpuConfig\x88\x01\x01\x12K\n" +
 	"\x0erestart_policy\x18\xe8\a \x01(\x0e2\x1e.flintlock.types.RestartPolicyH\x04R\rrestartPolicy\x88\x01\x01\x128\n" +
-	"\aprocess\x18\xe9\a \x01(\v2\x18.flintlock.types.ProcessH\x05R\aprocess\x88\x01\x01\x1a9\n" +
+	"\aprocess\x18\xe9\a \x01(\v2\x18.flintlock.types.ProcessH\x05R\aprocess\x88\x01\x01\x12,\n" +
+	"\x11allowed_addresses\x18\xea\a \x03(\tR\x10allowedAddresses\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a;\n" +

@@ -24,7 +24,7 @@ type specFlags struct {
 	name, namespace, host, kernel, driver string
 	cpus                                  int32
 	memory                                string
-	env, labels                           []string
+	env, labels, addresses                []string
 	restart, disk                         string
 	entrypoint, user, dir, stopSignal     string
 	userData                              string // a file
@@ -44,6 +44,7 @@ func (f *specFlags) register(cmd *cobra.Command) {
 	flags.StringArrayVarP(&f.env, "env-var", "e", nil, "set a variable of the command: KEY=VALUE")
 	flags.StringArrayVarP(&f.labels, "label", "l", nil, "label: KEY=VALUE")
 	flags.StringVar(&f.restart, "restart", "always", "start it again after a crash or reboot (always), a crash (on-failure), never")
+	flags.StringArrayVar(&f.addresses, "allow-address", nil, "address or prefix that the guest may use beside its own")
 	flags.StringVar(&f.entrypoint, "entrypoint", "", "run this in the place of the image's ENTRYPOINT and CMD; \"\": COMMAND alone")
 	flags.StringVarP(&f.user, "user", "u", "", "user in the guest: name or id, and :group (default: the image's)")
 	flags.StringVarP(&f.dir, "workdir", "w", "", "directory in the guest (default: the image's)")
@@ -86,7 +87,7 @@ func (f *specFlags) spec(cmd *cobra.Command, image string, process []string) (*t
 	}
 	spec, err := env.MicroVM{
 		Name: f.name, Namespace: f.namespace, Image: image, Kernel: f.kernel, Driver: f.driver, CPUs: f.cpus, Memory: memory, Disk: disk,
-		Command: process, Env: vars, Labels: labels, Restart: f.restart,
+		Command: process, Env: vars, Labels: labels, Restart: f.restart, AllowedAddresses: f.addresses,
 	}.Proto()
 	if err != nil {
 		return nil, err
@@ -125,7 +126,7 @@ func check(cmd *cobra.Command, spec *types.MicroVMSpec) error {
 // flags are a command line's words for the API's fields.
 var flags = map[string]string{
 	"id": "--name", "namespace": "--namespace", "vcpu": "--cpus", "memory_in_mb": "--memory", "kernel.image": "--kernel", "initrd.image": "--kernel",
-	"root_volume.source.container_source": "IMAGE", "root_volume.size_in_mb": "--disk",
+	"root_volume.source.container_source": "IMAGE", "root_volume.size_in_mb": "--disk", "allowed_addresses": "--allow-address",
 }
 
 // byFlags says of mistakes in a spec which flags they are in.
@@ -134,12 +135,15 @@ func byFlags(err error) error {
 	said := map[string]bool{}
 	for _, one := range parts(err) {
 		var field *vm.FieldError
-		if errors.As(one, &field) && flags[field.Field] != "" {
-			if said[flags[field.Field]] {
-				continue // the kernel's image is the initrd's
+		if errors.As(one, &field) {
+			name, _, _ := strings.Cut(field.Field, "[")
+			if flag := flags[name]; flag != "" {
+				if said[flag+field.Problem] {
+					continue // the kernel's image is the initrd's
+				}
+				said[flag+field.Problem] = true
+				one = fmt.Errorf("%s: %s (%s)", flag, field.Problem, field.Field)
 			}
-			said[flags[field.Field]] = true
-			one = fmt.Errorf("%s: %s (%s)", flags[field.Field], field.Problem, field.Field)
 		}
 		all = append(all, one)
 	}

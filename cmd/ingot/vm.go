@@ -31,7 +31,7 @@ func vmCommand() *cobra.Command {
 	remove := rmCommand()
 	remove.Use, remove.Aliases = "delete NAME…", []string{"rm"}
 	cmd.AddCommand(vmCreateCommand(), list, vmGetCommand(), vmStartCommand(), vmStopCommand(), vmRestartCommand(),
-		vmPauseCommand(), vmResumeCommand(), vmLabelCommand(), vmResizeCommand(), remove,
+		vmPauseCommand(), vmResumeCommand(), vmLabelCommand(), vmAllowCommand(), vmResizeCommand(), remove,
 		logsCommand(), consoleCommand(), execCommand())
 	return cmd
 }
@@ -227,6 +227,38 @@ func vmLabelCommand() *cobra.Command {
 			}
 			return withCloud(cmd, func(c *cloud) error {
 				return c.each(cmd, args[:1], "label", func(ctx context.Context, vm microVM) error {
+					r.Uid = vm.uid()
+					_, err := vm.host.Update(ctx, r)
+					return err
+				})
+			})
+		},
+	}
+}
+
+func vmAllowCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "allow NAME ADDRESS… ADDRESS-…",
+		Short: "Let a microVM's guest use other addresses than its own, or those of ADDRESS- no more",
+		Long: `Let a microVM's guest use other addresses than its own, or those of ADDRESS- no more, at
+once: 192.168.10.25 for a cluster that has this one in common, 10.42.0.0/16 for what is behind a
+router. ` + naming,
+		Args: cobra.MinimumNArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r := &ingotv1.UpdateRequest{}
+			for _, arg := range args[1:] {
+				text, remove := strings.CutSuffix(arg, "-")
+				if _, err := vm.ParseAddress(text); err != nil {
+					return misused(cmd, "%w", err)
+				}
+				if remove {
+					r.DisallowAddresses = append(r.DisallowAddresses, text)
+				} else {
+					r.AllowAddresses = append(r.AllowAddresses, text)
+				}
+			}
+			return withCloud(cmd, func(c *cloud) error {
+				return c.each(cmd, args[:1], "allow addresses to", func(ctx context.Context, vm microVM) error {
 					r.Uid = vm.uid()
 					_, err := vm.host.Update(ctx, r)
 					return err

@@ -33,6 +33,7 @@ type vmView struct {
 	Disks       []diskView        `json:"disks"` // the root first
 	Labels      map[string]string `json:"labels"`
 	Interfaces  []interfaceView   `json:"interfaces"`
+	Allowed     []string          `json:"allowed_addresses"`
 	PID         int32             `json:"pid"`
 	Dir         string            `json:"dir"`
 	Agent       bool              `json:"agent"`
@@ -78,7 +79,7 @@ func view(vm microVM, leases map[string]*ingotv1.Lease) vmView {
 		IP: address(vm.MicroVM, leases), Addresses: append([]string{}, st.GetAddresses()...),
 		Driver: cmp.Or(st.GetDriver(), spec.GetProvider()), Accelerator: st.GetAccelerator(),
 		Image: spec.GetRootVolume().GetSource().GetContainerSource(), Kernel: spec.GetKernel().GetImage(),
-		VCPU: spec.GetVcpu(), MemoryMB: spec.GetMemoryInMb(), Labels: spec.GetLabels(), Interfaces: []interfaceView{}, Conditions: []conditionView{},
+		VCPU: spec.GetVcpu(), MemoryMB: spec.GetMemoryInMb(), Labels: spec.GetLabels(), Interfaces: []interfaceView{}, Allowed: append([]string{}, spec.GetAllowedAddresses()...), Conditions: []conditionView{},
 		PID: st.GetPid(), Dir: st.GetDir(), Agent: st.GetAgentReady(), Restarts: st.GetRestarts(), ExitCode: st.GetExitCode(),
 		Created: when(spec.GetCreatedAt()), Started: when(st.GetStartedAt()), Ended: when(st.GetEndedAt()),
 	}

@@ -209,12 +209,13 @@ func (d *Declaration) checkMicroVMs(m *mistakes) {
 var fileKeys = map[string]string{
 	"id": "name", "vcpu": "cpus", "memory_in_mb": "memory", "root_volume": "image", "kernel": "kernel",
 	"initrd": "kernel", "provider": "driver", "namespace": "namespace",
+	"allowed_addresses": "allowed_addresses",
 }
 
 // checkSpec holds a microVM to what hosts will hold it to.
 func (d *Declaration) checkSpec(m *mistakes, key string, one MicroVM) {
 	if d.has(key + ".spec") {
-		for _, other := range []string{"image", "kernel", "driver", "cpus", "memory", "disk", "command", "env", "labels", "restart"} {
+		for _, other := range []string{"image", "kernel", "driver", "cpus", "memory", "disk", "command", "env", "labels", "restart", "allowed_addresses"} {
 			if d.has(key + "." + other) {
 				m.add(key+"."+other, "it can't stand beside spec, which has it in its own words")
 			}

@@ -199,6 +199,11 @@ func (r *reader) microVM(n *yaml.Node, key string) MicroVM {
 		},
 		"env":    func(n *yaml.Node, key string) { m.Env = r.texts(n, key) },
 		"labels": func(n *yaml.Node, key string) { m.Labels = r.texts(n, key) },
+		"allowed_addresses": func(n *yaml.Node, key string) {
+			r.list(n, key, func(n *yaml.Node, key string) {
+				m.AllowedAddresses = append(m.AllowedAddresses, r.text(n, key))
+			})
+		},
 		"spec": func(n *yaml.Node, key string) {
 			if err := n.Decode(&m.Spec); err != nil || m.Spec == nil {
 				r.add(key, "it must be a microVM as flintlock's API has it, without id and namespace")

@@ -137,11 +137,12 @@ func TestMistakes(t *testing.T) {
 		{"no machines", "format: 2\nmachines: []\n", []string{"2: machines: one machine must have the role hub, and 0 have it"}},
 		{"a subnet that is too small", "format: 2\nsubnet: 10.0.0.0/29\nmachines:\n- {name: a, roles: [hub]}\n- {name: b, roles: [host]}\n- {name: c, roles: [host]}\n- {name: d, roles: [host]}\n- {name: e, roles: [host]}\n", []string{
 			"2: subnet: no address of 10.0.0.0/29 after those of the machines is left for guests: it is too small, or `dhcp` must say which are theirs"}},
-		{"microVMs", vms + "- {name: a, image: busybox, cpus: 0, memory: much, restart: maybe, host: nowhere}\n- {image: busybox}\n- {name: a, image: busybox}\n- {name: b}\n- {name: c/d, image: busybox}\n", []string{
+		{"microVMs", vms + "- {name: a, image: busybox, cpus: 0, memory: much, restart: maybe, host: nowhere, allowed_addresses: [10.0.0.300]}\n- {image: busybox}\n- {name: a, image: busybox}\n- {name: b}\n- {name: c/d, image: busybox}\n", []string{
 			"3: microvms[0].cpus: 0: a microVM needs one",
 			"3: microvms[0].memory: much: it must be a number of MiB, or one with M or G",
 			"3: microvms[0].host: nowhere is not a host of this environment",
 			`3: microvms[0].restart: "maybe": it must be always, on-failure or never`,
+			`3: microvms[0].allowed_addresses: "10.0.0.300" is neither an address nor a prefix`,
 			"4: microvms[1]: it has no name",
 			"5: microvms[2].name: default/a is there already in line 3",
 			"6: microvms[3]: it has no image",

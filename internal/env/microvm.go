@@ -31,6 +31,8 @@ type MicroVM struct {
 	Env       map[string]string `yaml:"env,omitempty" json:"env,omitempty"`
 	Labels    map[string]string `yaml:"labels,omitempty" json:"labels,omitempty"`
 	Restart   string            `yaml:"restart,omitempty" json:"restart,omitempty"`
+	// AllowedAddresses are what it may use beside its own: addresses and prefixes.
+	AllowedAddresses []string `yaml:"allowed_addresses,omitempty" json:"allowed_addresses,omitempty"`
 	// Spec is all of it in the words of flintlock's API, instead of what is above
 	// from Image on.
 	Spec map[string]any `yaml:"spec,omitempty" json:"spec,omitempty"`
@@ -81,6 +83,8 @@ func (m MicroVM) Proto() (*types.MicroVMSpec, error) {
 		Interfaces:      []*types.NetworkInterface{{DeviceId: "eth1", Type: types.NetworkInterface_TAP}},
 		AllowGuestAgent: true,
 		RestartPolicy:   RestartPolicies[cmp.Or(m.Restart, DefaultRestart)].Enum(),
+
+		AllowedAddresses: m.AllowedAddresses,
 	}
 	if m.Driver != "" {
 		spec.Provider = &m.Driver

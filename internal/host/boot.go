@@ -207,11 +207,34 @@ func (v *instance) guard(n vm.Interface, running bool) error {
 	if err != nil {
 		return err
 	}
-	g := Guest{MAC: mac, Running: running && !n.Address.IsValid()}
+	g := Guest{MAC: mac, Running: running && !n.Address.IsValid(), Allowed: slices.Clone(v.view().Spec.AllowedAddresses)}
 	if a := n.Address.Addr(); a.IsValid() {
 		g.Allowed = append(g.Allowed, netip.PrefixFrom(a, a.BitLen()))
 	}
 	return v.host.c.Guard(v.device(n), g)
+}
+
+// guardAgain holds a guest whose devices are there to what is allowed to it now.
+func (v *instance) guardAgain() error {
+	ctx, cancel := context.WithTimeout(v.host.ctx, askTime)
+	defer cancel()
+	select {
+	case <-v.seen:
+	case <-ctx.Done():
+		return errors.New("the daemon has just started, and does not know yet whether the microVM runs")
+	}
+	v.mu.Lock()
+	running := v.machine != nil
+	v.mu.Unlock()
+	for _, n := range v.spec.Interfaces {
+		if _, err := link.Get(v.device(n)); err != nil {
+			continue
+		}
+		if err := v.guard(n, running); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // serveMetadata answers the guest on its metadata interface, and writes down what

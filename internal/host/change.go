@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -130,26 +131,33 @@ func (v *instance) pause(ctx context.Context, paused bool) {
 	v.set(func(s *vm.Status) { s.Phase, s.Reason, s.RetryAt = phase, "", time.Time{} })
 }
 
-// Update changes what a microVM is called by and what it is told: its labels and its
-// metadata, which the guest finds changed when it asks next.
-func (h *Host) Update(uid string, change func(labels, metadata map[string]string)) (View, error) {
+// Update changes what a microVM is called by, what it is told, which the guest finds
+// changed when it asks next, and which addresses it may use, from now on.
+func (h *Host) Update(uid string, change func(*vm.Mutable)) (View, error) {
 	v, err := h.find(uid)
 	if err != nil {
 		return View{}, err
 	}
+	addresses := false
 	if err := v.change(func(r *record) error {
 		if r.Deleting {
 			return fmt.Errorf("microvm %s is being deleted: %w", r.Spec.Name, errdefs.ErrFailedPrecondition)
 		}
-		labels, metadata := clone(r.Spec.Labels), clone(r.Spec.Metadata)
-		change(labels, metadata)
-		if r.Flintlock != nil && !maps.Equal(metadata, r.Spec.Metadata) {
+		next := vm.Mutable{Labels: clone(r.Spec.Labels), Metadata: clone(r.Spec.Metadata), AllowedAddresses: slices.Clone(r.Spec.AllowedAddresses)}
+		change(&next)
+		if r.Flintlock != nil && !maps.Equal(next.Metadata, r.Spec.Metadata) {
 			return fmt.Errorf("microvm %s: its guest is told what flintlock has given its hypervisor: %w", r.Spec.Name, errdefs.ErrFailedPrecondition)
 		}
-		r.Spec.Labels, r.Spec.Metadata = labels, metadata
+		addresses = !slices.Equal(next.AllowedAddresses, r.Spec.AllowedAddresses)
+		r.Spec.Labels, r.Spec.Metadata, r.Spec.AllowedAddresses = next.Labels, next.Metadata, next.AllowedAddresses
 		return r.Spec.Validate()
 	}); err != nil {
 		return View{}, err
+	}
+	if addresses {
+		if err := v.guardAgain(); err != nil {
+			return View{}, fmt.Errorf("allow addresses to %s: %w", v.spec.Name, err)
+		}
 	}
 	v.retell.Store(true)
 	v.mu.Lock()

@@ -195,7 +195,7 @@ func TestLabelsInOrder(t *testing.T) {
 	for i := range 8 {
 		all.Go(func() {
 			for j := range 50 {
-				if _, err := h.Update(v.spec.UID, func(labels, _ map[string]string) { labels[fmt.Sprint(i)] = fmt.Sprint(j) }); err != nil {
+				if _, err := h.Update(v.spec.UID, func(m *vm.Mutable) { m.Labels[fmt.Sprint(i)] = fmt.Sprint(j) }); err != nil {
 					t.Error(err)
 				}
 			}

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -14,6 +16,7 @@ import (
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/internal/host"
 	"ingot/internal/vm"
+	"ingot/internal/wire"
 )
 
 // patience is how long a guest may take to shut down, if the client does not say.
@@ -86,14 +89,25 @@ func (s *hostService) Update(_ context.Context, r *ingotv1.UpdateRequest) (*ingo
 		}
 		decoded[key] = string(text)
 	}
-	v, err := s.Host.Update(r.GetUid(), func(labels, metadata map[string]string) {
-		maps.Copy(labels, r.GetLabels())
+	allow, err := wire.Addresses("allow_addresses", r.GetAllowAddresses())
+	disallow, wrong := wire.Addresses("disallow_addresses", r.GetDisallowAddresses())
+	if err := errors.Join(err, wrong); err != nil {
+		return nil, err
+	}
+	v, err := s.Host.Update(r.GetUid(), func(m *vm.Mutable) {
+		maps.Copy(m.Labels, r.GetLabels())
 		for _, key := range r.GetRemoveLabels() {
-			delete(labels, key)
+			delete(m.Labels, key)
 		}
-		maps.Copy(metadata, decoded)
+		maps.Copy(m.Metadata, decoded)
 		for _, key := range r.GetRemoveMetadata() {
-			delete(metadata, key)
+			delete(m.Metadata, key)
+		}
+		m.AllowedAddresses = slices.DeleteFunc(m.AllowedAddresses, func(p netip.Prefix) bool { return slices.Contains(disallow, p) })
+		for _, p := range allow {
+			if !slices.Contains(m.AllowedAddresses, p) {
+				m.AllowedAddresses = append(m.AllowedAddresses, p)
+			}
 		}
 	})
 	if err != nil {

@@ -86,6 +86,7 @@ func (s Spec) Validate() error {
 	}
 	s.validateVolumes(&all)
 	s.validateInterfaces(&all)
+	s.validateAddresses(&all)
 	s.validateMetadata(&all)
 	s.Process.validate(&all)
 	switch s.Restart {
@@ -130,6 +131,38 @@ func (s Spec) validateInterfaces(all *mistakes) {
 			all.check(a.Zone() == "", field+".address", "%q has a zone", a)
 		}
 	}
+}
+
+// maxAddresses bounds how many prefixes a microVM is allowed.
+const maxAddresses = 64
+
+func (s Spec) validateAddresses(all *mistakes) {
+	all.check(len(s.AllowedAddresses) <= maxAddresses, "allowed_addresses", "there are %d, more than %d", len(s.AllowedAddresses), maxAddresses)
+	for i, p := range s.AllowedAddresses {
+		field := fmt.Sprintf("allowed_addresses[%d]", i)
+		all.check(p.IsValid() && !p.Addr().Is4In6(), field, "%s is neither an address nor a prefix", p)
+		all.check(p == p.Masked(), field, "%s is an address within a prefix: write %s or %s", p, p.Masked(), p.Addr())
+	}
+}
+
+// ParseAddress reads an address, or a prefix.
+func ParseAddress(text string) (netip.Prefix, error) {
+	if p, err := netip.ParsePrefix(text); err == nil {
+		return p, nil
+	}
+	a, err := netip.ParseAddr(text)
+	if err != nil || a.Zone() != "" {
+		return netip.Prefix{}, fmt.Errorf("%q is neither an address nor a prefix", text)
+	}
+	return netip.PrefixFrom(a, a.BitLen()), nil
+}
+
+// AddressText is how ParseAddress reads a prefix, as short as it can be.
+func AddressText(p netip.Prefix) string {
+	if p.IsSingleIP() {
+		return p.Addr().String()
+	}
+	return p.String()
 }
 
 // validateMetadata wants what is added to later to be such that it can be.

@@ -66,6 +66,10 @@ func TestValidateNamesTheField(t *testing.T) {
 			s.Interfaces[0].MAC = "02:00:00:00:00:01"
 			s.Interfaces = append(s.Interfaces, vm.Interface{ID: "eth2", Kind: vm.Tap, MAC: "02:00:00:00:00:01"})
 		},
+		"allowed_addresses": func(s *vm.Spec) { s.AllowedAddresses = make([]netip.Prefix, 65) },
+		"allowed_addresses[1]": func(s *vm.Spec) {
+			s.AllowedAddresses = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("10.0.0.1/24")}
+		},
 		"labels":                           func(s *vm.Spec) { s.Labels = map[string]string{"": "x"} },
 		"metadata":                         func(s *vm.Spec) { s.Metadata = map[string]string{"": "x"} },
 		"metadata[meta-data]":              func(s *vm.Spec) { s.Metadata = map[string]string{"meta-data": "a: [b"} },
@@ -84,6 +88,18 @@ func TestValidateNamesTheField(t *testing.T) {
 				t.Errorf("got %v", err)
 			}
 		})
+	}
+}
+
+func TestAddresses(t *testing.T) {
+	for text, want := range map[string]string{
+		"192.168.10.25": "192.168.10.25", "192.168.10.25/32": "192.168.10.25", "10.42.0.0/16": "10.42.0.0/16", "0.0.0.0/0": "0.0.0.0/0", "fd00::25": "fd00::25", "fd00::/64": "fd00::/64",
+		"": "", "10.42.0.0/33": "", "fe80::1%eth0": "", "10.42.0.0-": "",
+	} {
+		p, err := vm.ParseAddress(text)
+		if (err == nil) != (want != "") || err == nil && vm.AddressText(p) != want {
+			t.Errorf("%q: %v, %v", text, p, err)
+		}
 	}
 }
 

@@ -23,8 +23,8 @@ const (
 	MaxMemory        = MiB(1 << 20)
 )
 
-// Spec is what was asked for. Once the microVM is recorded, only the sizes of
-// its volumes change.
+// Spec is what was asked for. Once the microVM is recorded, only the sizes of its
+// volumes change, and what is Mutable.
 type Spec struct {
 	UID       string            `json:"uid"` // ULID
 	Namespace string            `json:"namespace"`
@@ -41,6 +41,8 @@ type Spec struct {
 	Root       Volume      `json:"root"`
 	Volumes    []Volume    `json:"volumes,omitempty"` // after root, in order: vdb, vdc, …
 	Interfaces []Interface `json:"interfaces"`
+	// AllowedAddresses are what the guest may send from beside its own addresses.
+	AllowedAddresses []netip.Prefix `json:"allowed_addresses,omitempty"`
 
 	// Metadata is served to the guest; values are the decoded text.
 	Metadata map[string]string `json:"metadata,omitempty"`
@@ -48,6 +50,12 @@ type Spec struct {
 	GuestAgent bool    `json:"guest_agent,omitempty"`
 	Restart    Restart `json:"restart,omitempty"`
 	Process    Process `json:"process,omitzero"`
+}
+
+// Mutable is what of a spec changes while the microVM lives.
+type Mutable struct {
+	Labels, Metadata map[string]string
+	AllowedAddresses []netip.Prefix
 }
 
 // File is one file of an OCI image.

@@ -67,6 +67,9 @@ func SpecFromProto(p *types.MicroVMSpec) (vm.Spec, error) {
 		mistakes = append(mistakes, err...)
 		s.Interfaces = append(s.Interfaces, iface)
 	}
+	allowed, err := Addresses("allowed_addresses", p.GetAllowedAddresses())
+	s.AllowedAddresses = allowed
+	mistakes = append(mistakes, err)
 	for key, value := range p.GetMetadata() {
 		if s.Metadata == nil {
 			s.Metadata = map[string]string{}
@@ -77,6 +80,20 @@ func SpecFromProto(p *types.MicroVMSpec) (vm.Spec, error) {
 		return vm.Spec{}, err
 	}
 	return s, nil
+}
+
+// Addresses reads addresses and prefixes. The error has all that can't be read, each
+// a *vm.FieldError.
+func Addresses(field string, texts []string) (all []netip.Prefix, err error) {
+	var mistakes []error
+	for i, text := range texts {
+		p, err := vm.ParseAddress(text)
+		if err != nil {
+			mistakes = append(mistakes, &vm.FieldError{Field: fmt.Sprintf("%s[%d]", field, i), Problem: err.Error()})
+		}
+		all = append(all, p)
+	}
+	return all, errors.Join(mistakes...)
 }
 
 // image drops what flintlock drops: white space and control characters.
@@ -194,6 +211,9 @@ func specToProto(s vm.Spec) *types.MicroVMSpec {
 			p.Metadata = map[string]string{}
 		}
 		p.Metadata[key] = base64.StdEncoding.EncodeToString([]byte(value))
+	}
+	for _, a := range s.AllowedAddresses {
+		p.AllowedAddresses = append(p.AllowedAddresses, vm.AddressText(a))
 	}
 	policy := types.RestartPolicy_ALWAYS
 	switch s.Restart {

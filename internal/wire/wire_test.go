@@ -85,19 +85,20 @@ func TestMistakes(t *testing.T) {
 			// flintlock's handler ends with its process on this one.
 			{DeviceId: "eth3", Overrides: &types.NetworkOverrides{}, GuestMac: &zero},
 		},
+		AllowedAddresses: []string{"10.0.0.1", "10.0.0.1/33"},
 	}
 	_, err := wire.SpecFromProto(p)
 	if !errdefs.IsInvalidArgument(err) {
 		t.Errorf("not an invalid argument: %v", err)
 	}
 	for _, field := range []string{
-		"restart_policy", "cpu_config", "interfaces[0].type", "interfaces[1].address.address", "interfaces[1].address.gateway", "interfaces[1].address.nameservers",
+		"restart_policy", "cpu_config", "interfaces[0].type", "interfaces[1].address.address", "interfaces[1].address.gateway", "interfaces[1].address.nameservers", "allowed_addresses[1]",
 	} {
 		if !strings.Contains(err.Error(), field+": ") {
 			t.Errorf("%s is not in %v", field, err)
 		}
 	}
-	p.RestartPolicy, p.CpuConfig, p.Interfaces = nil, nil, p.Interfaces[2:]
+	p.RestartPolicy, p.CpuConfig, p.Interfaces, p.AllowedAddresses = nil, nil, p.Interfaces[2:], nil
 	s, err := wire.SpecFromProto(p)
 	if err != nil {
 		t.Fatal(err)
@@ -137,7 +138,7 @@ func TestShown(t *testing.T) {
 	mount, bridge := "/data", "br1"
 	source := "busybox"
 	s, err := wire.SpecFromProto(&types.MicroVMSpec{
-		Id: "one", Labels: map[string]string{"a": "b"},
+		Id: "one", Labels: map[string]string{"a": "b"}, AllowedAddresses: []string{"192.168.10.25/32", "10.42.0.0/16"},
 		AdditionalVolumes: []*types.Volume{{Id: "data", MountPoint: &mount, Source: &types.VolumeSource{ContainerSource: &source}}},
 		Interfaces:        []*types.NetworkInterface{{DeviceId: "eth1", Type: types.NetworkInterface_TAP, Overrides: &types.NetworkOverrides{BridgeName: &bridge}}},
 	})
@@ -151,6 +152,7 @@ func TestShown(t *testing.T) {
 	want := &types.MicroVM{
 		Spec: &types.MicroVMSpec{
 			Id: "one", Uid: &s.UID, Labels: map[string]string{"a": "b"}, Provider: ptr("qemu"), RestartPolicy: ptr(types.RestartPolicy_ALWAYS),
+			AllowedAddresses: []string{"192.168.10.25", "10.42.0.0/16"},
 			CreatedAt: timestamppb.New(at), UpdatedAt: timestamppb.New(at.Add(time.Second)), DeletedAt: timestamppb.New(at.Add(time.Minute)),
 			Kernel: &types.Kernel{Filename: ptr("")}, RootVolume: &types.Volume{Source: &types.VolumeSource{}, PartitionId: ptr(""), SizeInMb: ptr(int32(0))},
 			AdditionalVolumes: []*types.Volume{{

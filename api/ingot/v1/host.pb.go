@@ -541,14 +541,16 @@ func (x *ResumeResponse) GetMicrovm() *types.MicroVM {
 }
 
 type UpdateRequest struct {
-	state          protoimpl.MessageState `protogen:"open.v1"`
-	Uid            string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
-	Labels         map[string]string      `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`     // to set
-	RemoveLabels   []string               `protobuf:"bytes,3,rep,name=remove_labels,json=removeLabels,proto3" json:"remove_labels,omitempty"`                                               // by key
-	Metadata       map[string]string      `protobuf:"bytes,4,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // to set; values are base64, as in a spec
-	RemoveMetadata []string               `protobuf:"bytes,5,rep,name=remove_metadata,json=removeMetadata,proto3" json:"remove_metadata,omitempty"`                                         // by key
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	Uid               string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	Labels            map[string]string      `protobuf:"bytes,2,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`     // to set
+	RemoveLabels      []string               `protobuf:"bytes,3,rep,name=remove_labels,json=removeLabels,proto3" json:"remove_labels,omitempty"`                                               // by key
+	Metadata          map[string]string      `protobuf:"bytes,4,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // to set; values are base64, as in a spec
+	RemoveMetadata    []string               `protobuf:"bytes,5,rep,name=remove_metadata,json=removeMetadata,proto3" json:"remove_metadata,omitempty"`                                         // by key
+	AllowAddresses    []string               `protobuf:"bytes,6,rep,name=allow_addresses,json=allowAddresses,proto3" json:"allow_addresses,omitempty"`                                         // addresses and prefixes
+	DisallowAddresses []string               `protobuf:"bytes,7,rep,name=disallow_addresses,json=disallowAddresses,proto3" json:"disallow_addresses,omitempty"`                                // likewise, as they were allowed
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *UpdateRequest) Reset() {
@@ -612,6 +614,20 @@ func (x *UpdateRequest) GetMetadata() map[string]string {
 func (x *UpdateRequest) GetRemoveMetadata() []string {
 	if x != nil {
 		return x.RemoveMetadata
+	}
+	return nil
+}
+
+func (x *UpdateRequest) GetAllowAddresses() []string {
+	if x != nil {
+		return x.AllowAddresses
+	}
+	return nil
+}
+
+func (x *UpdateRequest) GetDisallowAddresses() []string {
+	if x != nil {
+		return x.DisallowAddresses
 	}
 	return nil
 }
@@ -2961,13 +2977,15 @@ const file_ingot_v1_host_proto_rawDesc = "" +
 	"\rResumeRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\"D\n" +
 	"\x0eResumeResponse\x122\n" +
-	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm\"\xe7\x02\n" +
+	"\amicrovm\x18\x01 \x01(\v2\x18.flintlock.types.MicroVMR\amicrovm\"\xbf\x03\n" +
 	"\rUpdateRequest\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12;\n" +
 	"\x06labels\x18\x02 \x03(\v2#.ingot.v1.UpdateRequest.LabelsEntryR\x06labels\x12#\n" +
 	"\rremove_labels\x18\x03 \x03(\tR\fremoveLabels\x12A\n" +
 	"\bmetadata\x18\x04 \x03(\v2%.ingot.v1.UpdateRequest.MetadataEntryR\bmetadata\x12'\n" +
-	"\x0fremove_metadata\x18\x05 \x03(\tR\x0eremoveMetadata\x1a9\n" +
+	"\x0fremove_metadata\x18\x05 \x03(\tR\x0eremoveMetadata\x12'\n" +
+	"\x0fallow_addresses\x18\x06 \x03(\tR\x0eallowAddresses\x12-\n" +
+	"\x12disallow_addresses\x18\a \x03(\tR\x11disallowAddresses\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a;\n" +

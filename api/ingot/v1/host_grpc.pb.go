@@ -57,7 +57,8 @@ type HostClient interface {
 	// Pause has the CPUs of a running microVM stand still, until Resume or until it ends.
 	Pause(ctx context.Context, in *PauseRequest, opts ...grpc.CallOption) (*PauseResponse, error)
 	Resume(ctx context.Context, in *ResumeRequest, opts ...grpc.CallOption) (*ResumeResponse, error)
-	// Update changes labels and metadata, of which the guest is told when it asks next.
+	// Update changes labels, metadata, of which the guest is told when it asks next, and
+	// allowed addresses, which it may use, or no more, once Update has returned.
 	Update(ctx context.Context, in *UpdateRequest, opts ...grpc.CallOption) (*UpdateResponse, error)
 	// List returns microVMs, oldest first, a page at a time.
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
@@ -305,7 +306,8 @@ type HostServer interface {
 	// Pause has the CPUs of a running microVM stand still, until Resume or until it ends.
 	Pause(context.Context, *PauseRequest) (*PauseResponse, error)
 	Resume(context.Context, *ResumeRequest) (*ResumeResponse, error)
-	// Update changes labels and metadata, of which the guest is told when it asks next.
+	// Update changes labels, metadata, of which the guest is told when it asks next, and
+	// allowed addresses, which it may use, or no more, once Update has returned.
 	Update(context.Context, *UpdateRequest) (*UpdateResponse, error)
 	// List returns microVMs, oldest first, a page at a time.
 	List(context.Context, *ListRequest) (*ListResponse, error)
