@@ -1397,7 +1397,7 @@ func (x *MicroVMStatus) GetConditions() []*Condition {
 // Condition is something about a microVM that somebody should know.
 type Condition struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Type          string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"`       // NetworkAsRequested
+	Type          string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"`       // NetworkAsRequested, AddressesAllowed
 	Status        string                 `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"`   // True, False or Unknown
 	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`   // one word, for programs
 	Message       string                 `protobuf:"bytes,4,opt,name=message,proto3" json:"message,omitempty"` // for people

@@ -162,7 +162,7 @@ func (c hostConfig) run(ctx context.Context, log *slog.Logger) error {
 	config.Unary, config.Stream = metrics.Interceptors()
 	source := web.Source{Host: h, Images: images, Pool: c.Pool}
 	collector := image.Collector{Images: images, VMs: h.Specs, Unused: c.ImageKeep, Pool: c.Pool}
-	tasks := []run.Task{keep(guard, log), h, run.Func(collector.String(), collector.Run)}
+	tasks := []run.Task{keep(guard, h, log), h, run.Func(collector.String(), collector.Run)}
 	if shown != nil {
 		config.TLS = shown.Config()
 		tasks = append(tasks, background("certificates", shown.Run))
@@ -202,12 +202,18 @@ func (c hostConfig) guard() (*nat.Guard, error) {
 	})
 }
 
-// keep is the task that keeps the guard's rules in force.
-func keep(guard *nat.Guard, log *slog.Logger) run.Task {
+// keep is the task that keeps the guard's rules in force, and tells what they refuse.
+func keep(guard *nat.Guard, h *host.Host, log *slog.Logger) run.Task {
 	return background("guest guard", func(ctx context.Context) error {
 		return guard.Keep(ctx, func() {
 			log.Warn("somebody changed the nftables rules that guests are kept by: they are set again")
-		}, func([]nat.Refusal) {})
+		}, func(all []nat.Refusal) {
+			var refused []host.Refusal
+			for _, r := range all {
+				refused = append(refused, host.Refusal(r))
+			}
+			h.Refused(refused)
+		})
 	})
 }
 

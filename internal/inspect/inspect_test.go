@@ -22,6 +22,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	v1 "ingot/api/ingot/v1"
+	"ingot/api/types"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -155,6 +156,9 @@ func TestFindings(t *testing.T) {
 		}, []string{"fail: " + vm + ": failed: pull nosuch: not found"}},
 		{"a file is gone", func(w *world) { w.hosts[0].missing = []string{"metrics"} },
 			[]string{"fail: " + vm + " > files: qemu.metrics: open metrics: no such file"}},
+		{"an address is refused", func(w *world) {
+			w.hosts[0].vms[0].Status.Conditions = []*types.Condition{{Type: "AddressesAllowed", Status: "False", Message: "eth1 sends from 10.0.0.7 (3 packets): dropped"}}
+		}, []string{"warn: " + vm + " > interfaces: eth1 sends from 10.0.0.7 (3 packets): dropped"}},
 		{"a tap is gone", func(w *world) { w.hosts[0].facts.Interfaces = w.hosts[0].facts.Interfaces[:2] },
 			[]string{"fail: " + vm + " > interfaces: eth1: its device fltap1vm-0-0 is gone"}},
 		{"no lease", func(w *world) { w.hub.leases = w.hub.leases[1:] },

@@ -192,6 +192,11 @@ func (h *hostSurvey) checkLinks(vm *types.MicroVM) finding {
 	if len(shown) == 0 {
 		return fail("there are none")
 	}
+	for _, c := range vm.GetStatus().GetConditions() {
+		if c.GetType() == "AddressesAllowed" && c.GetStatus() == "False" {
+			return warn(c.GetMessage())
+		}
+	}
 	return pass(strings.Join(shown, ", "))
 }
 

@@ -185,6 +185,15 @@ type Status struct {
 	ExitCode        int           `json:"exit_code,omitempty"`
 	Retry           int           `json:"retry,omitempty"` // failed tries in a row
 	RetryAt         time.Time     `json:"retry_at,omitzero"`
+	Refused         []Refusal     `json:"refused,omitempty"`
+}
+
+// Refusal is an address that the guest has lately tried to send from, and may not.
+type Refusal struct {
+	Interface string     `json:"interface"`
+	Address   netip.Addr `json:"address"`
+	Packets   uint64     `json:"packets"` // at least
+	Since     time.Time  `json:"since"`
 }
 
 // InterfaceStatus is an interface as it is on the host.

@@ -172,12 +172,12 @@ func ToProto(s vm.Spec, st vm.Status, dir string) *types.MicroVM {
 	if driver := cmp.Or(s.Driver, st.Driver); driver != "" { // also the one that the host has chosen
 		p.Spec.Provider = &driver
 	}
-	p.Status.Conditions = conditions(s)
+	p.Status.Conditions = conditions(s, st)
 	return p
 }
 
 // conditions are what is not as it was asked for.
-func conditions(s vm.Spec) (list []*types.Condition) {
+func conditions(s vm.Spec, st vm.Status) (list []*types.Condition) {
 	for _, n := range s.Interfaces {
 		if n.Instead == vm.Macvtap {
 			list = append(list, &types.Condition{
@@ -185,6 +185,18 @@ func conditions(s vm.Spec) (list []*types.Condition) {
 				Message: fmt.Sprintf("%s is a %s on bridge %s and not a %s: %s", n.ID, n.Kind, n.Bridge, n.Instead, n.Because),
 			})
 		}
+	}
+	if len(st.Refused) > 0 {
+		first := st.Refused[0]
+		c := &types.Condition{
+			Type: "AddressesAllowed", Status: "False", Reason: "AddressRefused", Since: stamp(first.Since),
+			Message: fmt.Sprintf("%s sends from %s (%d packets", first.Interface, first.Address, first.Packets),
+		}
+		for _, r := range st.Refused[1:] {
+			c.Message += fmt.Sprintf("), %s from %s (%d", r.Interface, r.Address, r.Packets)
+		}
+		c.Message += "): dropped, since neither DHCP has given it nor allowed_addresses has it (`ingot vm allow`)"
+		list = append(list, c)
 	}
 	return list
 }

@@ -148,12 +148,14 @@ func TestShown(t *testing.T) {
 	at := time.Date(2026, 7, 19, 12, 0, 0, 0, time.UTC)
 	s.UID, s.CreatedAt = "01K0000000000000000000000A", at
 	s.Interfaces = append(s.Interfaces, vm.Interface{ID: "eth2", Kind: vm.Tap, Bridge: "br0", Instead: vm.Macvtap, Because: "the host has no parent-iface"})
-	p := wire.ToProto(s, vm.Status{Phase: vm.Deleting, Driver: "qemu", UpdatedAt: at.Add(time.Second), DeletedAt: at.Add(time.Minute)}, "")
+	p := wire.ToProto(s, vm.Status{Phase: vm.Deleting, Driver: "qemu", UpdatedAt: at.Add(time.Second), DeletedAt: at.Add(time.Minute), Refused: []vm.Refusal{
+		{Interface: "eth1", Address: netip.MustParseAddr("10.0.0.7"), Packets: 3, Since: at}, {Interface: "eth2", Address: netip.MustParseAddr("fe80::7"), Packets: 1, Since: at},
+	}}, "")
 	want := &types.MicroVM{
 		Spec: &types.MicroVMSpec{
 			Id: "one", Uid: &s.UID, Labels: map[string]string{"a": "b"}, Provider: ptr("qemu"), RestartPolicy: ptr(types.RestartPolicy_ALWAYS),
 			AllowedAddresses: []string{"192.168.10.25", "10.42.0.0/16"},
-			CreatedAt: timestamppb.New(at), UpdatedAt: timestamppb.New(at.Add(time.Second)), DeletedAt: timestamppb.New(at.Add(time.Minute)),
+			CreatedAt:        timestamppb.New(at), UpdatedAt: timestamppb.New(at.Add(time.Second)), DeletedAt: timestamppb.New(at.Add(time.Minute)),
 			Kernel: &types.Kernel{Filename: ptr("")}, RootVolume: &types.Volume{Source: &types.VolumeSource{}, PartitionId: ptr(""), SizeInMb: ptr(int32(0))},
 			AdditionalVolumes: []*types.Volume{{
 				Id: "data", MountPoint: &mount, Source: &types.VolumeSource{ContainerSource: &source}, PartitionId: ptr(""), SizeInMb: ptr(int32(0)),
@@ -168,6 +170,9 @@ func TestShown(t *testing.T) {
 			Conditions: []*types.Condition{{
 				Type: "NetworkAsRequested", Status: "False", Reason: "MacvtapUnavailable", Since: timestamppb.New(at),
 				Message: "eth2 is a tap on bridge br0 and not a macvtap: the host has no parent-iface",
+			}, {
+				Type: "AddressesAllowed", Status: "False", Reason: "AddressRefused", Since: timestamppb.New(at),
+				Message: "eth1 sends from 10.0.0.7 (3 packets), eth2 from fe80::7 (1): dropped, since neither DHCP has given it nor allowed_addresses has it (`ingot vm allow`)",
 			}},
 		},
 	}
