@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -300,17 +301,43 @@ func (g *Guard) keep(ctx context.Context, restored func(), refused func([]Refusa
 			restored()
 		}
 		refused(all)
+		if err := othersChange(ctx, changes, again.C); err != nil || ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+// othersChange waits until another process has changed something, or it is time, or
+// ctx ends. After each change of our own to look at all guests would be much to do
+// where many come at once.
+func othersChange(ctx context.Context, changes <-chan *nftables.MonitorEvents, again <-chan time.Time) error {
+	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-again.C:
+		case <-again:
+			return nil
 		case change, ok := <-changes:
 			if !ok {
 				return unix.ENOBUFS
 			}
-			if e := change.GeneratedBy; e != nil && e.Error != nil {
+			e := change.GeneratedBy
+			if e != nil && e.Error != nil {
 				return fmt.Errorf("watch nftables: %w", e.Error)
+			}
+			if e == nil || !ours(e) {
+				return nil
 			}
 		}
 	}
+}
+
+// ours says whether this process has made a change: the kernel says which thread.
+func ours(e *nftables.MonitorEvent) bool {
+	by, known := e.Data.(*nftables.GenMsg)
+	if !known {
+		return false
+	}
+	_, err := os.Stat(fmt.Sprintf("/proc/self/task/%d", by.ProcPID))
+	return err == nil
 }

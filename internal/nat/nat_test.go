@@ -309,3 +309,37 @@ func TestGuardKeeps(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestGuardDoesNotLookAtItself: what it changes itself it need not look at.
+func TestGuardDoesNotLookAtItself(t *testing.T) {
+	needs(t)
+	g, err := nat.OpenGuard(exampleHost())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nat.Remove(nat.Table)
+	ctx, stop := context.WithCancel(t.Context())
+	looked, done := make(chan bool, 1000), make(chan error)
+	go func() { done <- g.Keep(ctx, func() {}, func([]nat.Refusal) { looked <- true }) }()
+	<-looked
+	const guests = 100
+	for i := range guests {
+		if err := g.Set(fmt.Sprintf("fltap%07d", i), nat.Guest{MAC: link.MAC(fmt.Sprint(i))}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before := len(looked)
+	nft(t, "add table inet another; delete table inet another")
+	select {
+	case <-looked:
+	case <-time.After(5 * time.Second):
+		t.Error("it does not look at what others change")
+	}
+	stop()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if before > guests/2 { // some threads may have ended
+		t.Errorf("it looked %d times, while %d guests came", before, guests)
+	}
+}
