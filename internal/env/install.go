@@ -147,7 +147,7 @@ func (u *up) hubConfig(ctx context.Context, m Machine) hub.Config {
 	c.First, c.Last = u.env.DHCP.First, u.env.DHCP.Last
 	c.Domain = u.env.Name + ".internal"
 	for _, other := range u.env.Machines {
-		c.Machines = append(c.Machines, hub.Machine{Name: other.Name, Address: other.Address})
+		c.Machines = append(c.Machines, hub.Machine{Name: other.Name, Address: other.Address, Host: other.Host})
 	}
 	if v := u.env.VPN; v.On() {
 		c.VPN = &hub.VPN{Subnet: v.Subnet, Port: v.Port, Endpoint: v.endpoint(ctx)}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/goccy/go-yaml"
+	"google.golang.org/grpc"
 
 	"ingot/internal/dhcp"
 	"ingot/internal/dns"
@@ -23,6 +24,7 @@ import (
 	"ingot/internal/registry"
 	"ingot/internal/run"
 	"ingot/internal/vpn"
+	"ingot/internal/wire"
 )
 
 // Ports of the hub's services, on its address on the segment.
@@ -59,6 +61,7 @@ type Config struct {
 type Machine struct {
 	Name    string     `yaml:"name"`
 	Address netip.Addr `yaml:"address"`
+	Host    bool       `yaml:"host,omitempty"` // it has microVMs, and tells of them
 }
 
 // VPN is how operators' devices come in.
@@ -133,6 +136,7 @@ type Hub struct {
 	dhcp     *dhcp.Server
 	dns      *dns.Server
 	registry *registry.Server
+	guests   *guests
 	vpn      *vpn.Server // nil: nobody comes in
 }
 
@@ -147,6 +151,7 @@ func New(c Config, log *slog.Logger) (*Hub, error) {
 		return nil, err
 	}
 	h := &Hub{c: c, log: log, token: token, shown: shown, began: time.Now()}
+	h.guests = newGuests(c.Machines, guestsFile, h.dial, log)
 	var machines []netip.Prefix
 	for _, m := range c.Machines {
 		machines = append(machines, netip.PrefixFrom(m.Address, m.Address.BitLen()))
@@ -187,6 +192,9 @@ const (
 	dhcpDefaultsFile = "/etc/default/isc-dhcp-server"
 )
 
+// The microVMs that the hub knows.
+const guestsFile = "/var/lib/ingot/guests.json"
+
 // What the VPN keeps, and its interface.
 const (
 	vpnDir       = "/var/lib/ingot/vpn"
@@ -203,7 +211,7 @@ func (h *Hub) Run(ctx context.Context) error {
 	if err := nat.SetHub(h.rules()); err != nil {
 		return err
 	}
-	tasks := []run.Task{h.dhcp, h.dns, h.registry, run.Func("grpc api", h.serve), run.Func("certificates", func(ctx context.Context, ready func()) error {
+	tasks := []run.Task{run.Func("microvms", h.guests.run), h.dhcp, h.dns, h.registry, run.Func("grpc api", h.serve), run.Func("certificates", func(ctx context.Context, ready func()) error {
 		ready()
 		return h.shown.Run(ctx)
 	})}
@@ -213,6 +221,11 @@ func (h *Hub) Run(ctx context.Context) error {
 		return err
 	}
 	return run.All(ctx, h.log, tasks...)
+}
+
+// dial is a new connection to a host's API.
+func (h *Hub) dial(m Machine) (*grpc.ClientConn, error) {
+	return wire.Dial(wire.Target{Address: netip.AddrPortFrom(m.Address, HostPort).String(), TLS: pki.In(h.c.PKI), Token: h.token})
 }
 
 func (h *Hub) rules() nat.Hub {

@@ -149,7 +149,7 @@ func (s *service) Ping(ctx context.Context, r *ingotv1.PingRequest) (*ingotv1.Pi
 func (s *service) Facts(ctx context.Context, _ *emptypb.Empty) (*ingotv1.HubFacts, error) {
 	f := &ingotv1.HubFacts{
 		Version: s.c.version, Uptime: durationpb.New(time.Since(s.began)), RssBytes: wire.RSS(), ConfigFile: s.c.file,
-		Dhcp: s.dhcpFacts(), Nat: s.natFacts(), Registry: s.registryFacts(ctx), Vpn: s.vpnFacts(),
+		Dhcp: s.dhcpFacts(), Nat: s.natFacts(), Registry: s.registryFacts(ctx), Vpn: s.vpnFacts(), Hosts: s.hostFacts(),
 	}
 	f.Hostname, _ = os.Hostname()
 	d := s.dns.Facts()
@@ -160,6 +160,18 @@ func (s *service) Facts(ctx context.Context, _ *emptypb.Empty) (*ingotv1.HubFact
 	var err error
 	f.Interfaces, err = wire.Interfaces(nil)
 	return f, err
+}
+
+func (s *service) hostFacts() []*ingotv1.HeardHost {
+	var all []*ingotv1.HeardHost
+	for _, f := range s.guests.facts() {
+		h := &ingotv1.HeardHost{Name: f.Host, Heard: f.Heard, Error: text(f.Problem), Microvms: int32(f.Guests)}
+		if !f.Heard {
+			h.Silent = since(f.Since)
+		}
+		all = append(all, h)
+	}
+	return all
 }
 
 func (s *service) dhcpFacts() *ingotv1.DHCPFacts {

@@ -67,6 +67,7 @@ func (s *survey) hubStep() step {
 				}},
 			nat,
 			{name: "DNS", check: func(context.Context) finding { return checkDNS(facts().GetDns()) }},
+			{name: "microVMs", check: func(context.Context) finding { return checkHeard(facts().GetHosts()) }},
 			{name: "registry", check: func(context.Context) finding { return checkRegistry(facts().GetRegistry()) }},
 		},
 	}
@@ -193,7 +194,26 @@ func checkDNS(d *v1.DNSFacts) finding {
 	if !d.GetServing() {
 		return fail("does not serve: " + cmp.Or(d.GetError(), "it is not running"))
 	}
-	return pass("on "+strings.Join(d.GetListen(), ", "), "port: 53 udp and tcp", "forwards to: "+cmp.Or(strings.Join(d.GetUpstreams(), ", "), "nobody"))
+	return pass(fmt.Sprintf("on %s, %s", strings.Join(d.GetListen(), ", "), count(int(d.GetNames()), "name", "names")), "port: 53 udp and tcp", "forwards to: "+cmp.Or(strings.Join(d.GetUpstreams(), ", "), "nobody"))
+}
+
+// checkHeard says of which hosts the hub does not know what they have now.
+func checkHeard(hosts []*v1.HeardHost) finding {
+	n := 0
+	var silent, notes []string
+	for _, h := range hosts {
+		n += int(h.GetMicrovms())
+		notes = append(notes, fmt.Sprintf("%s: %s", h.GetName(), count(int(h.GetMicrovms()), "microVM", "microVMs")))
+		if !h.GetHeard() {
+			silent = append(silent, fmt.Sprintf("%s is not heard for %s, and has %s as it had then: %s", h.GetName(), age(h.GetSilent().AsDuration()),
+				count(int(h.GetMicrovms()), "microVM", "microVMs"), cmp.Or(h.GetError(), "it was not reached yet")))
+		}
+	}
+	found := pass(fmt.Sprintf("%d known of %s", n, count(len(hosts), "host", "hosts")), notes...)
+	if len(silent) > 0 {
+		found.status, found.detail = Warn, strings.Join(silent, "; ")
+	}
+	return found
 }
 
 func checkRegistry(r *v1.RegistryFacts) finding {

@@ -108,6 +108,9 @@ func TestFindings(t *testing.T) {
 			[]string{"fail: network-hub > address: bond0.1000 has 192.168.10.9/25, not 192.168.10.2"}},
 		{"the uplink is down", func(w *world) { w.hub.facts.Interfaces[1].Up = false }, []string{"fail: network-hub > uplink: bond0 is down"}},
 		{"no DNS", func(w *world) { w.hub.facts.Dns.Serving = false }, []string{"fail: network-hub > DNS: does not serve: it is not running"}},
+		{"a host that the hub does not hear", func(w *world) {
+			w.hub.facts.Hosts[1] = &v1.HeardHost{Name: "host-1", Silent: durationpb.New(3 * time.Minute), Error: "connection refused", Microvms: 2}
+		}, []string{"warn: network-hub > microVMs: host-1 is not heard for 3m0s, and has 2 microVMs as it had then: connection refused"}},
 		{"no registry", func(w *world) { w.hub.facts.Registry.Serving = false }, []string{"fail: network-hub > registry: does not serve: it is not running"}},
 		{"no containerd", func(w *world) {
 			w.hosts[1].facts.Containerd.Serving, w.hosts[1].facts.Containerd.Error = false, "connection refused"

@@ -832,6 +832,7 @@ type HubFacts struct {
 	Registry      *RegistryFacts         `protobuf:"bytes,9,opt,name=registry,proto3" json:"registry,omitempty"`
 	ConfigFile    string                 `protobuf:"bytes,10,opt,name=config_file,json=configFile,proto3" json:"config_file,omitempty"`
 	Vpn           *VPNFacts              `protobuf:"bytes,11,opt,name=vpn,proto3" json:"vpn,omitempty"` // unset: the hub has none
+	Hosts         []*HeardHost           `protobuf:"bytes,12,rep,name=hosts,proto3" json:"hosts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -943,6 +944,91 @@ func (x *HubFacts) GetVpn() *VPNFacts {
 	return nil
 }
 
+func (x *HubFacts) GetHosts() []*HeardHost {
+	if x != nil {
+		return x.Hosts
+	}
+	return nil
+}
+
+// HeardHost is a host whose microVMs the hub knows, because it watches them.
+type HeardHost struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Heard bool                   `protobuf:"varint,2,opt,name=heard,proto3" json:"heard,omitempty"` // now: what it has is known as it changes
+	// Since when it is not, or since the hub began. Its microVMs are those that it had.
+	Silent        *durationpb.Duration `protobuf:"bytes,3,opt,name=silent,proto3" json:"silent,omitempty"`
+	Error         string               `protobuf:"bytes,4,opt,name=error,proto3" json:"error,omitempty"` // why not
+	Microvms      int32                `protobuf:"varint,5,opt,name=microvms,proto3" json:"microvms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeardHost) Reset() {
+	*x = HeardHost{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeardHost) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeardHost) ProtoMessage() {}
+
+func (x *HeardHost) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeardHost.ProtoReflect.Descriptor instead.
+func (*HeardHost) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *HeardHost) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *HeardHost) GetHeard() bool {
+	if x != nil {
+		return x.Heard
+	}
+	return false
+}
+
+func (x *HeardHost) GetSilent() *durationpb.Duration {
+	if x != nil {
+		return x.Silent
+	}
+	return nil
+}
+
+func (x *HeardHost) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *HeardHost) GetMicrovms() int32 {
+	if x != nil {
+		return x.Microvms
+	}
+	return 0
+}
+
 type VPNFacts struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Serving        bool                   `protobuf:"varint,1,opt,name=serving,proto3" json:"serving,omitempty"`
@@ -960,7 +1046,7 @@ type VPNFacts struct {
 
 func (x *VPNFacts) Reset() {
 	*x = VPNFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[15]
+	mi := &file_ingot_v1_hub_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -972,7 +1058,7 @@ func (x *VPNFacts) String() string {
 func (*VPNFacts) ProtoMessage() {}
 
 func (x *VPNFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[15]
+	mi := &file_ingot_v1_hub_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -985,7 +1071,7 @@ func (x *VPNFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VPNFacts.ProtoReflect.Descriptor instead.
 func (*VPNFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{15}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *VPNFacts) GetServing() bool {
@@ -1080,7 +1166,7 @@ type DHCPFacts struct {
 
 func (x *DHCPFacts) Reset() {
 	*x = DHCPFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[16]
+	mi := &file_ingot_v1_hub_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1092,7 +1178,7 @@ func (x *DHCPFacts) String() string {
 func (*DHCPFacts) ProtoMessage() {}
 
 func (x *DHCPFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[16]
+	mi := &file_ingot_v1_hub_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1105,7 +1191,7 @@ func (x *DHCPFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DHCPFacts.ProtoReflect.Descriptor instead.
 func (*DHCPFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{16}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DHCPFacts) GetServing() bool {
@@ -1254,7 +1340,7 @@ type ForeignDHCP struct {
 
 func (x *ForeignDHCP) Reset() {
 	*x = ForeignDHCP{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[17]
+	mi := &file_ingot_v1_hub_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1266,7 +1352,7 @@ func (x *ForeignDHCP) String() string {
 func (*ForeignDHCP) ProtoMessage() {}
 
 func (x *ForeignDHCP) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[17]
+	mi := &file_ingot_v1_hub_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1279,7 +1365,7 @@ func (x *ForeignDHCP) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignDHCP.ProtoReflect.Descriptor instead.
 func (*ForeignDHCP) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{17}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ForeignDHCP) GetServer() string {
@@ -1316,13 +1402,14 @@ type DNSFacts struct {
 	Error         string                 `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
 	Listen        []string               `protobuf:"bytes,3,rep,name=listen,proto3" json:"listen,omitempty"`
 	Upstreams     []string               `protobuf:"bytes,4,rep,name=upstreams,proto3" json:"upstreams,omitempty"`
+	Names         int32                  `protobuf:"varint,5,opt,name=names,proto3" json:"names,omitempty"` // of machines and microVMs that have an address
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DNSFacts) Reset() {
 	*x = DNSFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[18]
+	mi := &file_ingot_v1_hub_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1334,7 +1421,7 @@ func (x *DNSFacts) String() string {
 func (*DNSFacts) ProtoMessage() {}
 
 func (x *DNSFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[18]
+	mi := &file_ingot_v1_hub_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1347,7 +1434,7 @@ func (x *DNSFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DNSFacts.ProtoReflect.Descriptor instead.
 func (*DNSFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{18}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *DNSFacts) GetServing() bool {
@@ -1378,6 +1465,13 @@ func (x *DNSFacts) GetUpstreams() []string {
 	return nil
 }
 
+func (x *DNSFacts) GetNames() int32 {
+	if x != nil {
+		return x.Names
+	}
+	return 0
+}
+
 type NATFacts struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Forwarding    bool                   `protobuf:"varint,1,opt,name=forwarding,proto3" json:"forwarding,omitempty"` // the kernel forwards between the two interfaces
@@ -1391,7 +1485,7 @@ type NATFacts struct {
 
 func (x *NATFacts) Reset() {
 	*x = NATFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[19]
+	mi := &file_ingot_v1_hub_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1403,7 +1497,7 @@ func (x *NATFacts) String() string {
 func (*NATFacts) ProtoMessage() {}
 
 func (x *NATFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[19]
+	mi := &file_ingot_v1_hub_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1416,7 +1510,7 @@ func (x *NATFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NATFacts.ProtoReflect.Descriptor instead.
 func (*NATFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{19}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *NATFacts) GetForwarding() bool {
@@ -1465,7 +1559,7 @@ type NATRule struct {
 
 func (x *NATRule) Reset() {
 	*x = NATRule{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[20]
+	mi := &file_ingot_v1_hub_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1477,7 +1571,7 @@ func (x *NATRule) String() string {
 func (*NATRule) ProtoMessage() {}
 
 func (x *NATRule) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[20]
+	mi := &file_ingot_v1_hub_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1490,7 +1584,7 @@ func (x *NATRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NATRule.ProtoReflect.Descriptor instead.
 func (*NATRule) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{20}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *NATRule) GetRule() string {
@@ -1520,7 +1614,7 @@ type RegistryFacts struct {
 
 func (x *RegistryFacts) Reset() {
 	*x = RegistryFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[21]
+	mi := &file_ingot_v1_hub_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1532,7 +1626,7 @@ func (x *RegistryFacts) String() string {
 func (*RegistryFacts) ProtoMessage() {}
 
 func (x *RegistryFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[21]
+	mi := &file_ingot_v1_hub_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1545,7 +1639,7 @@ func (x *RegistryFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryFacts.ProtoReflect.Descriptor instead.
 func (*RegistryFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{21}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *RegistryFacts) GetServing() bool {
@@ -1643,7 +1737,7 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\atimeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\atimeout\"H\n" +
 	"\fPingResponse\x128\n" +
 	"\n" +
-	"round_trip\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\troundTrip\"\xbb\x03\n" +
+	"round_trip\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\troundTrip\"\xe6\x03\n" +
 	"\bHubFacts\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x121\n" +
@@ -1659,7 +1753,14 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\vconfig_file\x18\n" +
 	" \x01(\tR\n" +
 	"configFile\x12$\n" +
-	"\x03vpn\x18\v \x01(\v2\x12.ingot.v1.VPNFactsR\x03vpn\"\x92\x02\n" +
+	"\x03vpn\x18\v \x01(\v2\x12.ingot.v1.VPNFactsR\x03vpn\x12)\n" +
+	"\x05hosts\x18\f \x03(\v2\x13.ingot.v1.HeardHostR\x05hosts\"\x9a\x01\n" +
+	"\tHeardHost\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05heard\x18\x02 \x01(\bR\x05heard\x121\n" +
+	"\x06silent\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x06silent\x12\x14\n" +
+	"\x05error\x18\x04 \x01(\tR\x05error\x12\x1a\n" +
+	"\bmicrovms\x18\x05 \x01(\x05R\bmicrovms\"\x92\x02\n" +
 	"\bVPNFacts\x12\x18\n" +
 	"\aserving\x18\x01 \x01(\bR\aserving\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12&\n" +
@@ -1700,12 +1801,13 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\x06server\x18\x01 \x01(\tR\x06server\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x16\n" +
 	"\x06offers\x18\x03 \x01(\tR\x06offers\x12/\n" +
-	"\x05since\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x05since\"p\n" +
+	"\x05since\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x05since\"\x86\x01\n" +
 	"\bDNSFacts\x12\x18\n" +
 	"\aserving\x18\x01 \x01(\bR\aserving\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12\x16\n" +
 	"\x06listen\x18\x03 \x03(\tR\x06listen\x12\x1c\n" +
-	"\tupstreams\x18\x04 \x03(\tR\tupstreams\"\x9f\x01\n" +
+	"\tupstreams\x18\x04 \x03(\tR\tupstreams\x12\x14\n" +
+	"\x05names\x18\x05 \x01(\x05R\x05names\"\x9f\x01\n" +
 	"\bNATFacts\x12\x1e\n" +
 	"\n" +
 	"forwarding\x18\x01 \x01(\bR\n" +
@@ -1748,7 +1850,7 @@ func file_ingot_v1_hub_proto_rawDescGZIP() []byte {
 	return file_ingot_v1_hub_proto_rawDescData
 }
 
-var file_ingot_v1_hub_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_ingot_v1_hub_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_ingot_v1_hub_proto_goTypes = []any{
 	(*ListLeasesRequest)(nil),     // 0: ingot.v1.ListLeasesRequest
 	(*ListLeasesResponse)(nil),    // 1: ingot.v1.ListLeasesResponse
@@ -1765,66 +1867,69 @@ var file_ingot_v1_hub_proto_goTypes = []any{
 	(*PingRequest)(nil),           // 12: ingot.v1.PingRequest
 	(*PingResponse)(nil),          // 13: ingot.v1.PingResponse
 	(*HubFacts)(nil),              // 14: ingot.v1.HubFacts
-	(*VPNFacts)(nil),              // 15: ingot.v1.VPNFacts
-	(*DHCPFacts)(nil),             // 16: ingot.v1.DHCPFacts
-	(*ForeignDHCP)(nil),           // 17: ingot.v1.ForeignDHCP
-	(*DNSFacts)(nil),              // 18: ingot.v1.DNSFacts
-	(*NATFacts)(nil),              // 19: ingot.v1.NATFacts
-	(*NATRule)(nil),               // 20: ingot.v1.NATRule
-	(*RegistryFacts)(nil),         // 21: ingot.v1.RegistryFacts
-	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 23: google.protobuf.Duration
-	(*InterfaceFacts)(nil),        // 24: ingot.v1.InterfaceFacts
-	(*emptypb.Empty)(nil),         // 25: google.protobuf.Empty
+	(*HeardHost)(nil),             // 15: ingot.v1.HeardHost
+	(*VPNFacts)(nil),              // 16: ingot.v1.VPNFacts
+	(*DHCPFacts)(nil),             // 17: ingot.v1.DHCPFacts
+	(*ForeignDHCP)(nil),           // 18: ingot.v1.ForeignDHCP
+	(*DNSFacts)(nil),              // 19: ingot.v1.DNSFacts
+	(*NATFacts)(nil),              // 20: ingot.v1.NATFacts
+	(*NATRule)(nil),               // 21: ingot.v1.NATRule
+	(*RegistryFacts)(nil),         // 22: ingot.v1.RegistryFacts
+	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 24: google.protobuf.Duration
+	(*InterfaceFacts)(nil),        // 25: ingot.v1.InterfaceFacts
+	(*emptypb.Empty)(nil),         // 26: google.protobuf.Empty
 }
 var file_ingot_v1_hub_proto_depIdxs = []int32{
 	2,  // 0: ingot.v1.ListLeasesResponse.leases:type_name -> ingot.v1.Lease
-	22, // 1: ingot.v1.Lease.starts:type_name -> google.protobuf.Timestamp
-	22, // 2: ingot.v1.Lease.ends:type_name -> google.protobuf.Timestamp
+	23, // 1: ingot.v1.Lease.starts:type_name -> google.protobuf.Timestamp
+	23, // 2: ingot.v1.Lease.ends:type_name -> google.protobuf.Timestamp
 	11, // 3: ingot.v1.AddVPNPeerResponse.peer:type_name -> ingot.v1.VPNPeer
 	11, // 4: ingot.v1.ListVPNPeersResponse.peers:type_name -> ingot.v1.VPNPeer
-	22, // 5: ingot.v1.VPNPeer.added:type_name -> google.protobuf.Timestamp
-	22, // 6: ingot.v1.VPNPeer.handshake:type_name -> google.protobuf.Timestamp
-	23, // 7: ingot.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
-	23, // 8: ingot.v1.PingResponse.round_trip:type_name -> google.protobuf.Duration
-	23, // 9: ingot.v1.HubFacts.uptime:type_name -> google.protobuf.Duration
-	24, // 10: ingot.v1.HubFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
-	16, // 11: ingot.v1.HubFacts.dhcp:type_name -> ingot.v1.DHCPFacts
-	18, // 12: ingot.v1.HubFacts.dns:type_name -> ingot.v1.DNSFacts
-	19, // 13: ingot.v1.HubFacts.nat:type_name -> ingot.v1.NATFacts
-	21, // 14: ingot.v1.HubFacts.registry:type_name -> ingot.v1.RegistryFacts
-	15, // 15: ingot.v1.HubFacts.vpn:type_name -> ingot.v1.VPNFacts
-	11, // 16: ingot.v1.VPNFacts.peers:type_name -> ingot.v1.VPNPeer
-	23, // 17: ingot.v1.DHCPFacts.default_lease:type_name -> google.protobuf.Duration
-	23, // 18: ingot.v1.DHCPFacts.max_lease:type_name -> google.protobuf.Duration
-	17, // 19: ingot.v1.DHCPFacts.foreign:type_name -> ingot.v1.ForeignDHCP
-	23, // 20: ingot.v1.DHCPFacts.since_conflict:type_name -> google.protobuf.Duration
-	23, // 21: ingot.v1.DHCPFacts.since_exhausted:type_name -> google.protobuf.Duration
-	23, // 22: ingot.v1.ForeignDHCP.since:type_name -> google.protobuf.Duration
-	20, // 23: ingot.v1.NATFacts.rules:type_name -> ingot.v1.NATRule
-	0,  // 24: ingot.v1.Hub.ListLeases:input_type -> ingot.v1.ListLeasesRequest
-	3,  // 25: ingot.v1.Hub.Reserve:input_type -> ingot.v1.ReserveRequest
-	4,  // 26: ingot.v1.Hub.Unreserve:input_type -> ingot.v1.UnreserveRequest
-	5,  // 27: ingot.v1.Hub.ReleaseLease:input_type -> ingot.v1.ReleaseLeaseRequest
-	25, // 28: ingot.v1.Hub.Facts:input_type -> google.protobuf.Empty
-	6,  // 29: ingot.v1.Hub.AddVPNPeer:input_type -> ingot.v1.AddVPNPeerRequest
-	8,  // 30: ingot.v1.Hub.RemoveVPNPeer:input_type -> ingot.v1.RemoveVPNPeerRequest
-	9,  // 31: ingot.v1.Hub.ListVPNPeers:input_type -> ingot.v1.ListVPNPeersRequest
-	12, // 32: ingot.v1.Hub.Ping:input_type -> ingot.v1.PingRequest
-	1,  // 33: ingot.v1.Hub.ListLeases:output_type -> ingot.v1.ListLeasesResponse
-	2,  // 34: ingot.v1.Hub.Reserve:output_type -> ingot.v1.Lease
-	25, // 35: ingot.v1.Hub.Unreserve:output_type -> google.protobuf.Empty
-	25, // 36: ingot.v1.Hub.ReleaseLease:output_type -> google.protobuf.Empty
-	14, // 37: ingot.v1.Hub.Facts:output_type -> ingot.v1.HubFacts
-	7,  // 38: ingot.v1.Hub.AddVPNPeer:output_type -> ingot.v1.AddVPNPeerResponse
-	25, // 39: ingot.v1.Hub.RemoveVPNPeer:output_type -> google.protobuf.Empty
-	10, // 40: ingot.v1.Hub.ListVPNPeers:output_type -> ingot.v1.ListVPNPeersResponse
-	13, // 41: ingot.v1.Hub.Ping:output_type -> ingot.v1.PingResponse
-	33, // [33:42] is the sub-list for method output_type
-	24, // [24:33] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	23, // 5: ingot.v1.VPNPeer.added:type_name -> google.protobuf.Timestamp
+	23, // 6: ingot.v1.VPNPeer.handshake:type_name -> google.protobuf.Timestamp
+	24, // 7: ingot.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
+	24, // 8: ingot.v1.PingResponse.round_trip:type_name -> google.protobuf.Duration
+	24, // 9: ingot.v1.HubFacts.uptime:type_name -> google.protobuf.Duration
+	25, // 10: ingot.v1.HubFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
+	17, // 11: ingot.v1.HubFacts.dhcp:type_name -> ingot.v1.DHCPFacts
+	19, // 12: ingot.v1.HubFacts.dns:type_name -> ingot.v1.DNSFacts
+	20, // 13: ingot.v1.HubFacts.nat:type_name -> ingot.v1.NATFacts
+	22, // 14: ingot.v1.HubFacts.registry:type_name -> ingot.v1.RegistryFacts
+	16, // 15: ingot.v1.HubFacts.vpn:type_name -> ingot.v1.VPNFacts
+	15, // 16: ingot.v1.HubFacts.hosts:type_name -> ingot.v1.HeardHost
+	24, // 17: ingot.v1.HeardHost.silent:type_name -> google.protobuf.Duration
+	11, // 18: ingot.v1.VPNFacts.peers:type_name -> ingot.v1.VPNPeer
+	24, // 19: ingot.v1.DHCPFacts.default_lease:type_name -> google.protobuf.Duration
+	24, // 20: ingot.v1.DHCPFacts.max_lease:type_name -> google.protobuf.Duration
+	18, // 21: ingot.v1.DHCPFacts.foreign:type_name -> ingot.v1.ForeignDHCP
+	24, // 22: ingot.v1.DHCPFacts.since_conflict:type_name -> google.protobuf.Duration
+	24, // 23: ingot.v1.DHCPFacts.since_exhausted:type_name -> google.protobuf.Duration
+	24, // 24: ingot.v1.ForeignDHCP.since:type_name -> google.protobuf.Duration
+	21, // 25: ingot.v1.NATFacts.rules:type_name -> ingot.v1.NATRule
+	0,  // 26: ingot.v1.Hub.ListLeases:input_type -> ingot.v1.ListLeasesRequest
+	3,  // 27: ingot.v1.Hub.Reserve:input_type -> ingot.v1.ReserveRequest
+	4,  // 28: ingot.v1.Hub.Unreserve:input_type -> ingot.v1.UnreserveRequest
+	5,  // 29: ingot.v1.Hub.ReleaseLease:input_type -> ingot.v1.ReleaseLeaseRequest
+	26, // 30: ingot.v1.Hub.Facts:input_type -> google.protobuf.Empty
+	6,  // 31: ingot.v1.Hub.AddVPNPeer:input_type -> ingot.v1.AddVPNPeerRequest
+	8,  // 32: ingot.v1.Hub.RemoveVPNPeer:input_type -> ingot.v1.RemoveVPNPeerRequest
+	9,  // 33: ingot.v1.Hub.ListVPNPeers:input_type -> ingot.v1.ListVPNPeersRequest
+	12, // 34: ingot.v1.Hub.Ping:input_type -> ingot.v1.PingRequest
+	1,  // 35: ingot.v1.Hub.ListLeases:output_type -> ingot.v1.ListLeasesResponse
+	2,  // 36: ingot.v1.Hub.Reserve:output_type -> ingot.v1.Lease
+	26, // 37: ingot.v1.Hub.Unreserve:output_type -> google.protobuf.Empty
+	26, // 38: ingot.v1.Hub.ReleaseLease:output_type -> google.protobuf.Empty
+	14, // 39: ingot.v1.Hub.Facts:output_type -> ingot.v1.HubFacts
+	7,  // 40: ingot.v1.Hub.AddVPNPeer:output_type -> ingot.v1.AddVPNPeerResponse
+	26, // 41: ingot.v1.Hub.RemoveVPNPeer:output_type -> google.protobuf.Empty
+	10, // 42: ingot.v1.Hub.ListVPNPeers:output_type -> ingot.v1.ListVPNPeersResponse
+	13, // 43: ingot.v1.Hub.Ping:output_type -> ingot.v1.PingResponse
+	35, // [35:44] is the sub-list for method output_type
+	26, // [26:35] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_ingot_v1_hub_proto_init() }
@@ -1839,7 +1944,7 @@ func file_ingot_v1_hub_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ingot_v1_hub_proto_rawDesc), len(file_ingot_v1_hub_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
