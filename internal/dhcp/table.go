@@ -126,6 +126,31 @@ func (s *Server) Lookup(name string) (ip netip.Addr, ok bool) {
 	return r.ip.netip(), true
 }
 
+// AddressOf is the address that a card has: that of its active lease.
+func (s *Server) AddressOf(mac net.HardwareAddr) (ip netip.Addr, ok bool) {
+	if len(mac) != 6 {
+		return ip, false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := s.byMAC[[6]byte(mac)]
+	if r == nil || s.current(r) != stateActive {
+		return ip, false
+	}
+	return r.ip.netip(), true
+}
+
+// CardOf is the card that has an address, by an active lease.
+func (s *Server) CardOf(ip netip.Addr) (mac net.HardwareAddr, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := s.leases[from(ip)]
+	if r == nil || s.current(r) != stateActive {
+		return nil, false
+	}
+	return slices.Clone(r.mac[:]), true
+}
+
 // NameOf is the host name that the active lease of an address has.
 func (s *Server) NameOf(ip netip.Addr) (name string, ok bool) {
 	s.mu.Lock()

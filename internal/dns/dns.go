@@ -1,26 +1,29 @@
-// Package dns answers the names of an environment's machines, and forwards all
-// other questions to the resolvers of the machine, with a small cache. It serves
-// only the prefixes that it is told to: it is never an open resolver.
+// Package dns answers the names of an environment's machines and microVMs, and forwards
+// all other questions to resolvers, with a cache. It serves only the prefixes that it is
+// told to: it is never an open resolver. It signs and validates nothing.
+//
+// What is in the cache is answered from the packed message, without an allocation, by
+// sockets that take and give many messages in one system call.
 package dns
 
 import (
-	"bufio"
-	"cmp"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
-	"os"
+	"runtime"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
-	"github.com/miekg/dns"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/singleflight"
 	"golang.org/x/sys/unix"
 
 	"ingot/internal/run"
@@ -30,62 +33,53 @@ import (
 type Config struct {
 	Listen    []netip.AddrPort
 	Allow     []netip.Prefix // who may ask
-	Upstreams []string       // host:port; asked in turn
+	Upstreams []string       // host:port; the one that has answered last is asked first
 	Domain    string         // of the environment's names: lab.internal
+	Server    string         // this server's own name in it
+	Reverse   []netip.Prefix // addresses that only NameOf has names for
 	Log       *slog.Logger
 
-	// Lookup is the address of a short name, in lower case, and NameOf the short
-	// name of an address.
+	// Lookup is the address of a name in the domain, in lower case and without the
+	// domain, or the zero value if the name is there and has none. NameOf is the name
+	// of an address in Reverse. They are asked each time, and must not block.
 	Lookup func(name string) (netip.Addr, bool)
 	NameOf func(netip.Addr) (string, bool)
 }
 
 const (
-	upstreamTimeout = 2 * time.Second
-	maxCached       = 4096
-	maxTTL          = time.Hour
-	localTTL        = 10 // seconds
-	quietTime       = time.Minute
-
 	// Beside it are the hub's other services: guests must not use up its
 	// descriptors. Each forwarded question and each TCP connection has one.
 	maxForwarded, maxForwardedEach = 256, 16
 	maxStreams, maxStreamsEach     = 128, 8
+
+	quietTime  = time.Minute
+	streamTime = 10 * time.Second // of a TCP connection without a question
 )
 
 // Server is a DNS server. New only allocates.
 type Server struct {
 	c       Config
+	zone    zone
 	ready   chan struct{}
 	serving atomic.Bool
 	good    atomic.Int32 // the upstream that answered last
 
+	cache     *cache
 	forwarded *run.Quota
+	flight    singleflight.Group // of questions that are the same
+	asking    sync.WaitGroup     // questions that are being forwarded
 
 	mu     sync.Mutex // guards all below
-	cache  map[question]cached
-	failed int       // questions that no line in the log tells of
-	quiet  time.Time // until then there is none
-}
-
-type question struct {
-	name  string
-	kind  uint16
-	class uint16
-	edns  bool
-	do    bool // DNSSEC records wanted
-	cd    bool // and not checked
-}
-
-type cached struct {
-	answer *dns.Msg
-	at     time.Time
-	until  time.Time
+	failed int        // questions that no line in the log tells of
+	quiet  time.Time  // until then there is none
 }
 
 // New prepares a server.
 func New(c Config) *Server {
-	return &Server{c: c, ready: make(chan struct{}), cache: map[question]cached{}, forwarded: run.NewQuota(maxForwarded, maxForwardedEach)}
+	return &Server{
+		c: c, zone: newZone(c), ready: make(chan struct{}), cache: newCache(),
+		forwarded: run.NewQuota(maxForwarded, maxForwardedEach),
+	}
 }
 
 // Ready is closed once the server listens.
@@ -108,105 +102,201 @@ func (s *Server) Facts() Facts {
 // Run serves over UDP and TCP until ctx ends.
 func (s *Server) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
-	var started sync.WaitGroup
+	defer s.asking.Wait()
 	streams := run.NewQuota(maxStreams, maxStreamsEach)
+	var begin []func() error
 	for _, at := range s.c.Listen {
-		var packet net.PacketConn
-		err := run.Patiently(ctx, unix.EADDRINUSE, func() (err error) {
-			packet, err = net.ListenPacket("udp", at.String())
-			return err
-		})
-		if err != nil {
-			return fmt.Errorf("serve DNS: %w", err)
-		}
-		defer packet.Close()
+		// TCP first: no other server can have that port, while UDP sockets share one.
 		stream, err := run.Listen(ctx, net.ListenConfig{}, "tcp", at.String())
 		if err != nil {
 			return fmt.Errorf("serve DNS: %w", err)
 		}
 		defer stream.Close()
-		stream = run.Limit(stream, streams)
-		for _, server := range []*dns.Server{{PacketConn: packet}, {Listener: stream}} {
-			server.Handler = dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) { s.serve(ctx, w, q) })
-			started.Add(1)
-			server.NotifyStartedFunc = started.Done
-			group.Go(server.ActivateAndServe)
-			group.Go(func() error {
-				<-ctx.Done()
-				return server.ShutdownContext(context.WithoutCancel(ctx))
-			})
+		begin = append(begin, func() error { return s.streams(ctx, run.Limit(stream, streams)) })
+		for range max(1, runtime.GOMAXPROCS(0)/2) { // the kernel's part of the work is as much
+			conn, err := listenPacket(ctx, at)
+			if err != nil {
+				return fmt.Errorf("serve DNS: %w", err)
+			}
+			defer conn.Close()
+			begin = append(begin, func() error { return s.packets(ctx, conn) })
 		}
 	}
-	started.Wait()
+	for _, f := range begin {
+		group.Go(f)
+	}
 	s.serving.Store(true)
 	defer s.serving.Store(false)
 	close(s.ready)
 	return group.Wait()
 }
 
-func (s *Server) serve(ctx context.Context, w dns.ResponseWriter, q *dns.Msg) {
-	answer := s.answer(ctx, w.RemoteAddr(), q)
-	if _, udp := w.RemoteAddr().(*net.UDPAddr); udp {
-		size := dns.MinMsgSize
-		if o := q.IsEdns0(); o != nil {
-			size = max(size, int(o.UDPSize()))
-		}
-		answer.Truncate(size)
+// listenPacket opens one of several UDP sockets that share a port: the kernel parts the
+// clients among them.
+func listenPacket(ctx context.Context, at netip.AddrPort) (*net.UDPConn, error) {
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var control error
+		err := c.Control(func(fd uintptr) {
+			control = errors.Join(unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1), receiveBuffer(int(fd)))
+		})
+		return errors.Join(err, control)
+	}}
+	var p net.PacketConn
+	err := run.Patiently(ctx, unix.EADDRINUSE, func() (err error) {
+		p, err = lc.ListenPacket(ctx, "udp", at.String())
+		return err
+	})
+	if err != nil {
+		return nil, err
 	}
-	if err := w.WriteMsg(answer); err != nil {
-		s.c.Log.Debug("send DNS answer", "err", err)
+	return p.(*net.UDPConn), nil
+}
+
+// receiveBuffer keeps what comes while the server is busy. Root may have more of it than
+// net.core.rmem_max.
+func receiveBuffer(fd int) error {
+	const size = 1 << 20
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, size) == nil {
+		return nil
+	}
+	return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, size)
+}
+
+// packets answers what comes by a UDP socket until ctx ends.
+func (s *Server) packets(ctx context.Context, conn *net.UDPConn) error {
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	b, err := newBatch(conn)
+	if err != nil {
+		return err
+	}
+	var q question
+	for {
+		n, err := b.receive()
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("receive DNS questions: %w", err)
+		}
+		now := time.Now()
+		for i := range n {
+			message, from := b.message(i)
+			if !q.read(message) {
+				continue // nothing that could be answered
+			}
+			q.from, q.limit = from, q.size
+			answer, ok := s.quick(&q, b.reply(i), now)
+			if !ok {
+				later := q.clone()
+				s.asking.Go(func() {
+					if _, err := conn.WriteToUDPAddrPort(s.slow(ctx, later), later.from); err != nil && ctx.Err() == nil {
+						s.c.Log.Debug("send DNS answer", "err", err)
+					}
+				})
+			}
+			b.answer(i, answer)
+		}
+		if err := b.send(n); err != nil && ctx.Err() == nil {
+			s.c.Log.Debug("send DNS answers", "err", err)
+		}
 	}
 }
 
-func (s *Server) answer(ctx context.Context, from net.Addr, q *dns.Msg) *dns.Msg {
-	if !s.allowed(from) {
-		return failure(q, dns.RcodeRefused)
+// streams answers what comes by TCP until ctx ends.
+func (s *Server) streams(ctx context.Context, l net.Listener) error {
+	stop := context.AfterFunc(ctx, func() { l.Close() })
+	defer stop()
+	var open sync.WaitGroup
+	defer open.Wait()
+	for {
+		c, err := l.Accept()
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("accept DNS connections: %w", err)
+		}
+		open.Go(func() { s.stream(ctx, c) })
 	}
-	if len(q.Question) != 1 {
-		return failure(q, dns.RcodeFormatError)
+}
+
+// stream answers one connection: messages with their lengths before them.
+func (s *Server) stream(ctx context.Context, c net.Conn) {
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	defer stop()
+	defer c.Close()
+	from, err := netip.ParseAddrPort(c.RemoteAddr().String())
+	if err != nil {
+		return
 	}
-	if m := s.local(q); m != nil {
-		return m
+	var q question
+	var length [2]byte
+	for message := make([]byte, usualMessage); ; {
+		c.SetDeadline(time.Now().Add(streamTime))
+		if _, err := io.ReadFull(c, length[:]); err != nil {
+			return
+		}
+		message = slices.Grow(message[:0], int(binary.BigEndian.Uint16(length[:])))[:binary.BigEndian.Uint16(length[:])]
+		if _, err := io.ReadFull(c, message); err != nil || !q.read(message) {
+			return
+		}
+		q.from, q.limit = netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), maxMessage
+		answer, ok := s.quick(&q, make([]byte, 0, usualMessage), time.Now())
+		if !ok {
+			answer = s.slow(ctx, &q)
+		}
+		c.SetDeadline(time.Now().Add(streamTime))
+		if _, err := c.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(answer))), answer...)); err != nil {
+			return
+		}
 	}
-	key := questionOf(q)
-	if m := s.lookup(key, q); m != nil {
-		return m
+}
+
+// quick appends the answer of a question to b, if it is known without asking anybody.
+func (s *Server) quick(q *question, b []byte, now time.Time) (answer []byte, ok bool) {
+	if !slices.ContainsFunc(s.c.Allow, func(p netip.Prefix) bool { return p.Contains(q.from.Addr()) }) {
+		return q.fail(b, refused), true
 	}
-	give, ok := s.forwarded.Take(from)
+	if q.mistake != success {
+		return q.fail(b, q.mistake), true
+	}
+	if a := s.cache.get(q, now); a != nil {
+		return q.answer(b, a, now), true
+	}
+	if a, ok := s.zone.answer(q); ok {
+		return q.answer(b, &a, now), true
+	}
+	return nil, false
+}
+
+// slow answers what others have to be asked.
+func (s *Server) slow(ctx context.Context, q *question) []byte {
+	give, ok := s.forwarded.Take(net.UDPAddrFromAddrPort(q.from))
 	if !ok {
-		s.warn("too many DNS questions at one time", "from", from.String())
-		return failure(q, dns.RcodeServerFailure)
+		s.warn("too many DNS questions at one time", "from", q.from.Addr())
+		return q.fail(nil, serverFailure)
 	}
 	defer give()
-	m, err := s.forward(ctx, upward(q))
+	found, err, _ := s.flight.Do(string(q.key), func() (any, error) {
+		m, err := s.forward(ctx, q)
+		if err != nil {
+			return nil, err
+		}
+		a, life, err := packed(q, m)
+		if err == nil && life > 0 && !q.isShort() {
+			a.until = a.at.Add(life)
+			s.cache.put(a)
+		}
+		return a, err
+	})
 	if err != nil {
-		s.warn("forward DNS question", "name", key.name, "err", err)
-		return failure(q, dns.RcodeServerFailure)
+		if ctx.Err() == nil {
+			s.warn("forward DNS question", "name", q.text(), "err", err)
+		}
+		return q.fail(nil, serverFailure)
 	}
-	s.keep(key, m)
-	m.Id = q.Id
-	return m
-}
-
-// questionOf is what an answer is kept by.
-func questionOf(q *dns.Msg) question {
-	key := question{name: strings.ToLower(q.Question[0].Name), kind: q.Question[0].Qtype, class: q.Question[0].Qclass, cd: q.CheckingDisabled}
-	if o := q.IsEdns0(); o != nil {
-		key.edns, key.do = true, o.Do()
-	}
-	return key
-}
-
-// upward is a question as the upstreams get it. The answer will be others', too:
-// whoever asks must not know its id, nor add what it is to depend on.
-func upward(q *dns.Msg) *dns.Msg {
-	u := q.Copy()
-	u.Id = dns.Id()
-	u.Answer, u.Ns, u.Extra = nil, nil, nil
-	if o := q.IsEdns0(); o != nil {
-		u.SetEdns0(dns.DefaultMsgSize, o.Do())
-	}
-	return u
+	return q.answer(nil, found.(*answer), time.Now())
 }
 
 // warn tells of a question that has failed, but not of each.
@@ -224,190 +314,4 @@ func (s *Server) warn(message string, args ...any) {
 	s.failed, s.quiet = 0, now.Add(quietTime)
 	s.mu.Unlock()
 	s.c.Log.Warn(message, args...)
-}
-
-func failure(q *dns.Msg, code int) *dns.Msg {
-	return new(dns.Msg).SetRcode(q, code)
-}
-
-func (s *Server) allowed(from net.Addr) bool {
-	at, err := netip.ParseAddrPort(from.String())
-	return err == nil && slices.ContainsFunc(s.c.Allow, func(p netip.Prefix) bool { return p.Contains(at.Addr().Unmap()) })
-}
-
-// local answers names of the environment: NAME.DOMAIN, NAME alone, and back.
-func (s *Server) local(q *dns.Msg) *dns.Msg {
-	if s.c.Lookup == nil {
-		return nil
-	}
-	asked := q.Question[0]
-	name := strings.ToLower(strings.TrimSuffix(asked.Name, "."))
-	if ip, ok := reversed(name); ok && asked.Qtype == dns.TypePTR {
-		if short, ok := s.c.NameOf(ip); ok {
-			return s.found(q, &dns.PTR{Hdr: heading(asked, dns.TypePTR), Ptr: dns.Fqdn(short + "." + s.c.Domain)})
-		}
-		return nil
-	}
-	short, ours := strings.CutSuffix(name, "."+s.c.Domain)
-	if !ours && strings.Contains(name, ".") {
-		return nil
-	}
-	ip, ok := s.c.Lookup(short)
-	switch {
-	case !ok && !ours:
-		return nil
-	case !ok:
-		return failure(q, dns.RcodeNameError)
-	case asked.Qtype == dns.TypeA:
-		return s.found(q, &dns.A{Hdr: heading(asked, dns.TypeA), A: ip.AsSlice()})
-	}
-	return s.found(q)
-}
-
-// reversed is the address that a name like 2.10.168.192.in-addr.arpa asks for.
-func reversed(name string) (netip.Addr, bool) {
-	name, ok := strings.CutSuffix(name, ".in-addr.arpa")
-	if !ok {
-		return netip.Addr{}, false
-	}
-	parts := strings.Split(name, ".")
-	slices.Reverse(parts)
-	ip, err := netip.ParseAddr(strings.Join(parts, "."))
-	return ip, err == nil && ip.Is4()
-}
-
-func (s *Server) found(q *dns.Msg, records ...dns.RR) *dns.Msg {
-	m := new(dns.Msg).SetReply(q)
-	m.Authoritative, m.RecursionAvailable = true, true
-	m.Answer = records
-	return m
-}
-
-func heading(q dns.Question, kind uint16) dns.RR_Header {
-	return dns.RR_Header{Name: q.Name, Rrtype: kind, Class: dns.ClassINET, Ttl: localTTL}
-}
-
-// forward asks the upstreams, the one that answered last first.
-func (s *Server) forward(ctx context.Context, q *dns.Msg) (*dns.Msg, error) {
-	if len(s.c.Upstreams) == 0 {
-		return nil, errors.New("no resolver is configured")
-	}
-	first := int(s.good.Load())
-	var problems []error
-	for i := range s.c.Upstreams {
-		n := (first + i) % len(s.c.Upstreams)
-		m, err := exchange(ctx, s.c.Upstreams[n], q)
-		if err == nil && m.Rcode != dns.RcodeServerFailure && m.Rcode != dns.RcodeRefused {
-			s.good.Store(int32(n))
-			return m, nil
-		}
-		if err == nil {
-			err = fmt.Errorf("%s answers %s", s.c.Upstreams[n], dns.RcodeToString[m.Rcode])
-		}
-		problems = append(problems, err)
-	}
-	return nil, errors.Join(problems...)
-}
-
-func exchange(ctx context.Context, upstream string, q *dns.Msg) (*dns.Msg, error) {
-	ctx, cancel := context.WithTimeout(ctx, upstreamTimeout)
-	defer cancel()
-	m, _, err := (&dns.Client{Net: "udp", UDPSize: dns.DefaultMsgSize}).ExchangeContext(ctx, q, upstream)
-	if err == nil && m.Truncated {
-		m, _, err = (&dns.Client{Net: "tcp"}).ExchangeContext(ctx, q, upstream)
-	}
-	return m, err
-}
-
-func (s *Server) lookup(key question, q *dns.Msg) *dns.Msg {
-	s.mu.Lock()
-	c, ok := s.cache[key]
-	s.mu.Unlock()
-	now := time.Now()
-	if !ok || now.After(c.until) {
-		return nil
-	}
-	m := c.answer.Copy()
-	m.Id = q.Id
-	m.Question = q.Question // in the case of letters that was asked
-	age := uint32(now.Sub(c.at).Seconds())
-	for _, part := range [][]dns.RR{m.Answer, m.Ns, m.Extra} {
-		for _, r := range part {
-			if r.Header().Rrtype != dns.TypeOPT {
-				r.Header().Ttl -= min(age, r.Header().Ttl)
-			}
-		}
-	}
-	return m
-}
-
-// keep remembers an answer for as long as its shortest record lives.
-func (s *Server) keep(key question, m *dns.Msg) {
-	if m.Rcode != dns.RcodeSuccess && m.Rcode != dns.RcodeNameError || len(m.Answer)+len(m.Ns) == 0 {
-		return
-	}
-	life := maxTTL
-	for _, part := range [][]dns.RR{m.Answer, m.Ns} {
-		for _, r := range part {
-			life = min(life, time.Duration(r.Header().Ttl)*time.Second)
-			if soa, ok := r.(*dns.SOA); ok {
-				life = min(life, time.Duration(soa.Minttl)*time.Second) // RFC 2308
-			}
-		}
-	}
-	if life <= 0 {
-		return
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if len(s.cache) >= maxCached {
-		for k := range s.cache { // any one
-			delete(s.cache, k)
-			break
-		}
-	}
-	now := time.Now()
-	s.cache[key] = cached{answer: m.Copy(), at: now, until: now.Add(life)}
-}
-
-// SystemUpstreams reads the machine's resolvers. Those on loopback can't be
-// reached from another network namespace: where systemd-resolved is in charge,
-// its own list is read instead.
-func SystemUpstreams(files ...string) ([]string, error) {
-	if len(files) == 0 {
-		files = []string{"/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"}
-	}
-	var problems []error
-	for _, file := range files {
-		servers, err := nameservers(file)
-		if err != nil {
-			problems = append(problems, err)
-			continue
-		}
-		if len(servers) > 0 {
-			return servers, nil
-		}
-		problems = append(problems, fmt.Errorf("%s names no resolver beyond this machine's loopback", file))
-	}
-	return nil, cmp.Or(errors.Join(problems...), errors.New("no resolver found"))
-}
-
-func nameservers(file string) ([]string, error) {
-	f, err := os.Open(file)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	var servers []string
-	for lines := bufio.NewScanner(f); lines.Scan(); {
-		words := strings.Fields(lines.Text())
-		if len(words) < 2 || words[0] != "nameserver" {
-			continue
-		}
-		ip, err := netip.ParseAddr(words[1])
-		if err == nil && !ip.IsLoopback() && ip.Zone() == "" {
-			servers = append(servers, netip.AddrPortFrom(ip, 53).String())
-		}
-	}
-	return servers, nil
 }

@@ -117,24 +117,78 @@ func TestForwardsAndCaches(t *testing.T) {
 }
 
 func TestLocalNames(t *testing.T) {
+	ip := netip.MustParseAddr("192.168.10.3")
+	up, asked := upstream(t, mdns.RcodeSuccess)
 	at := serve(t, dns.Config{
-		Domain: "lab.internal",
-		Lookup: func(name string) (netip.Addr, bool) { return netip.MustParseAddr("192.168.10.3"), name == "host-0" },
-		NameOf: func(ip netip.Addr) (string, bool) { return "host-0", ip == netip.MustParseAddr("192.168.10.3") },
+		Domain: "lab.internal", Server: "network-hub", Reverse: []netip.Prefix{netip.MustParsePrefix("192.168.10.0/25")}, Upstreams: []string{up},
+		Lookup: func(name string) (netip.Addr, bool) {
+			switch name {
+			case "host-0", "web.team":
+				return ip, true
+			case "stopped", "team":
+				return netip.Addr{}, true
+			}
+			return netip.Addr{}, false
+		},
+		NameOf: func(a netip.Addr) (string, bool) { return "host-0", a == ip },
 	})
-	for _, name := range []string{"host-0.lab.internal.", "host-0.", "HOST-0.lab.internal."} {
-		if m := ask(t, at, "udp", name, mdns.TypeA); len(m.Answer) != 1 || m.Answer[0].(*mdns.A).A.String() != "192.168.10.3" {
+	const nothing = "lab.internal. 5 IN SOA network-hub.lab.internal. hostmaster.lab.internal."
+	for _, c := range []struct {
+		name   string
+		kind   uint16
+		code   int
+		answer string // how the first record begins
+		ns     string // likewise
+	}{
+		{"host-0.lab.internal.", mdns.TypeA, 0, "host-0.lab.internal. 5 IN A 192.168.10.3", ""},
+		{"HOST-0.lab.Internal.", mdns.TypeA, 0, "HOST-0.lab.Internal. 5 IN A 192.168.10.3", ""},
+		{"host-0.", mdns.TypeA, 0, "host-0. 5 IN A 192.168.10.3", ""},
+		{"web.team.lab.internal.", mdns.TypeANY, 0, "web.team.lab.internal. 5 IN A 192.168.10.3", ""},
+		{"host-0.lab.internal.", mdns.TypeAAAA, 0, "", nothing},
+		{"host-0.", mdns.TypeAAAA, 0, "", ""},
+		{"stopped.lab.internal.", mdns.TypeA, 0, "", nothing},
+		{"stopped.", mdns.TypeA, 0, "", ""},
+		{"team.lab.internal.", mdns.TypeA, 0, "", nothing},
+		{"other.lab.internal.", mdns.TypeA, mdns.RcodeNameError, "", nothing},
+		{"x.host-0.lab.internal.", mdns.TypeAAAA, mdns.RcodeNameError, "", nothing},
+		{`a\.b.lab.internal.`, mdns.TypeA, mdns.RcodeNameError, "", nothing},
+		{"lab.internal.", mdns.TypeA, 0, "", nothing},
+		{"lab.internal.", mdns.TypeSOA, 0, nothing, ""},
+		{"lab.internal.", mdns.TypeNS, 0, "lab.internal. 5 IN NS network-hub.lab.internal.", ""},
+		{"3.10.168.192.in-addr.arpa.", mdns.TypePTR, 0, "3.10.168.192.in-addr.arpa. 5 IN PTR host-0.lab.internal.", ""},
+		{"3.10.168.192.in-addr.arpa.", mdns.TypeA, 0, "", "10.168.192.in-addr.arpa. 5 IN SOA"},
+		{"4.10.168.192.in-addr.arpa.", mdns.TypePTR, mdns.RcodeNameError, "", "10.168.192.in-addr.arpa. 5 IN SOA"},
+	} {
+		for _, network := range []string{"udp", "tcp"} {
+			m := ask(t, at, network, c.name, c.kind)
+			first := func(all []mdns.RR) string {
+				if len(all) == 0 {
+					return ""
+				}
+				return strings.ReplaceAll(all[0].String(), "\t", " ")
+			}
+			if m.Rcode != c.code || !strings.HasPrefix(first(m.Answer), c.answer) || (c.answer == "") != (len(m.Answer) == 0) ||
+				!strings.HasPrefix(first(m.Ns), c.ns) || (c.ns == "") != (len(m.Ns) == 0) || !m.Authoritative || !m.RecursionAvailable {
+				t.Errorf("%s %s by %s: %v", c.name, mdns.TypeToString[c.kind], network, m)
+			}
+			for _, r := range m.Ns {
+				if soa, ok := r.(*mdns.SOA); !ok || soa.Minttl != 5 {
+					t.Errorf("%s may be missed otherwise than for 5 s: %v", c.name, r)
+				}
+			}
+		}
+	}
+	if n := asked.Load(); n != 0 {
+		t.Errorf("the upstream was asked %d times", n)
+	}
+	// Of others' addresses and names others know.
+	for _, name := range []string{"200.10.168.192.in-addr.arpa.", "nobody.", "notlab.internal."} {
+		if m := ask(t, at, "udp", name, mdns.TypePTR); m.Authoritative {
 			t.Errorf("%s: %v", name, m)
 		}
 	}
-	if m := ask(t, at, "udp", "3.10.168.192.in-addr.arpa.", mdns.TypePTR); len(m.Answer) != 1 || m.Answer[0].(*mdns.PTR).Ptr != "host-0.lab.internal." {
-		t.Errorf("reverse: %v", m)
-	}
-	if m := ask(t, at, "udp", "other.lab.internal.", mdns.TypeA); m.Rcode != mdns.RcodeNameError {
-		t.Errorf("unknown: %v", m)
-	}
-	if m := ask(t, at, "udp", "host-0.lab.internal.", mdns.TypeAAAA); m.Rcode != mdns.RcodeSuccess || len(m.Answer) != 0 {
-		t.Errorf("no such record: %v", m)
+	if n := asked.Load(); n != 3 {
+		t.Errorf("the upstream was asked %d times", n)
 	}
 }
 

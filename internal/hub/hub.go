@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -175,7 +174,8 @@ func New(c Config, log *slog.Logger) (*Hub, error) {
 	port := func(p uint16) netip.AddrPort { return netip.AddrPortFrom(c.Address, p) }
 	h.dns = dns.New(dns.Config{
 		Listen: []netip.AddrPort{port(53)}, Allow: names,
-		Upstreams: c.Upstreams, Domain: c.Domain, Lookup: h.lookup, NameOf: h.nameOf, Log: log,
+		Upstreams: c.Upstreams, Domain: c.Domain, Server: h.ownName(), Reverse: []netip.Prefix{c.Subnet},
+		Lookup: h.lookup, NameOf: h.nameOf, Log: log,
 	})
 	files := pki.In(c.PKI)
 	h.registry, err = registry.New(registry.Config{
@@ -245,29 +245,4 @@ func (h *Hub) platform() []netip.Addr {
 		addrs = append(addrs, m.Address)
 	}
 	return addrs
-}
-
-// lookup is the address of a machine or a guest, as DNS answers it. A guest can't
-// take a machine's name.
-func (h *Hub) lookup(name string) (netip.Addr, bool) {
-	for _, m := range h.c.Machines {
-		if strings.EqualFold(m.Name, name) {
-			return m.Address, true
-		}
-	}
-	return h.dhcp.Lookup(name)
-}
-
-// nameOf is what lookup has an address for.
-func (h *Hub) nameOf(ip netip.Addr) (string, bool) {
-	for _, m := range h.c.Machines {
-		if m.Address == ip {
-			return strings.ToLower(m.Name), true
-		}
-	}
-	name, ok := h.dhcp.NameOf(ip)
-	if at, _ := h.lookup(name); at != ip {
-		return "", false // it is a machine's
-	}
-	return name, ok
 }

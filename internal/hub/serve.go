@@ -153,7 +153,7 @@ func (s *service) Facts(ctx context.Context, _ *emptypb.Empty) (*ingotv1.HubFact
 	}
 	f.Hostname, _ = os.Hostname()
 	d := s.dns.Facts()
-	f.Dns = &ingotv1.DNSFacts{Serving: d.Serving, Upstreams: d.Upstreams}
+	f.Dns = &ingotv1.DNSFacts{Serving: d.Serving, Upstreams: d.Upstreams, Names: int32(s.names())}
 	for _, at := range d.Listen {
 		f.Dns.Listen = append(f.Dns.Listen, at.String())
 	}

@@ -1,0 +1,99 @@
+package hub
+
+import (
+	"net"
+	"net/netip"
+	"strings"
+)
+
+// lookup is what DNS answers for a name of the environment, in lower case: a machine, a
+// microVM by NAME.NAMESPACE or NAME, or else a client of DHCP by the host name that it
+// gives itself. So no client can take the name of the former. What is there, and has no
+// address, has the zero value.
+func (h *Hub) lookup(name string) (netip.Addr, bool) {
+	if ip, ok := h.machine(name); ok {
+		return ip, true
+	}
+	if g := h.guests.named(name); g != nil {
+		return h.address(g), true
+	}
+	if ip, ok := h.dhcp.Lookup(name); ok {
+		return ip, true
+	}
+	return netip.Addr{}, h.guests.above(name)
+}
+
+// ownName is the hub's, as a machine.
+func (h *Hub) ownName() string {
+	if name, ok := h.machineAt(h.c.Address); ok {
+		return name
+	}
+	return "hub"
+}
+
+// names are how many machines and microVMs have a name and an address now.
+func (h *Hub) names() int {
+	n := len(h.c.Machines)
+	for _, g := range h.guests.all() {
+		if h.address(g).IsValid() {
+			n++
+		}
+	}
+	return n
+}
+
+func (h *Hub) machine(name string) (netip.Addr, bool) {
+	for _, m := range h.c.Machines {
+		if strings.EqualFold(m.Name, name) {
+			return m.Address, true
+		}
+	}
+	return netip.Addr{}, false
+}
+
+func (h *Hub) machineAt(ip netip.Addr) (string, bool) {
+	for _, m := range h.c.Machines {
+		if m.Address == ip {
+			return strings.ToLower(m.Name), true
+		}
+	}
+	return "", false
+}
+
+// address is a microVM's: of its first card that has one, by its spec or by a lease; zero:
+// none has one now.
+func (h *Hub) address(g *guest) netip.Addr {
+	for _, c := range g.Cards {
+		if c.Address.Is4() {
+			return c.Address
+		}
+		mac, err := net.ParseMAC(c.MAC)
+		if err != nil {
+			continue
+		}
+		if ip, ok := h.dhcp.AddressOf(mac); ok {
+			return ip
+		}
+	}
+	return netip.Addr{}
+}
+
+// nameOf is the name of what has an address, in lower case: it is one that lookup knows.
+func (h *Hub) nameOf(ip netip.Addr) (string, bool) {
+	if name, ok := h.machineAt(ip); ok {
+		return name, true
+	}
+	g := h.guests.withAddress(ip)
+	if mac, ok := h.dhcp.CardOf(ip); ok {
+		g = h.guests.withMAC(mac)
+	}
+	if g != nil {
+		name := strings.ToLower(g.Name + "." + g.Namespace)
+		return name, h.guests.named(name) == g // another may have it
+	}
+	name, ok := h.dhcp.NameOf(ip)
+	if at, _ := h.lookup(strings.ToLower(name)); at != ip {
+		return "", false // it is somebody else's
+	}
+	return strings.ToLower(name), ok
+}

@@ -1,0 +1,215 @@
+package hub
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	ingotv1 "ingot/api/ingot/v1"
+	"ingot/api/types"
+	"ingot/internal/need"
+	"ingot/internal/pki"
+	"ingot/internal/wire"
+)
+
+// neighbourhood is a hub's segment with a guest on it, and a host that tells of microVMs
+// as hosts do: by TLS, and to those who have the token.
+type neighbourhood struct {
+	dir    string
+	config string
+	host   *told
+	creds  pki.Files // the host's
+	hub    ingotv1.HubClient
+}
+
+func newNeighbourhood(t *testing.T) *neighbourhood {
+	t.Helper()
+	need.Root(t)
+	need.NetNS(t)
+	for _, name := range []string{"busybox", "dig", "getent"} {
+		need.Binary(t, name)
+	}
+	sh(t, `set -e; ip link set lo up; ip addr add 192.168.10.3/32 dev lo; ip netns add guest; ip link add uplink type veth peer name world; ip link set uplink up
+		ip link add segment type veth peer name eth0 address `+mac(1).String()+` netns guest; ip addr add 192.168.10.2/25 dev segment; ip link set segment up
+		ip -n guest link set lo up; ip -n guest link set eth0 up
+		mkdir -p /etc/netns/guest; printf 'search lab.internal\nnameserver 192.168.10.2\n' >/etc/netns/guest/resolv.conf; touch /etc/resolv.conf`)
+	t.Cleanup(func() {
+		os.Remove(leasesFile)
+		os.Remove(guestsFile)
+		if out, err := exec.Command("sh", "-c", "ip netns del guest; ip addr del 192.168.10.3/32 dev lo; ip link del segment 2>/dev/null; ip link del uplink; nft flush ruleset").CombinedOutput(); err != nil {
+			t.Errorf("clean up: %v\n%s", err, out)
+		}
+	})
+	n := &neighbourhood{dir: t.TempDir(), host: newTold(t)}
+	n.host.server.Stop()
+	n.creds = pki.In(filepath.Join(n.dir, "host-0"))
+	ca, err := pki.OpenCA(filepath.Join(n.dir, "ca"), "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, ip := range map[string]string{"hub": "192.168.10.2", "host-0": "192.168.10.3", "operator": "127.0.0.1"} {
+		if _, err := ca.Ensure(filepath.Join(n.dir, name), name, nil, []netip.Addr{netip.MustParseAddr(ip)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(t, n.dir+"/token", "secret\n")
+	n.config = write(t, n.dir+"/hub.yaml", fmt.Sprintf(`format: 1
+interface: segment
+uplink: uplink
+address: 192.168.10.2
+subnet: 192.168.10.0/25
+range-first: 192.168.10.26
+range-last: 192.168.10.126
+domain: lab.internal
+machines:
+- {name: network-hub, address: 192.168.10.2}
+- {name: Host-0, address: 192.168.10.3, host: true}
+pki: %[1]s/hub
+token-file: %[1]s/token
+registry: %[1]s/registry
+`, n.dir))
+	conn, err := wire.Dial(wire.Target{Address: "192.168.10.2:9091", TLS: pki.In(n.dir + "/operator"), Token: "secret"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	n.hub = ingotv1.NewHubClient(conn)
+	return n
+}
+
+// serve has the host serve.
+func (n *neighbourhood) serve(t *testing.T) {
+	t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	shown, err := n.creds.Open(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", "192.168.10.3:9090")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := grpc.NewServer(append(wire.ServerOptions("secret", log), grpc.Creds(wire.TLS(shown.Config(), log)))...)
+	ingotv1.RegisterHostServer(s, n.host)
+	n.host.server = s
+	go s.Serve(l)
+	t.Cleanup(s.Stop)
+}
+
+// heard waits until the hub hears the host, or does not.
+func (n *neighbourhood) heard(t *testing.T, want bool) *ingotv1.HubFacts {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for {
+		f, err := n.hub.Facts(ctx, &emptypb.Empty{}, grpc.WaitForReady(true))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h := f.GetHosts(); len(h) == 1 && h[0].GetName() == "Host-0" && h[0].GetHeard() == want {
+			return f
+		}
+	}
+}
+
+// says compares what a guest hears, which may be so a moment later.
+func (n *neighbourhood) says(t *testing.T, command, want string) {
+	t.Helper()
+	var got string
+	for deadline := time.Now().Add(2 * time.Second); time.Now().Before(deadline); {
+		out, _ := exec.Command("sh", "-c", "ip netns exec guest "+command).CombinedOutput()
+		if got = strings.Join(strings.Fields(string(out)), " "); got == want {
+			return
+		}
+	}
+	t.Errorf("%s: %q, want %q", command, got, want)
+}
+
+// TestNames is what guests' resolvers hear of machines and microVMs that come and go.
+func TestNames(t *testing.T) {
+	n := newNeighbourhood(t)
+	const dig, short = "dig +tries=1 +time=5 @192.168.10.2 ", "dig +tries=1 +time=5 +short @192.168.10.2 "
+	code := func(name string) string {
+		return dig + name + " | sed -n 's/.*status: \\([A-Z]*\\),.*/\\1/p; s/.*IN\tSOA.*/SOA/p'"
+	}
+	n.host.tell(ingotv1.WatchResponse_CREATED, microVM(1, "team", "web"))
+	n.host.tell(ingotv1.WatchResponse_CREATED, microVM(2, "default", "db"))
+	static := microVM(3, "default", "fixed")
+	static.Spec.Interfaces[1].Address = &types.StaticAddress{Address: "192.168.10.9/25"}
+	n.host.tell(ingotv1.WatchResponse_CREATED, static)
+	n.serve(t)
+	kill := start(t, n.config)
+	n.heard(t, true)
+	lease := func(name string) {
+		t.Helper()
+		set := write(t, n.dir+"/set", "#!/bin/sh\n[ -z $ip ] || ip addr replace $ip/25 dev eth0\n")
+		sh(t, "ip netns exec guest busybox udhcpc -i eth0 -n -q -f -t 5 -T 1 -s "+set+" -x hostname:"+name+" 2>&1")
+	}
+	lease("db") // as another microVM is called
+	all := func() {
+		t.Helper()
+		for name, ip := range map[string]string{
+			"web.team.lab.internal": "192.168.10.26", "WEB.lab.internal": "192.168.10.26", "web": "192.168.10.26", "fixed.default.lab.internal": "192.168.10.9",
+			"network-hub.lab.internal": "192.168.10.2", "host-0": "192.168.10.3", "db": "", "db.lab.internal": "", "db.default.lab.internal": "", "team.lab.internal": "",
+			"-t AAAA web.team.lab.internal": "",
+			"-x 192.168.10.26":              "web.team.lab.internal.", "-x 192.168.10.9": "fixed.default.lab.internal.", "-x 192.168.10.3": "host-0.lab.internal.",
+		} {
+			n.says(t, short+name, ip)
+			n.says(t, short+"+tcp "+name, ip)
+		}
+		n.says(t, code("db.default.lab.internal"), "NOERROR SOA")
+		n.says(t, code("nobody.team.lab.internal"), "NXDOMAIN SOA")
+		n.says(t, code("-x 192.168.10.40"), "NXDOMAIN SOA")
+		n.says(t, "getent hosts web.team", "192.168.10.26 web.team.lab.internal")
+		n.says(t, "getent hosts web", "192.168.10.26 web.lab.internal")
+		n.says(t, "getent hosts 192.168.10.26", "192.168.10.26 web.team.lab.internal")
+		n.says(t, "getent hosts db; echo $?", "2")
+	}
+	all()
+	if f := n.heard(t, true); f.GetDns().GetNames() != 4 || f.GetHosts()[0].GetMicrovms() != 3 || f.GetHosts()[0].GetSilent() != nil {
+		t.Errorf("facts: %v, %v", f.GetDns(), f.GetHosts())
+	}
+
+	// Neither the hub's crash nor a host that is silent changes a name.
+	kill()
+	n.host.server.Stop()
+	kill = start(t, n.config)
+	f := n.heard(t, false)
+	all()
+	if h := f.GetHosts()[0]; h.GetMicrovms() != 3 || h.GetSilent() == nil {
+		t.Errorf("a silent host: %v", h)
+	}
+	n.serve(t)
+	n.heard(t, true)
+	all()
+
+	// What goes is gone at once; the name of another may be had then.
+	if _, err := n.hub.ReleaseLease(t.Context(), &ingotv1.ReleaseLeaseRequest{Mac: mac(1).String()}); err != nil {
+		t.Fatal(err)
+	}
+	n.says(t, code("web.team.lab.internal"), "NOERROR SOA")
+	n.says(t, code("-x 192.168.10.26"), "NXDOMAIN SOA")
+	lease("db")
+	n.says(t, short+"web.team.lab.internal", "192.168.10.26")
+	n.host.tell(ingotv1.WatchResponse_DELETED, microVM(1, "team", "web"))
+	n.says(t, code("web.team.lab.internal"), "NXDOMAIN SOA")
+	n.says(t, code("-x 192.168.10.26"), "NXDOMAIN SOA")
+	n.says(t, code("db.lab.internal"), "NOERROR SOA")
+	n.host.tell(ingotv1.WatchResponse_DELETED, microVM(2, "default", "db"))
+	n.says(t, short+"db.lab.internal", "192.168.10.26")
+	n.says(t, short+"-x 192.168.10.26", "db.lab.internal.")
+	n.host.tell(ingotv1.WatchResponse_CREATED, microVM(7, "team", "db"))
+	n.says(t, code("db.lab.internal"), "NOERROR SOA")
+	kill()
+}
