@@ -15,7 +15,6 @@ import (
 	"github.com/spf13/cobra"
 
 	ingotv1 "ingot/api/ingot/v1"
-	"ingot/internal/vm"
 )
 
 // leaseView is a lease as `-o json` shows it. docs/json.md describes it.
@@ -25,7 +24,7 @@ type leaseView struct {
 	Hostname string     `json:"hostname"`
 	State    string     `json:"state"`
 	MicroVM  string     `json:"microvm"`  // NAMESPACE/NAME, empty if it is nobody's
-	Reserved bool       `json:"reserved"` // the address is kept for the MAC
+	Reserved bool       `json:"reserved"` // the address is kept for the client
 	Starts   *time.Time `json:"starts"`
 	Ends     *time.Time `json:"ends"`
 }
@@ -112,14 +111,14 @@ func leaseReleaseCommand() *cobra.Command {
 func leaseReserveCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "reserve MAC|[NAMESPACE/]NAME [IP]",
-		Short: "Keep an address for a card, or for a microVM's; without IP the one that it has, or a free one",
+		Short: "Keep an address for a card, or for a microVM whatever its card is; without IP the one that it has, or a free one",
 		Args:  cobra.RangeArgs(1, 2),
 		RunE: inCloud(func(cmd *cobra.Command, c *cloud, args []string) error {
-			mac, err := c.card(cmd.Context(), args[0])
-			if err != nil {
+			r := &ingotv1.ReserveRequest{}
+			var err error
+			if r.Mac, r.Microvm, err = c.client(cmd.Context(), args[0]); err != nil {
 				return err
 			}
-			r := &ingotv1.ReserveRequest{Mac: mac}
 			if len(args) > 1 {
 				r.Ip = args[1]
 			}
@@ -142,7 +141,7 @@ func leaseUnreserveCommand() *cobra.Command {
 			r := &ingotv1.UnreserveRequest{Ip: args[0]}
 			if _, err := netip.ParseAddr(args[0]); err != nil {
 				r.Ip = ""
-				if r.Mac, err = c.card(cmd.Context(), args[0]); err != nil {
+				if r.Mac, r.Microvm, err = c.client(cmd.Context(), args[0]); err != nil {
 					return err
 				}
 			}
@@ -155,45 +154,32 @@ func leaseUnreserveCommand() *cobra.Command {
 	}
 }
 
-// card is the MAC that a person means by it, or by a microVM of one card.
-func (c *cloud) card(ctx context.Context, wanted string) (string, error) {
+// client is whom a person means: a card by its MAC, or a microVM, which need not be there
+// if it is named in full.
+func (c *cloud) client(ctx context.Context, wanted string) (mac, microVM string, err error) {
 	if mac, err := net.ParseMAC(wanted); err == nil {
-		return mac.String(), nil
+		return mac.String(), "", nil
+	}
+	if strings.Contains(wanted, "/") {
+		return "", wanted, nil
 	}
 	owner, err := c.find(ctx, wanted)
 	if err != nil {
-		return "", err
+		return "", "", err
 	}
-	var macs []string
-	for _, i := range owner.GetStatus().GetNetworkInterfaces() {
-		if mac, err := net.ParseMAC(i.GetGuestMac()); err == nil && !strings.EqualFold(mac.String(), vm.MetadataMAC) {
-			macs = append(macs, mac.String())
-		}
-	}
-	switch len(macs) {
-	case 0:
-		return "", fmt.Errorf("find the card of %s: %w: it is %s", wanted, errdefs.ErrNotFound, state(owner.GetStatus()))
-	case 1:
-		return macs[0], nil
-	}
-	slices.Sort(macs)
-	return "", fmt.Errorf("find the card of %s: %w: it could be %s", wanted, errdefs.ErrInvalidArgument, strings.Join(macs, ", or "))
+	return "", owner.GetSpec().GetNamespace() + "/" + owner.GetSpec().GetId(), nil
 }
 
 // leaseViews is all leases, by address, with the microVMs that they are of.
 func (c *cloud) leaseViews(ctx context.Context) ([]leaseView, error) {
-	owners := make(chan map[string]string, 1)
-	go func() { owners <- c.owners(ctx) }()
 	r, err := c.hub.ListLeases(ctx, &ingotv1.ListLeasesRequest{})
-	owner := <-owners
 	if err != nil {
 		return nil, fmt.Errorf("list leases: %w", err)
 	}
 	views := make([]leaseView, len(r.GetLeases()))
 	for i, l := range r.GetLeases() {
-		mac, _ := net.ParseMAC(l.GetMac())
 		views[i] = leaseView{
-			IP: l.GetIp(), MAC: l.GetMac(), Hostname: l.GetHostname(), State: l.GetState(), MicroVM: owner[mac.String()], Reserved: l.GetReserved(),
+			IP: l.GetIp(), MAC: l.GetMac(), Hostname: l.GetHostname(), State: l.GetState(), MicroVM: l.GetMicrovm(), Reserved: l.GetReserved(),
 			Starts: when(l.GetStarts()), Ends: when(l.GetEnds()),
 		}
 	}
@@ -203,20 +189,6 @@ func (c *cloud) leaseViews(ctx context.Context) ([]leaseView, error) {
 		return cmp.Or(x.Compare(y), cmp.Compare(a.MAC, b.MAC))
 	})
 	return views, nil
-}
-
-// owners is the microVMs by their MAC addresses, as far as their hosts answer.
-func (c *cloud) owners(ctx context.Context) map[string]string {
-	vms, _ := c.list(ctx, "")
-	owners := map[string]string{}
-	for _, vm := range vms {
-		for _, i := range vm.GetStatus().GetNetworkInterfaces() {
-			if mac, err := net.ParseMAC(i.GetGuestMac()); err == nil {
-				owners[mac.String()] = vm.GetSpec().GetNamespace() + "/" + vm.GetSpec().GetId()
-			}
-		}
-	}
-	return owners
 }
 
 // lease is the one that a person means by an address, a MAC, a host name or the

@@ -46,6 +46,10 @@ func (s *Server) decide(m *message, out *reply) (c change) {
 		s.note(s.c.Log.Warn, "no subnet is served there", "mac", m.card(), "relay", m.giaddr)
 		return c
 	}
+	m.vm = ""
+	if len(s.booked.byVM) > 0 {
+		m.vm = s.microVM(m.mac)
+	}
 	switch m.kind {
 	case kindDiscover:
 		s.discover(p, m, out)

@@ -220,6 +220,56 @@ func TestReservations(t *testing.T) {
 	}
 }
 
+// A microVM has its address by whatever card it has, and nobody else has it.
+func TestReservationOfMicroVM(t *testing.T) {
+	cards := map[string]string{mac(1).String(): "default/web", mac(5).String(): "default/db"}
+	s, _ := table(t, func(c *Config) {
+		c.MicroVM = func(mac net.HardwareAddr) string { return cards[mac.String()] }
+		c.Reservations = []Reservation{{IP: a("192.168.10.30"), MicroVM: "default/web"}}
+	})
+	if got := ack(t, s, 2, want("192.168.10.30"), dhcpv4.WithOption(dhcpv4.OptHostName("web"))); got == "192.168.10.30" || got == "" {
+		t.Errorf("somebody else got %q", got)
+	}
+	if got := ack(t, s, 1); got != "192.168.10.30" {
+		t.Errorf("got %s", got)
+	}
+	if l := only(s, mac(1)); !l.Reserved || l.MicroVM != "default/web" || l.State != Active {
+		t.Errorf("its lease is %+v", l)
+	}
+	// Made anew, it has another card, and the old one's lease has ended.
+	delete(cards, mac(1).String())
+	cards[mac(3).String()] = "default/web"
+	s.mu.Lock()
+	s.release(s.leases[from(a("192.168.10.30"))])
+	s.mu.Unlock()
+	if got := ack(t, s, 1, want("192.168.10.30")); got == "192.168.10.30" {
+		t.Error("the old card got it again")
+	}
+	if got := ack(t, s, 3); got != "192.168.10.30" {
+		t.Errorf("with another card: got %s", got)
+	}
+	answer, _, _ := exchange(t, s, newMessage(t, request, mac(3), want("192.168.10.99")))
+	if answer.MessageType() != dhcpv4.MessageTypeNak {
+		t.Errorf("it got another address: %s", answer.Summary())
+	}
+	// What it has already may be reserved for a microVM, and not for another one.
+	ip := ack(t, s, 5)
+	for _, c := range []struct {
+		of   string
+		want bool
+	}{{"default/web", false}, {"team/none", false}, {"default/db", true}} {
+		s.mu.Lock()
+		m, err := Reservation{MicroVM: c.of}.asMessage()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := s.free(s.pool(s.own), from(a(ip)), m, true); got != c.want {
+			t.Errorf("%s may have %s: %v", c.of, ip, got)
+		}
+		s.mu.Unlock()
+	}
+}
+
 func TestReservedAddressInUseIsNotGivenTwice(t *testing.T) {
 	s, now := table(t, nil)
 	ip := ack(t, s, 1)

@@ -63,6 +63,9 @@ func formatRecord(b []byte, r *record) []byte {
 // noName is dhcpd's way to say that no name in the DNS is the lease's.
 const noName = "  set ddns-fwd-name = \"\";\n"
 
+// microVMVariable has the name of a microVM: dhcpd passes over variables that it does not know.
+const microVMVariable = "ingot-microvm"
+
 // appendDate writes dhcpd's form: the day of the week (0 is Sunday), then date
 // and time in UTC.
 func appendDate(b []byte, seconds int64) []byte {
@@ -92,6 +95,9 @@ func formatReservation(b []byte, r Reservation) []byte {
 	b = fmt.Appendf(b, "# no lease, but kept for one\nhost %s {\n  dynamic;\n", blockName(r))
 	if len(r.MAC) == 6 {
 		b = append(appendMAC(append(b, "  hardware ethernet "...), [6]byte(r.MAC)), ";\n"...)
+	}
+	if r.MicroVM != "" {
+		b = append(appendQuoted(append(b, "  set "+microVMVariable+" = "...), r.MicroVM), ";\n"...)
 	}
 	if len(r.ClientID) > 0 {
 		b = append(appendQuoted(append(b, "  uid "...), string(r.ClientID)), ";\n"...)
@@ -237,7 +243,7 @@ func (b *bookReader) host(e logEntry) {
 	case e.deleted:
 		b.clean = false
 		delete(b.hosts, from(ip))
-	case e.mac != [6]byte{} || e.id != "" || e.hostname != "":
+	case e.mac != [6]byte{} || e.microVM != "" || e.id != "" || e.hostname != "":
 		b.hosts[from(ip)] = e.reservation(ip)
 	}
 }
@@ -263,6 +269,7 @@ type logEntry struct {
 	starts, ends int64
 	mac          [6]byte
 	id, hostname string
+	microVM      string
 	address      string
 	state        state
 	deleted      bool
@@ -270,7 +277,7 @@ type logEntry struct {
 }
 
 func (e logEntry) reservation(ip netip.Addr) Reservation {
-	r := Reservation{IP: ip, ClientID: []byte(e.id), Name: e.hostname}
+	r := Reservation{IP: ip, MicroVM: e.microVM, ClientID: []byte(e.id), Name: e.hostname}
 	if e.mac != [6]byte{} {
 		r.MAC = net.HardwareAddr(e.mac[:])
 	}
@@ -337,6 +344,8 @@ func (e *logEntry) set(words []string) {
 		}
 	case words[0] == "set" && words[1] == "ddns-fwd-name":
 		e.unnamed = len(words) == 4 && words[3] == ""
+	case words[0] == "set" && words[1] == microVMVariable && len(words) == 4:
+		e.microVM = words[3]
 	case words[0] == "uid":
 		e.id = words[1]
 	case words[0] == "client-hostname":

@@ -23,7 +23,7 @@ func TestLogRoundTrip(t *testing.T) {
 		ip: from(a("192.168.10.26")), mac: [6]byte(mac(1)), id: "\x01\x00\"\\; lease", hostname: `re"lease;bot`,
 		starts: 1700000000, ends: 1700000600, place: nowhere, logged: true,
 	}
-	kept := Reservation{IP: a("192.168.10.50"), MAC: mac(2), ClientID: []byte("\xff\x00"), Name: "db"}
+	kept := Reservation{IP: a("192.168.10.50"), MAC: mac(2), MicroVM: "team/lease.web", ClientID: []byte("\xff\x00"), Name: "db"}
 	lease := string(formatRecord(nil, &r))
 	text := lease + string(formatReservation(nil, kept))
 	for cut := range len(text) + 1 { // torn anywhere

@@ -229,7 +229,7 @@ func TestReservationAndReleaseOnDisk(t *testing.T) {
 	if l, err := s.Reserve(Reservation{MAC: mac(4)}); err != nil || l.IP != a("192.168.10.26") {
 		t.Errorf("reserve any: %+v, %v", l, err)
 	}
-	if err := s.Unreserve(a("192.168.10.26"), nil); err != nil {
+	if err := s.Unreserve(Reservation{IP: a("192.168.10.26")}); err != nil {
 		t.Error(err)
 	}
 	if got := ack(t, s, 9, want("192.168.10.26")); got != "192.168.10.26" {

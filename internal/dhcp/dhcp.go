@@ -33,6 +33,9 @@ type Config struct {
 	Subnets   []Subnet   // one holds Server; the others are reached by relays
 	// Reservations are kept beside those that Reserve makes.
 	Reservations []Reservation
+	// MicroVM is the NAMESPACE/NAME of the microVM that has a card; empty: none. It is
+	// asked each time, if there is a reservation for a microVM, and must not block.
+	MicroVM func(net.HardwareAddr) string
 	// Authoritative servers refuse what is wrong on their segment (NAK); others
 	// keep silent about clients that they do not know.
 	Authoritative bool
@@ -65,11 +68,12 @@ type Range struct {
 	First, Last netip.Addr
 }
 
-// Reservation keeps an address for a client: the one that has the MAC, else the
-// client identifier, else the microVM's name.
+// Reservation keeps an address for a client: the one that has the MAC, else that is
+// the microVM, else that has the client identifier, else that calls itself so.
 type Reservation struct {
 	IP       netip.Addr
 	MAC      net.HardwareAddr
+	MicroVM  string // NAMESPACE/NAME, whatever its MAC is
 	ClientID []byte
 	Name     string
 
@@ -92,6 +96,7 @@ type Lease struct {
 	MAC      net.HardwareAddr
 	ClientID []byte
 	Hostname string
+	MicroVM  string // that the address is kept for
 	Starts   time.Time
 	Ends     time.Time
 	State    string
@@ -230,13 +235,13 @@ func (s *Server) Leases() []Lease {
 	}
 	for ip, b := range s.booked.byIP {
 		if r := s.leases[ip]; r == nil || s.current(r) != stateActive {
-			reserved := Lease{IP: b.IP, MAC: b.MAC, ClientID: b.ClientID, Hostname: b.Name, State: Reserved, Reserved: true}
+			kept := reserved(*b)
 			if r == nil {
-				all = append(all, reserved)
+				all = append(all, kept)
 				continue
 			}
 			i := slices.IndexFunc(all, func(l Lease) bool { return l.IP == b.IP })
-			all[i] = reserved
+			all[i] = kept
 		}
 	}
 	slices.SortFunc(all, func(a, b Lease) int { return a.IP.Compare(b.IP) })
@@ -247,8 +252,10 @@ func (s *Server) Leases() []Lease {
 func (s *Server) shown(r *record) Lease {
 	l := r.lease()
 	l.State = s.current(r).String()
-	b := s.booked.byIP[r.ip]
-	l.Reserved = b != nil && bytes.Equal(b.MAC, l.MAC)
+	if b := s.booked.byIP[r.ip]; b != nil {
+		l.MicroVM = b.MicroVM
+		l.Reserved = bytes.Equal(b.MAC, l.MAC) || b.MicroVM != "" && s.microVM(r.mac) == b.MicroVM
+	}
 	return l
 }
 
@@ -269,7 +276,12 @@ func (s *Server) Reserve(r Reservation) (Lease, error) {
 		}
 		return Lease{}, fmt.Errorf("reserve %s for %s: %w", to, r.client(), err)
 	}
-	return Lease{IP: r.IP, MAC: r.MAC, ClientID: r.ClientID, Hostname: r.Name, State: Reserved, Reserved: true}, nil
+	return reserved(r), nil
+}
+
+// reserved is a reservation as a lease that nobody has.
+func reserved(r Reservation) Lease {
+	return Lease{IP: r.IP, MAC: r.MAC, ClientID: r.ClientID, Hostname: r.Name, MicroVM: r.MicroVM, State: Reserved, Reserved: true}
 }
 
 // reserve changes the table, and says what the log must.
@@ -323,19 +335,19 @@ func (s *Server) subnets() string {
 }
 
 // Unreserve ends the reservation of an address, which Reserve made; those of a
-// MAC, if there is no address.
-func (s *Server) Unreserve(ip netip.Addr, mac net.HardwareAddr) error {
+// MAC or of a microVM, if there is no address.
+func (s *Server) Unreserve(r Reservation) error {
 	s.mu.Lock()
-	text, err := s.unreserve(ip, mac)
+	text, err := s.unreserve(r)
 	wait := s.order(text, false)
 	s.mu.Unlock()
 	if err == nil {
 		err = wait()
 	}
 	if err != nil {
-		who := mac.String()
-		if ip.IsValid() {
-			who = ip.String()
+		who := r.client()
+		if r.IP.IsValid() {
+			who = r.IP.String()
 		}
 		return fmt.Errorf("unreserve %s: %w", who, err)
 	}
@@ -343,17 +355,17 @@ func (s *Server) Unreserve(ip netip.Addr, mac net.HardwareAddr) error {
 }
 
 // unreserve changes the table, and says what the log must.
-func (s *Server) unreserve(ip netip.Addr, mac net.HardwareAddr) (text []byte, err error) {
+func (s *Server) unreserve(of Reservation) (text []byte, err error) {
 	if s.log == nil {
 		return nil, errNotRunning
 	}
 	var found []*Reservation
 	for _, r := range s.booked.byIP {
-		if !r.fixed && (!ip.IsValid() || r.IP == ip) && (len(mac) == 0 || bytes.Equal(r.MAC, mac)) {
+		if !r.fixed && (!of.IP.IsValid() || r.IP == of.IP) && (len(of.MAC) == 0 || bytes.Equal(r.MAC, of.MAC)) && (of.MicroVM == "" || r.MicroVM == of.MicroVM) {
 			found = append(found, r)
 		}
 	}
-	if len(found) == 0 || !ip.IsValid() && len(mac) == 0 {
+	if len(found) == 0 || !of.IP.IsValid() && len(of.MAC) == 0 && of.MicroVM == "" {
 		return nil, fmt.Errorf("nothing is reserved, or by the configuration: %w", errdefs.ErrNotFound)
 	}
 	for _, r := range found {

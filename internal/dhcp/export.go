@@ -138,8 +138,10 @@ func exportHost(b *strings.Builder, r Reservation) {
 		fmt.Fprintf(b, "  hardware ethernet %s;\n", r.MAC)
 	case len(r.ClientID) > 0:
 		fmt.Fprintf(b, "  option dhcp-client-identifier %s;\n", hexBytes(r.ClientID))
+	case r.MicroVM != "": // dhcpd knows none
+		fmt.Fprintf(b, "  set %s = %s;\n", microVMVariable, appendQuoted(nil, r.MicroVM))
 	default:
-		// dhcpd knows no microVMs: a host of this name is told by it.
+		// A host is known by the name that it gives itself.
 		fmt.Fprintf(b, "  host-identifier option host-name %s;\n", appendQuoted(nil, r.Name))
 	}
 	fmt.Fprintf(b, "  fixed-address %s;\n}\n", r.IP)

@@ -56,6 +56,7 @@ func full(t testing.TB) Config {
 	})
 	c.Reservations = []Reservation{
 		{IP: a("192.168.10.10"), MAC: mac(1)}, {IP: a("192.168.10.11"), ClientID: []byte("\x01two")}, {IP: a("10.7.0.12"), Name: "db"},
+		{IP: a("192.168.10.12"), MicroVM: "default/web"},
 	}
 	return c
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -165,7 +164,7 @@ func TestLogHasTheTablesOrder(t *testing.T) {
 				if n%2 == 0 {
 					s.Reserve(Reservation{MAC: mac(n), IP: ip})
 				} else {
-					s.Unreserve(ip, nil)
+					s.Unreserve(Reservation{IP: ip})
 				}
 			})
 		}
@@ -207,13 +206,13 @@ func TestReservationMoves(t *testing.T) {
 	if l := only(s, mac(1)); !l.Reserved || l.State != Active {
 		t.Errorf("listed: %+v", l)
 	}
-	if err := s.Unreserve(a("192.168.10.51"), mac(2)); !errdefs.IsNotFound(err) {
+	if err := s.Unreserve(Reservation{IP: a("192.168.10.51"), MAC: mac(2)}); !errdefs.IsNotFound(err) {
 		t.Errorf("as another client's: %v", err)
 	}
-	if err := s.Unreserve(netip.Addr{}, nil); !errdefs.IsNotFound(err) {
+	if err := s.Unreserve(Reservation{}); !errdefs.IsNotFound(err) {
 		t.Errorf("nobody's: %v", err)
 	}
-	if err := s.Unreserve(netip.Addr{}, mac(1)); err != nil || only(s, mac(1)).Reserved {
+	if err := s.Unreserve(Reservation{MAC: mac(1)}); err != nil || only(s, mac(1)).Reserved {
 		t.Errorf("by MAC: %v", err)
 	}
 	if b, err := readBook(s.log.path); err != nil || len(b.reserved) != 0 {

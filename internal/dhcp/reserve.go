@@ -14,13 +14,14 @@ import (
 type reservations struct {
 	byIP   map[addr4]*Reservation
 	byMAC  map[[6]byte][]*Reservation
+	byVM   map[string][]*Reservation
 	byID   map[string][]*Reservation
 	byName map[string][]*Reservation
 }
 
 func newReservations() reservations {
 	return reservations{
-		byIP: map[addr4]*Reservation{}, byMAC: map[[6]byte][]*Reservation{},
+		byIP: map[addr4]*Reservation{}, byMAC: map[[6]byte][]*Reservation{}, byVM: map[string][]*Reservation{},
 		byID: map[string][]*Reservation{}, byName: map[string][]*Reservation{},
 	}
 }
@@ -32,6 +33,9 @@ func (b reservations) add(r Reservation) {
 	b.byIP[from(r.IP)] = &r
 	if len(r.MAC) == 6 {
 		b.byMAC[[6]byte(r.MAC)] = append(b.byMAC[[6]byte(r.MAC)], &r)
+	}
+	if r.MicroVM != "" {
+		b.byVM[r.MicroVM] = append(b.byVM[r.MicroVM], &r)
 	}
 	if len(r.ClientID) > 0 {
 		b.byID[string(r.ClientID)] = append(b.byID[string(r.ClientID)], &r)
@@ -47,6 +51,7 @@ func (b reservations) remove(r *Reservation) {
 	if len(r.MAC) == 6 {
 		without(b.byMAC, [6]byte(r.MAC), r)
 	}
+	without(b.byVM, r.MicroVM, r)
 	without(b.byID, string(r.ClientID), r)
 	without(b.byName, strings.ToLower(r.Name), r)
 }
@@ -71,6 +76,11 @@ func (b reservations) of(p *pool, m *message, name string) *Reservation {
 	if r := in(b.byMAC[m.mac]); r != nil {
 		return r
 	}
+	if m.vm != "" {
+		if r := in(b.byVM[m.vm]); r != nil {
+			return r
+		}
+	}
 	if len(m.id) > 0 {
 		if r := in(b.byID[string(m.id)]); r != nil {
 			return r
@@ -83,7 +93,7 @@ func (b reservations) of(p *pool, m *message, name string) *Reservation {
 }
 
 func (r Reservation) equal(x Reservation) bool {
-	return r.IP == x.IP && bytes.Equal(r.MAC, x.MAC) && bytes.Equal(r.ClientID, x.ClientID) && strings.EqualFold(r.Name, x.Name)
+	return r.IP == x.IP && bytes.Equal(r.MAC, x.MAC) && r.MicroVM == x.MicroVM && bytes.Equal(r.ClientID, x.ClientID) && strings.EqualFold(r.Name, x.Name)
 }
 
 // client names whoever an address is kept for.
@@ -91,6 +101,8 @@ func (r Reservation) client() string {
 	switch {
 	case len(r.MAC) > 0:
 		return r.MAC.String()
+	case r.MicroVM != "":
+		return "microVM " + r.MicroVM
 	case len(r.ClientID) > 0:
 		return fmt.Sprintf("client identifier %x", r.ClientID)
 	}
@@ -99,10 +111,10 @@ func (r Reservation) client() string {
 
 // asMessage is what the client would say of itself.
 func (r Reservation) asMessage() (*message, error) {
-	if len(r.MAC) != 0 && len(r.MAC) != 6 || len(r.MAC) == 0 && len(r.ClientID) == 0 && r.Name == "" {
+	if len(r.MAC) != 0 && len(r.MAC) != 6 || len(r.MAC) == 0 && r.MicroVM == "" && len(r.ClientID) == 0 && r.Name == "" {
 		return nil, fmt.Errorf("it names no client: %w", errdefs.ErrInvalidArgument)
 	}
-	m := &message{id: r.ClientID, hostname: []byte(r.Name)}
+	m := &message{vm: r.MicroVM, id: r.ClientID, hostname: []byte(r.Name)}
 	copy(m.mac[:], r.MAC)
 	return m, nil
 }

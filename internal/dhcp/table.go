@@ -214,9 +214,21 @@ func (s *Server) release(r *record) {
 	s.file(r)
 }
 
-// same says whether a record is of the client that sent m.
+// same says whether a record is of the client that sent m; or of the microVM for which
+// an address is to be reserved.
 func (s *Server) same(r *record, m *message) bool {
+	if m.mac == [6]byte{} && m.vm != "" {
+		return s.microVM(r.mac) == m.vm
+	}
 	return r.mac == m.mac && r.mac != [6]byte{}
+}
+
+// microVM is the one that has a card; empty: none.
+func (s *Server) microVM(mac [6]byte) string {
+	if s.c.MicroVM == nil || mac == [6]byte{} {
+		return ""
+	}
+	return s.c.MicroVM(mac[:])
 }
 
 // had is the client's newest record in a subnet.

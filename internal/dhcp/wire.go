@@ -78,6 +78,8 @@ type message struct {
 	id, hostname      []byte
 	parameters        []byte
 	agent             []byte
+
+	vm string // the client's, NAMESPACE/NAME, if that matters
 }
 
 // addr4 is an IPv4 address that can be counted with.

@@ -43,6 +43,15 @@ type card struct {
 	Address netip.Addr `json:"address,omitzero"` // if the spec gives it one, and not DHCP
 }
 
+// hardware is the card's MAC address for package dhcp.
+func (c card) hardware() net.HardwareAddr {
+	mac, err := net.ParseMAC(c.MAC)
+	if err != nil {
+		return nil // of a file that somebody has changed
+	}
+	return mac
+}
+
 // String is the name by which people know it.
 func (g *guest) String() string { return g.Namespace + "/" + g.Name }
 

@@ -136,6 +136,7 @@ type Hub struct {
 	dns      *dns.Server
 	registry *registry.Server
 	guests   *guests
+	heard    run.Task    // has the guests hear hosts
 	vpn      *vpn.Server // nil: nobody comes in
 }
 
@@ -151,6 +152,7 @@ func New(c Config, log *slog.Logger) (*Hub, error) {
 	}
 	h := &Hub{c: c, log: log, token: token, shown: shown, began: time.Now()}
 	h.guests = newGuests(c.Machines, guestsFile, h.dial, log)
+	h.heard = run.Func("microvms", h.guests.run)
 	var machines []netip.Prefix
 	for _, m := range c.Machines {
 		machines = append(machines, netip.PrefixFrom(m.Address, m.Address.BitLen()))
@@ -161,6 +163,7 @@ func New(c Config, log *slog.Logger) (*Hub, error) {
 			Prefix: c.Subnet, Ranges: []dhcp.Range{{First: c.First, Last: c.Last}}, Exclude: machines,
 			Options: dhcp.Options{Routers: []netip.Addr{c.Address}, DNS: []netip.Addr{c.Address}, Domain: c.Domain},
 		}},
+		MicroVM:   h.microVM,
 		LeaseFile: leasesFile, ConfigFile: dhcpConfigFile, DefaultsFile: dhcpDefaultsFile, Log: log,
 	})
 	if err != nil {
@@ -211,7 +214,7 @@ func (h *Hub) Run(ctx context.Context) error {
 	if err := nat.SetHub(h.rules()); err != nil {
 		return err
 	}
-	tasks := []run.Task{run.Func("microvms", h.guests.run), h.dhcp, h.dns, h.registry, run.Func("grpc api", h.serve), run.Func("certificates", func(ctx context.Context, ready func()) error {
+	tasks := []run.Task{h.heard, run.Func("leases of microvms", h.forget), h.dhcp, h.dns, h.registry, run.Func("grpc api", h.serve), run.Func("certificates", func(ctx context.Context, ready func()) error {
 		ready()
 		return h.shown.Run(ctx)
 	})}

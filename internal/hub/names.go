@@ -1,9 +1,14 @@
 package hub
 
 import (
+	"context"
 	"net"
 	"net/netip"
 	"strings"
+
+	"github.com/containerd/errdefs"
+
+	"ingot/internal/run"
 )
 
 // lookup is what DNS answers for a name of the environment, in lower case: a machine, a
@@ -67,15 +72,70 @@ func (h *Hub) address(g *guest) netip.Addr {
 		if c.Address.Is4() {
 			return c.Address
 		}
-		mac, err := net.ParseMAC(c.MAC)
-		if err != nil {
-			continue
-		}
-		if ip, ok := h.dhcp.AddressOf(mac); ok {
+		if ip, ok := h.dhcp.AddressOf(c.hardware()); ok {
 			return ip
 		}
 	}
 	return netip.Addr{}
+}
+
+// leased is the address that a microVM has by DHCP; zero: none.
+func (h *Hub) leased(g *guest) netip.Addr {
+	for _, c := range g.Cards {
+		if ip, ok := h.dhcp.AddressOf(c.hardware()); ok {
+			return ip
+		}
+	}
+	return netip.Addr{}
+}
+
+// microVM is whose a card is, as reservations have it.
+func (h *Hub) microVM(mac net.HardwareAddr) string {
+	if g := h.guests.withMAC(mac); g != nil {
+		return g.String()
+	}
+	return ""
+}
+
+// forget ends the leases of microVMs that are gone: whoever comes next under the name of
+// one has another card, and may have to have the same address.
+func (h *Hub) forget(ctx context.Context, ready func()) error {
+	for _, part := range []run.Task{h.heard, h.dhcp} {
+		select {
+		case <-part.Ready():
+		case <-ctx.Done():
+			return nil
+		}
+	}
+	ready()
+	known := map[string]card{}
+	for {
+		changed := h.guests.changes()
+		now := map[string]card{}
+		for _, g := range h.guests.all() {
+			for _, c := range g.Cards {
+				now[c.MAC] = c
+			}
+		}
+		for mac, c := range known {
+			if _, there := now[mac]; there {
+				continue
+			}
+			ip, ok := h.dhcp.AddressOf(c.hardware())
+			if !ok {
+				continue
+			}
+			if err := h.dhcp.Release(ip); err != nil && !errdefs.IsNotFound(err) {
+				h.log.Error("release the address of a microVM that is gone", "err", err)
+			}
+		}
+		known = now
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil
+		}
+	}
 }
 
 // nameOf is the name of what has an address, in lower case: it is one that lookup knows.

@@ -9,11 +9,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	ingotv1 "ingot/api/ingot/v1"
@@ -205,11 +208,70 @@ func TestNames(t *testing.T) {
 	n.host.tell(ingotv1.WatchResponse_DELETED, microVM(1, "team", "web"))
 	n.says(t, code("web.team.lab.internal"), "NXDOMAIN SOA")
 	n.says(t, code("-x 192.168.10.26"), "NXDOMAIN SOA")
+	for f := n.heard(t, true); f.GetDhcp().GetActive() != 0; f = n.heard(t, true) { // its lease ends with it
+	}
+	lease("db") // of a card that is no microVM's any more
 	n.says(t, code("db.lab.internal"), "NOERROR SOA")
 	n.host.tell(ingotv1.WatchResponse_DELETED, microVM(2, "default", "db"))
 	n.says(t, short+"db.lab.internal", "192.168.10.26")
 	n.says(t, short+"-x 192.168.10.26", "db.lab.internal.")
 	n.host.tell(ingotv1.WatchResponse_CREATED, microVM(7, "team", "db"))
 	n.says(t, code("db.lab.internal"), "NOERROR SOA")
+
+	// An address is kept for a microVM, whichever card it has: this one made anew, in turn.
+	keep := func(r *ingotv1.ReserveRequest) (string, error) {
+		l, err := n.hub.Reserve(t.Context(), r)
+		return l.GetIp(), err
+	}
+	if ip, err := keep(&ingotv1.ReserveRequest{Microvm: "team/lasting", Ip: "192.168.10.70"}); err != nil || ip != "192.168.10.70" {
+		t.Fatalf("reserve: %s, %v", ip, err)
+	}
+	for _, bad := range []*ingotv1.ReserveRequest{{}, {Microvm: "lasting"}, {Microvm: "team/"}, {Microvm: "a/b/c"}, {Microvm: "team/lasting", Mac: mac(1).String()}} {
+		if _, err := keep(bad); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("reserve %v: %v", bad, err)
+		}
+	}
+	if _, err := keep(&ingotv1.ReserveRequest{Microvm: "team/other", Ip: "192.168.10.70"}); status.Code(err) != codes.AlreadyExists {
+		t.Errorf("reserve it for another: %v", err)
+	}
+	kill() // also over the next hub
+	kill = start(t, n.config)
+	n.heard(t, true)
+	for _, number := range []int{8, 9} {
+		one := microVM(number, "team", "lasting")
+		n.host.tell(ingotv1.WatchResponse_CREATED, one)
+		for f := n.heard(t, true); f.GetHosts()[0].GetMicrovms() != 3; f = n.heard(t, true) { // until it is known
+		}
+		sh(t, fmt.Sprintf("ip -n guest link set eth0 down; ip -n guest link set eth0 address %s; ip -n guest link set eth0 up", mac(number)))
+		lease("box")
+		n.says(t, short+"lasting.team.lab.internal", "192.168.10.70")
+		n.says(t, short+"-x 192.168.10.70", "lasting.team.lab.internal.")
+		r, err := n.hub.ListLeases(t.Context(), &ingotv1.ListLeasesRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		i := slices.IndexFunc(r.GetLeases(), func(l *ingotv1.Lease) bool { return l.GetIp() == "192.168.10.70" })
+		if l := r.GetLeases()[i]; l.GetMicrovm() != "team/lasting" || !l.GetReserved() || l.GetMac() != mac(number).String() {
+			t.Errorf("its lease: %v", l)
+		}
+		n.host.tell(ingotv1.WatchResponse_DELETED, one)
+		for f := n.heard(t, true); f.GetDhcp().GetActive() != 1; f = n.heard(t, true) { // but that of db
+		}
+	}
+	if _, err := n.hub.Unreserve(t.Context(), &ingotv1.UnreserveRequest{Microvm: "team/lasting"}); err != nil {
+		t.Error(err)
+	}
+	if _, err := n.hub.Unreserve(t.Context(), &ingotv1.UnreserveRequest{Microvm: "team/lasting"}); status.Code(err) != codes.NotFound {
+		t.Errorf("unreserve it twice: %v", err)
+	}
+	// Without an address it is the one that the microVM has.
+	n.host.tell(ingotv1.WatchResponse_CREATED, microVM(9, "team", "again"))
+	for f := n.heard(t, true); f.GetHosts()[0].GetMicrovms() != 3; f = n.heard(t, true) {
+	}
+	lease("box")
+	ip := strings.TrimSpace(sh(t, short+"again.team.lab.internal"))
+	if got, err := keep(&ingotv1.ReserveRequest{Microvm: "team/again"}); err != nil || got != ip || ip == "" {
+		t.Errorf("kept %s, %v, and it has %s", got, err, ip)
+	}
 	kill()
 }

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -23,6 +24,7 @@ import (
 	"ingot/internal/link"
 	"ingot/internal/nat"
 	"ingot/internal/run"
+	"ingot/internal/vm"
 	"ingot/internal/wire"
 )
 
@@ -54,8 +56,13 @@ type service struct {
 	*Hub
 }
 
-func lease(l dhcp.Lease) *ingotv1.Lease {
+func (s *service) lease(l dhcp.Lease) *ingotv1.Lease {
 	m := &ingotv1.Lease{Ip: l.IP.String(), Mac: l.MAC.String(), Hostname: l.Hostname, State: l.State, Reserved: l.Reserved}
+	if g := s.guests.withMAC(l.MAC); g != nil {
+		m.Microvm = g.String()
+	} else if l.State == dhcp.Reserved {
+		m.Microvm = l.MicroVM
+	}
 	if !l.Starts.IsZero() {
 		m.Starts, m.Ends = timestamppb.New(l.Starts), timestamppb.New(l.Ends)
 	}
@@ -65,32 +72,57 @@ func lease(l dhcp.Lease) *ingotv1.Lease {
 func (s *service) ListLeases(context.Context, *ingotv1.ListLeasesRequest) (*ingotv1.ListLeasesResponse, error) {
 	var r ingotv1.ListLeasesResponse
 	for _, l := range s.dhcp.Leases() {
-		r.Leases = append(r.Leases, lease(l))
+		r.Leases = append(r.Leases, s.lease(l))
 	}
 	return &r, nil
 }
 
 func (s *service) Reserve(_ context.Context, r *ingotv1.ReserveRequest) (*ingotv1.Lease, error) {
-	if r.GetMac() == "" {
-		return nil, fmt.Errorf("mac: it is missing: %w", errdefs.ErrInvalidArgument)
+	if r.GetMac() == "" && r.GetMicrovm() == "" {
+		return nil, fmt.Errorf("mac: it is missing, and so is microvm: %w", errdefs.ErrInvalidArgument)
 	}
-	mac, ip, err := client(r.GetMac(), r.GetIp())
+	of, err := reservation(r.GetMac(), r.GetIp(), r.GetMicrovm())
 	if err != nil {
 		return nil, err
 	}
-	l, err := s.dhcp.Reserve(dhcp.Reservation{MAC: mac, IP: ip})
+	if namespace, name, ok := strings.Cut(of.MicroVM, "/"); ok && !of.IP.IsValid() {
+		if g := s.guests.find(namespace, name); g != nil {
+			of.IP = s.leased(g)
+		}
+	}
+	l, err := s.dhcp.Reserve(of)
 	if err != nil {
 		return nil, err
 	}
-	return lease(l), nil
+	return s.lease(l), nil
 }
 
 func (s *service) Unreserve(_ context.Context, r *ingotv1.UnreserveRequest) (*emptypb.Empty, error) {
-	mac, ip, err := client(r.GetMac(), r.GetIp())
+	of, err := reservation(r.GetMac(), r.GetIp(), r.GetMicrovm())
 	if err != nil {
 		return nil, err
 	}
-	return &emptypb.Empty{}, s.dhcp.Unreserve(ip, mac)
+	return &emptypb.Empty{}, s.dhcp.Unreserve(of)
+}
+
+// reservation reads for whom an address is kept, and which.
+func reservation(macText, ipText, microVM string) (r dhcp.Reservation, err error) {
+	if macText != "" || microVM == "" || ipText != "" {
+		if r.MAC, r.IP, err = client(macText, ipText); err != nil {
+			return r, err
+		}
+	}
+	namespace, name, ok := strings.Cut(microVM, "/")
+	switch {
+	case microVM == "":
+		return r, nil
+	case macText != "":
+		return r, fmt.Errorf("mac, microvm: an address is kept for one of them: %w", errdefs.ErrInvalidArgument)
+	case !ok || !vm.ValidName(namespace) || !vm.ValidName(name):
+		return r, fmt.Errorf("microvm: %q is not NAMESPACE/NAME: %w", microVM, errdefs.ErrInvalidArgument)
+	}
+	r.MicroVM = microVM
+	return r, nil
 }
 
 // client reads a MAC and an address, of which there is at least one.

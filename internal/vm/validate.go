@@ -50,6 +50,9 @@ var (
 	uidRule       = regexp.MustCompile(`^[0-9A-HJKMNP-TV-Z]{26}$`) // a ULID
 )
 
+// ValidName says whether a microVM, or a namespace, can be called so.
+func ValidName(name string) bool { return nameRule.MatchString(name) }
+
 // FieldError is one mistake in a spec. It is an errdefs.ErrInvalidArgument.
 type FieldError struct {
 	Field   string // as the API names it: root_volume.source

@@ -112,7 +112,8 @@ type Lease struct {
 	Starts        *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=starts,proto3" json:"starts,omitempty"`
 	Ends          *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=ends,proto3" json:"ends,omitempty"`
 	State         string                 `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`        // active, reserved, offered, released, expired, declined
-	Reserved      bool                   `protobuf:"varint,7,opt,name=reserved,proto3" json:"reserved,omitempty"` // the address is kept for this MAC address, in any state
+	Reserved      bool                   `protobuf:"varint,7,opt,name=reserved,proto3" json:"reserved,omitempty"` // the address is kept for this client, in any state
+	Microvm       string                 `protobuf:"bytes,8,opt,name=microvm,proto3" json:"microvm,omitempty"`    // NAMESPACE/NAME of whose it is; empty: no microVM's
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -196,10 +197,18 @@ func (x *Lease) GetReserved() bool {
 	return false
 }
 
+func (x *Lease) GetMicrovm() string {
+	if x != nil {
+		return x.Microvm
+	}
+	return ""
+}
+
 type ReserveRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Mac           string                 `protobuf:"bytes,1,opt,name=mac,proto3" json:"mac,omitempty"`
-	Ip            string                 `protobuf:"bytes,2,opt,name=ip,proto3" json:"ip,omitempty"` // empty: the next free one
+	Mac           string                 `protobuf:"bytes,1,opt,name=mac,proto3" json:"mac,omitempty"`         // this or microvm
+	Ip            string                 `protobuf:"bytes,2,opt,name=ip,proto3" json:"ip,omitempty"`           // may be empty
+	Microvm       string                 `protobuf:"bytes,3,opt,name=microvm,proto3" json:"microvm,omitempty"` // NAMESPACE/NAME; it need not be there yet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -248,10 +257,18 @@ func (x *ReserveRequest) GetIp() string {
 	return ""
 }
 
+func (x *ReserveRequest) GetMicrovm() string {
+	if x != nil {
+		return x.Microvm
+	}
+	return ""
+}
+
 type UnreserveRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Mac           string                 `protobuf:"bytes,1,opt,name=mac,proto3" json:"mac,omitempty"`
-	Ip            string                 `protobuf:"bytes,2,opt,name=ip,proto3" json:"ip,omitempty"` // empty: that of the MAC address
+	Ip            string                 `protobuf:"bytes,2,opt,name=ip,proto3" json:"ip,omitempty"` // empty: that of the card or of the microVM
+	Microvm       string                 `protobuf:"bytes,3,opt,name=microvm,proto3" json:"microvm,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -296,6 +313,13 @@ func (x *UnreserveRequest) GetMac() string {
 func (x *UnreserveRequest) GetIp() string {
 	if x != nil {
 		return x.Ip
+	}
+	return ""
+}
+
+func (x *UnreserveRequest) GetMicrovm() string {
+	if x != nil {
+		return x.Microvm
 	}
 	return ""
 }
@@ -1684,7 +1708,7 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\x12ingot/v1/hub.proto\x12\bingot.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13ingot/v1/host.proto\"\x13\n" +
 	"\x11ListLeasesRequest\"=\n" +
 	"\x12ListLeasesResponse\x12'\n" +
-	"\x06leases\x18\x01 \x03(\v2\x0f.ingot.v1.LeaseR\x06leases\"\xdb\x01\n" +
+	"\x06leases\x18\x01 \x03(\v2\x0f.ingot.v1.LeaseR\x06leases\"\xf5\x01\n" +
 	"\x05Lease\x12\x0e\n" +
 	"\x02ip\x18\x01 \x01(\tR\x02ip\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x1a\n" +
@@ -1692,13 +1716,16 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\x06starts\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x06starts\x12.\n" +
 	"\x04ends\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x04ends\x12\x14\n" +
 	"\x05state\x18\x06 \x01(\tR\x05state\x12\x1a\n" +
-	"\breserved\x18\a \x01(\bR\breserved\"2\n" +
+	"\breserved\x18\a \x01(\bR\breserved\x12\x18\n" +
+	"\amicrovm\x18\b \x01(\tR\amicrovm\"L\n" +
 	"\x0eReserveRequest\x12\x10\n" +
 	"\x03mac\x18\x01 \x01(\tR\x03mac\x12\x0e\n" +
-	"\x02ip\x18\x02 \x01(\tR\x02ip\"4\n" +
+	"\x02ip\x18\x02 \x01(\tR\x02ip\x12\x18\n" +
+	"\amicrovm\x18\x03 \x01(\tR\amicrovm\"N\n" +
 	"\x10UnreserveRequest\x12\x10\n" +
 	"\x03mac\x18\x01 \x01(\tR\x03mac\x12\x0e\n" +
-	"\x02ip\x18\x02 \x01(\tR\x02ip\"7\n" +
+	"\x02ip\x18\x02 \x01(\tR\x02ip\x12\x18\n" +
+	"\amicrovm\x18\x03 \x01(\tR\amicrovm\"7\n" +
 	"\x13ReleaseLeaseRequest\x12\x0e\n" +
 	"\x02ip\x18\x01 \x01(\tR\x02ip\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\"F\n" +

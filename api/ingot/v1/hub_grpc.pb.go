@@ -38,9 +38,10 @@ const (
 // Hub is the network hub of an environment.
 type HubClient interface {
 	ListLeases(ctx context.Context, in *ListLeasesRequest, opts ...grpc.CallOption) (*ListLeasesResponse, error)
-	// Reserve gives a MAC address an address of its own, or any if none is named.
+	// Reserve keeps an address for a card, or for a microVM whatever its card is: the one
+	// that is named, else the one that the microVM has, else a free one.
 	Reserve(ctx context.Context, in *ReserveRequest, opts ...grpc.CallOption) (*Lease, error)
-	// Unreserve ends the reservation of an address, or of a MAC address.
+	// Unreserve ends the reservation of an address, of a card or of a microVM.
 	Unreserve(ctx context.Context, in *UnreserveRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
 	// ReleaseLease ends a lease before its time. NotFound says that there is none.
 	ReleaseLease(ctx context.Context, in *ReleaseLeaseRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
@@ -160,9 +161,10 @@ func (c *hubClient) Ping(ctx context.Context, in *PingRequest, opts ...grpc.Call
 // Hub is the network hub of an environment.
 type HubServer interface {
 	ListLeases(context.Context, *ListLeasesRequest) (*ListLeasesResponse, error)
-	// Reserve gives a MAC address an address of its own, or any if none is named.
+	// Reserve keeps an address for a card, or for a microVM whatever its card is: the one
+	// that is named, else the one that the microVM has, else a free one.
 	Reserve(context.Context, *ReserveRequest) (*Lease, error)
-	// Unreserve ends the reservation of an address, or of a MAC address.
+	// Unreserve ends the reservation of an address, of a card or of a microVM.
 	Unreserve(context.Context, *UnreserveRequest) (*emptypb.Empty, error)
 	// ReleaseLease ends a lease before its time. NotFound says that there is none.
 	ReleaseLease(context.Context, *ReleaseLeaseRequest) (*emptypb.Empty, error)
