@@ -270,6 +270,28 @@ func TestReservationOfMicroVM(t *testing.T) {
 	}
 }
 
+// A configuration that reserves what was reserved by hand has it; the server starts.
+func TestConfiguredReservationComesFirst(t *testing.T) {
+	c := config(t)
+	text := header + string(formatReservation(nil, Reservation{IP: a("192.168.10.50"), MAC: mac(1)})) +
+		string(formatReservation(nil, Reservation{IP: a("192.168.10.51"), MAC: mac(2)}))
+	if err := os.WriteFile(c.LeaseFile, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	c.Reservations = []Reservation{{IP: a("192.168.10.50"), MicroVM: "default/web"}}
+	s, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.load(); err != nil {
+		t.Fatal(err)
+	}
+	all := s.Leases()
+	if len(all) != 2 || all[0].MicroVM != "default/web" || len(all[0].MAC) != 0 || !bytes.Equal(all[1].MAC, mac(2)) {
+		t.Errorf("got %+v", all)
+	}
+}
+
 func TestReservedAddressInUseIsNotGivenTwice(t *testing.T) {
 	s, now := table(t, nil)
 	ip := ack(t, s, 1)

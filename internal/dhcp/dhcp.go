@@ -210,8 +210,9 @@ func (s *Server) load() error {
 		}
 	}
 	for _, r := range book.reserved {
-		if err := s.bookTwice(r); err != nil {
-			return err
+		if err := s.bookTwice(r); err != nil { // the configuration's is newer
+			s.c.Log.Warn("an address is not kept any more for whom it was reserved", "err", err)
+			continue
 		}
 		if s.booked.byIP[from(r.IP)] == nil {
 			s.booked.add(r)

@@ -48,6 +48,7 @@ func (d *Declaration) check(m *mistakes) {
 	d.checkNetwork(m)
 	d.checkMachines(m)
 	d.checkMicroVMs(m)
+	d.checkReserved(m)
 }
 
 func (d *Declaration) checkNetwork(m *mistakes) {

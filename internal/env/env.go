@@ -43,6 +43,8 @@ type Env struct {
 	VPN      VPN
 	Machines []Machine
 	MicroVMs []MicroVM // those that the file declares
+
+	Resolvers []netip.AddrPort // that the hub asks; none: this machine's
 }
 
 // Machine is a machine of the environment. It may have both roles.
@@ -137,7 +139,7 @@ func readKept(path string, b []byte) (Env, error) {
 	if err != nil {
 		return Env{}, err
 	}
-	e := Env{Name: d.Name, Subnet: d.Subnet, Uplink: d.Uplink, MicroVMs: d.MicroVMs}
+	e := Env{Name: d.Name, Subnet: d.Subnet, Uplink: d.Uplink, MicroVMs: d.MicroVMs, Resolvers: d.Resolvers}
 	if d.VPN != nil {
 		if e.VPN = *d.VPN; !e.VPN.Subnet.IsValid() || e.VPN.Port == 0 {
 			return Env{}, fmt.Errorf("read %s: vpn must have subnet and port: %w", path, errdefs.ErrInvalidArgument)
@@ -193,6 +195,7 @@ type form struct {
 	Uplink   netip.Prefix  `yaml:"uplink"`
 	DHCP     rangeForm     `yaml:"dhcp"`
 	VPN      *vpnForm      `yaml:"vpn,omitempty"`
+	DNS      *dnsForm      `yaml:"dns,omitempty"`
 	Machines []machineForm `yaml:"machines"`
 	MicroVMs []MicroVM     `yaml:"microvms,omitempty"`
 }
@@ -208,6 +211,10 @@ type vpnForm struct {
 	Endpoint string       `yaml:"endpoint,omitempty"`
 }
 
+type dnsForm struct {
+	Upstreams []netip.AddrPort `yaml:"upstreams,flow"`
+}
+
 type machineForm struct {
 	Name    string     `yaml:"name"`
 	Address netip.Addr `yaml:"address"`
@@ -219,6 +226,9 @@ func (e Env) marshal() ([]byte, error) {
 	f := form{Format: format, Name: e.Name, Subnet: e.Subnet, Uplink: e.Uplink, DHCP: rangeForm{e.DHCP.First, e.DHCP.Last}, MicroVMs: e.MicroVMs}
 	if e.VPN.On() {
 		f.VPN = &vpnForm{e.VPN.Subnet, e.VPN.Port, e.VPN.Endpoint}
+	}
+	if len(e.Resolvers) > 0 {
+		f.DNS = &dnsForm{e.Resolvers}
 	}
 	for _, m := range e.Machines {
 		f.Machines = append(f.Machines, machineForm{m.Name, m.Address, m.roles()})

@@ -27,7 +27,8 @@ type Declaration struct {
 	Name           string
 	Subnet, Uplink netip.Prefix
 	DHCP           Range
-	VPN            *VPN      // nil: none
+	VPN            *VPN // nil: none
+	Resolvers      []netip.AddrPort
 	Machines       []Machine // none: the usual three
 	MicroVMs       []MicroVM
 
@@ -128,6 +129,7 @@ func (r *reader) read(root *yaml.Node, d *Declaration) {
 				},
 			})
 		},
+		"dns": func(n *yaml.Node, key string) { r.mapping(n, key, r.dnsFields(d)) },
 		"machines": func(n *yaml.Node, key string) {
 			r.list(n, key, func(n *yaml.Node, key string) { d.Machines = append(d.Machines, r.machine(n, key)) })
 		},
@@ -183,6 +185,11 @@ func (r *reader) microVM(n *yaml.Node, key string) MicroVM {
 	r.mapping(n, key, fields{
 		"name": text(&m.Name), "namespace": text(&m.Namespace), "host": text(&m.Host), "image": text(&m.Image),
 		"kernel": text(&m.Kernel), "driver": text(&m.Driver), "restart": text(&m.Restart),
+		"address": func(n *yaml.Node, key string) {
+			if a := r.address(n, key); a.IsValid() {
+				m.Address = a.String()
+			}
+		},
 		"cpus": func(n *yaml.Node, key string) {
 			if v, ok := r.number(n, key); ok && v < 1 {
 				r.add(key, "%d: a microVM needs one", v)

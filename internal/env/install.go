@@ -11,7 +11,6 @@ import (
 
 	"github.com/goccy/go-yaml"
 
-	"ingot/internal/dns"
 	"ingot/internal/hub"
 	"ingot/internal/lab"
 	"ingot/internal/nat"
@@ -135,7 +134,7 @@ func (u *up) configure(ctx context.Context) (string, error) {
 			}
 		}
 	}
-	if _, err := dns.SystemUpstreams(); err != nil {
+	if _, err := u.env.upstreams(); err != nil {
 		u.say("note: guests will resolve names of the environment only: %v", err)
 	}
 	return fmt.Sprintf("%d files changed", changed), nil
@@ -152,7 +151,8 @@ func (u *up) hubConfig(ctx context.Context, m Machine) hub.Config {
 	if v := u.env.VPN; v.On() {
 		c.VPN = &hub.VPN{Subnet: v.Subnet, Port: v.Port, Endpoint: v.endpoint(ctx)}
 	}
-	c.Upstreams, _ = dns.SystemUpstreams() // configure says what it means if there are none
+	c.Reservations = u.env.reservations()
+	c.Upstreams, _ = u.env.upstreams() // configure says what it means if there are none
 	return c
 }
 

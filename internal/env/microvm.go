@@ -20,7 +20,8 @@ import (
 type MicroVM struct {
 	Name      string            `yaml:"name" json:"name"`
 	Namespace string            `yaml:"namespace,omitempty" json:"namespace,omitempty"`
-	Host      string            `yaml:"host,omitempty" json:"-"` // empty: the one with most room
+	Host      string            `yaml:"host,omitempty" json:"-"`    // empty: the one with most room
+	Address   string            `yaml:"address,omitempty" json:"-"` // that DHCP keeps for it; empty: any
 	Image     string            `yaml:"image,omitempty" json:"image,omitempty"`
 	Kernel    string            `yaml:"kernel,omitempty" json:"kernel,omitempty"`
 	Driver    string            `yaml:"driver,omitempty" json:"driver,omitempty"`
@@ -58,7 +59,8 @@ const declared = "ingot/declared"
 // String is the microVM's name with its namespace.
 func (m MicroVM) String() string { return cmp.Or(m.Namespace, DefaultNamespace) + "/" + m.Name }
 
-// print changes when the declaration does. Where it is to be is no part of it.
+// print changes when the declaration does. Where it is to be is no part of it, nor at
+// which address.
 func (m MicroVM) print() string {
 	m.Namespace = cmp.Or(m.Namespace, DefaultNamespace)
 	b, err := json.Marshal(m)

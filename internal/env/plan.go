@@ -18,7 +18,7 @@ type freeSubnet func(want netip.Prefix, avoid ...netip.Prefix) (netip.Prefix, er
 // resolve decides what the declaration leaves open. What an environment that is
 // there already (was) has decided stays; else free finds subnets. What can't be changed while the environment is there is objected to.
 func (d *Declaration) resolve(name string, was *Env, free freeSubnet) (Env, error) {
-	e := Env{Name: name, MicroVMs: d.MicroVMs}
+	e := Env{Name: name, MicroVMs: d.MicroVMs, Resolvers: d.Resolvers}
 	had := map[string]netip.Addr{}
 	m := mistakes{source: d.source}
 	if was != nil {
@@ -57,6 +57,7 @@ func (d *Declaration) resolve(name string, was *Env, free freeSubnet) (Env, erro
 		if e.Machines, e.DHCP, problem = d.number(e.Subnet, had); problem != nil {
 			m.all = append(m.all, problem)
 		}
+		d.checkMachinesAddresses(&m, e.Machines)
 	}
 	return e, m.objections().err()
 }
@@ -117,6 +118,19 @@ func changes(was *Env, e Env) []string {
 		say("- VPN: its peers can't come in any more; it is kept who they are")
 	default:
 		say("~ VPN: %s, was %s: peers need other configurations", e.VPN, was.VPN)
+	}
+	if was.Name != "" && was.resolvers() != e.resolvers() || was.Name == "" && len(e.Resolvers) > 0 {
+		say("~ DNS asks %s", e.resolvers())
+	}
+	for _, r := range e.reservations() {
+		if !slices.Contains(was.reservations(), r) {
+			say("~ address %s is kept for microVM %s, which has it when it asks next", r.Address, r.MicroVM)
+		}
+	}
+	for _, r := range was.reservations() {
+		if !slices.Contains(e.reservations(), r) {
+			say("~ address %s is not kept for microVM %s any more", r.Address, r.MicroVM)
+		}
 	}
 	find := func(all []Machine, name string) bool {
 		return slices.ContainsFunc(all, func(m Machine) bool { return m.Name == name })

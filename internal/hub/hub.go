@@ -52,6 +52,8 @@ type Config struct {
 	Registry  string       `yaml:"registry"` // directory
 	VPN       *VPN         `yaml:"vpn,omitempty"`
 
+	Reservations []Reservation `yaml:"reservations,omitempty"`
+
 	file    string
 	version string
 }
@@ -61,6 +63,12 @@ type Machine struct {
 	Name    string     `yaml:"name"`
 	Address netip.Addr `yaml:"address"`
 	Host    bool       `yaml:"host,omitempty"` // it has microVMs, and tells of them
+}
+
+// Reservation is an address that a microVM is to have.
+type Reservation struct {
+	MicroVM string     `yaml:"microvm"` // NAMESPACE/NAME
+	Address netip.Addr `yaml:"address"`
 }
 
 // VPN is how operators' devices come in.
@@ -157,13 +165,17 @@ func New(c Config, log *slog.Logger) (*Hub, error) {
 	for _, m := range c.Machines {
 		machines = append(machines, netip.PrefixFrom(m.Address, m.Address.BitLen()))
 	}
+	var kept []dhcp.Reservation
+	for _, r := range c.Reservations {
+		kept = append(kept, dhcp.Reservation{IP: r.Address, MicroVM: r.MicroVM})
+	}
 	h.dhcp, err = dhcp.New(dhcp.Config{
 		Interface: c.Interface, Server: c.Address, Authoritative: true,
 		Subnets: []dhcp.Subnet{{
 			Prefix: c.Subnet, Ranges: []dhcp.Range{{First: c.First, Last: c.Last}}, Exclude: machines,
 			Options: dhcp.Options{Routers: []netip.Addr{c.Address}, DNS: []netip.Addr{c.Address}, Domain: c.Domain},
 		}},
-		MicroVM:   h.microVM,
+		Reservations: kept, MicroVM: h.microVM,
 		LeaseFile: leasesFile, ConfigFile: dhcpConfigFile, DefaultsFile: dhcpDefaultsFile, Log: log,
 	})
 	if err != nil {

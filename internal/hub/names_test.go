@@ -78,6 +78,7 @@ domain: lab.internal
 machines:
 - {name: network-hub, address: 192.168.10.2}
 - {name: Host-0, address: 192.168.10.3, host: true}
+reservations: [{microvm: default/kept, address: 192.168.10.80}]
 pki: %[1]s/hub
 token-file: %[1]s/token
 registry: %[1]s/registry
@@ -182,6 +183,10 @@ func TestNames(t *testing.T) {
 	all()
 	if f := n.heard(t, true); f.GetDns().GetNames() != 4 || f.GetHosts()[0].GetMicrovms() != 3 || f.GetHosts()[0].GetSilent() != nil {
 		t.Errorf("facts: %v, %v", f.GetDns(), f.GetHosts())
+	}
+	r, err := n.hub.ListLeases(t.Context(), &ingotv1.ListLeasesRequest{})
+	if err != nil || len(r.GetLeases()) != 2 || r.GetLeases()[1].GetMicrovm() != "default/kept" || r.GetLeases()[1].GetIp() != "192.168.10.80" || r.GetLeases()[1].GetState() != "reserved" {
+		t.Errorf("leases: %v, %v", r, err)
 	}
 
 	// Neither the hub's crash nor a host that is silent changes a name.
