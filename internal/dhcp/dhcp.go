@@ -61,6 +61,8 @@ type Subnet struct {
 	Options Options
 
 	DefaultLease, MaxLease, MinLease time.Duration // 0: the server's
+
+	line int // of a file that says so
 }
 
 // Range is the addresses from First to Last.
