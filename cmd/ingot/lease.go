@@ -31,7 +31,7 @@ type leaseView struct {
 
 func leaseCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "lease", Short: "The addresses that the hub gives"}
-	cmd.AddCommand(leaseListCommand(), leaseShowCommand(), leaseReleaseCommand(), leaseReserveCommand(), leaseUnreserveCommand())
+	cmd.AddCommand(leaseListCommand(), leaseShowCommand(), leaseReleaseCommand(), leaseReserveCommand(), leaseUnreserveCommand(), leaseImportCommand())
 	return cmd
 }
 

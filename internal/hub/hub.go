@@ -144,8 +144,9 @@ type Hub struct {
 	dns      *dns.Server
 	registry *registry.Server
 	guests   *guests
-	heard    run.Task    // has the guests hear hosts
-	vpn      *vpn.Server // nil: nobody comes in
+	heard    run.Task      // has the guests hear hosts
+	vpn      *vpn.Server   // nil: nobody comes in
+	again    chan struct{} // a new configuration has come
 }
 
 // New makes a hub of its configuration.
@@ -158,27 +159,18 @@ func New(c Config, log *slog.Logger) (*Hub, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &Hub{c: c, log: log, token: token, shown: shown, began: time.Now()}
+	h := &Hub{c: c, log: log, token: token, shown: shown, began: time.Now(), again: make(chan struct{}, 1)}
 	h.guests = newGuests(c.Machines, guestsFile, h.dial, log)
 	h.heard = run.Func("microvms", h.guests.run)
-	var machines []netip.Prefix
-	for _, m := range c.Machines {
-		machines = append(machines, netip.PrefixFrom(m.Address, m.Address.BitLen()))
-	}
-	var kept []dhcp.Reservation
-	for _, r := range c.Reservations {
-		kept = append(kept, dhcp.Reservation{IP: r.Address, MicroVM: r.MicroVM})
-	}
-	h.dhcp, err = dhcp.New(dhcp.Config{
-		Interface: c.Interface, Server: c.Address, Authoritative: true,
-		Subnets: []dhcp.Subnet{{
-			Prefix: c.Subnet, Ranges: []dhcp.Range{{First: c.First, Last: c.Last}}, Exclude: machines,
-			Options: dhcp.Options{Routers: []netip.Addr{c.Address}, DNS: []netip.Addr{c.Address}, Domain: c.Domain},
-		}},
-		Reservations: kept, MicroVM: h.microVM,
-		LeaseFile: leasesFile, ConfigFile: dhcpConfigFile, DefaultsFile: dhcpDefaultsFile, Log: log,
-	})
+	text, err := imported()
 	if err != nil {
+		return nil, err
+	}
+	serves, _, err := h.beside(text) // what is left was told when it was imported
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", importedFile, err)
+	}
+	if h.dhcp, err = dhcp.New(serves); err != nil {
 		return nil, err
 	}
 	names := []netip.Prefix{c.Subnet, netip.PrefixFrom(c.Address, 32)}
@@ -230,6 +222,7 @@ func (h *Hub) Run(ctx context.Context) error {
 		ready()
 		return h.shown.Run(ctx)
 	})}
+	tasks = append(tasks, run.Func("configuration", h.awaitConfig))
 	if h.vpn != nil {
 		tasks = append(tasks, h.vpn)
 	} else if err := vpn.Forget(vpnDir, vpnInterface); err != nil {

@@ -57,7 +57,7 @@ type service struct {
 }
 
 func (s *service) lease(l dhcp.Lease) *ingotv1.Lease {
-	m := &ingotv1.Lease{Ip: l.IP.String(), Mac: l.MAC.String(), Hostname: l.Hostname, State: l.State, Reserved: l.Reserved}
+	m := &ingotv1.Lease{Ip: l.IP.String(), Mac: l.MAC.String(), Hostname: l.Hostname, State: l.State, Reserved: l.Reserved, ClientId: l.ClientID}
 	if g := s.guests.withMAC(l.MAC); g != nil {
 		m.Microvm = g.String()
 	} else if l.State == dhcp.Reserved {

@@ -111,9 +111,10 @@ type Lease struct {
 	Hostname      string                 `protobuf:"bytes,3,opt,name=hostname,proto3" json:"hostname,omitempty"`
 	Starts        *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=starts,proto3" json:"starts,omitempty"`
 	Ends          *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=ends,proto3" json:"ends,omitempty"`
-	State         string                 `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`        // active, reserved, offered, released, expired, declined
-	Reserved      bool                   `protobuf:"varint,7,opt,name=reserved,proto3" json:"reserved,omitempty"` // the address is kept for this client, in any state
-	Microvm       string                 `protobuf:"bytes,8,opt,name=microvm,proto3" json:"microvm,omitempty"`    // NAMESPACE/NAME of whose it is; empty: no microVM's
+	State         string                 `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`                       // active, reserved, offered, released, expired, declined
+	Reserved      bool                   `protobuf:"varint,7,opt,name=reserved,proto3" json:"reserved,omitempty"`                // the address is kept for this client, in any state
+	Microvm       string                 `protobuf:"bytes,8,opt,name=microvm,proto3" json:"microvm,omitempty"`                   // NAMESPACE/NAME of whose it is; empty: no microVM's
+	ClientId      []byte                 `protobuf:"bytes,9,opt,name=client_id,json=clientId,proto3" json:"client_id,omitempty"` // as DHCP clients tell it, if they do
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -202,6 +203,13 @@ func (x *Lease) GetMicrovm() string {
 		return x.Microvm
 	}
 	return ""
+}
+
+func (x *Lease) GetClientId() []byte {
+	if x != nil {
+		return x.ClientId
+	}
+	return nil
 }
 
 type ReserveRequest struct {
@@ -376,6 +384,313 @@ func (x *ReleaseLeaseRequest) GetMac() string {
 	return ""
 }
 
+type ImportLeasesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Those whose state is reserved are reservations: for the MAC address, else the client
+	// identifier, else the name in hostname.
+	Leases        []*Lease `protobuf:"bytes,1,rep,name=leases,proto3" json:"leases,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportLeasesRequest) Reset() {
+	*x = ImportLeasesRequest{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportLeasesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportLeasesRequest) ProtoMessage() {}
+
+func (x *ImportLeasesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportLeasesRequest.ProtoReflect.Descriptor instead.
+func (*ImportLeasesRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ImportLeasesRequest) GetLeases() []*Lease {
+	if x != nil {
+		return x.Leases
+	}
+	return nil
+}
+
+type ImportLeasesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Left          []*NotImported         `protobuf:"bytes,1,rep,name=left,proto3" json:"left,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportLeasesResponse) Reset() {
+	*x = ImportLeasesResponse{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportLeasesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportLeasesResponse) ProtoMessage() {}
+
+func (x *ImportLeasesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportLeasesResponse.ProtoReflect.Descriptor instead.
+func (*ImportLeasesResponse) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *ImportLeasesResponse) GetLeft() []*NotImported {
+	if x != nil {
+		return x.Left
+	}
+	return nil
+}
+
+type NotImported struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ip            string                 `protobuf:"bytes,1,opt,name=ip,proto3" json:"ip,omitempty"`
+	Mac           string                 `protobuf:"bytes,2,opt,name=mac,proto3" json:"mac,omitempty"`
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NotImported) Reset() {
+	*x = NotImported{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NotImported) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NotImported) ProtoMessage() {}
+
+func (x *NotImported) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NotImported.ProtoReflect.Descriptor instead.
+func (*NotImported) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *NotImported) GetIp() string {
+	if x != nil {
+		return x.Ip
+	}
+	return ""
+}
+
+func (x *NotImported) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+func (x *NotImported) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type ConfigureDHCPRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Config        string                 `protobuf:"bytes,1,opt,name=config,proto3" json:"config,omitempty"` // the text of a dhcpd.conf. Its hosts are not part of it.
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConfigureDHCPRequest) Reset() {
+	*x = ConfigureDHCPRequest{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConfigureDHCPRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConfigureDHCPRequest) ProtoMessage() {}
+
+func (x *ConfigureDHCPRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConfigureDHCPRequest.ProtoReflect.Descriptor instead.
+func (*ConfigureDHCPRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ConfigureDHCPRequest) GetConfig() string {
+	if x != nil {
+		return x.Config
+	}
+	return ""
+}
+
+type ConfigureDHCPResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Changed       bool                   `protobuf:"varint,1,opt,name=changed,proto3" json:"changed,omitempty"` // the hub starts again
+	Left          []*LeftLine            `protobuf:"bytes,2,rep,name=left,proto3" json:"left,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConfigureDHCPResponse) Reset() {
+	*x = ConfigureDHCPResponse{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConfigureDHCPResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConfigureDHCPResponse) ProtoMessage() {}
+
+func (x *ConfigureDHCPResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConfigureDHCPResponse.ProtoReflect.Descriptor instead.
+func (*ConfigureDHCPResponse) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ConfigureDHCPResponse) GetChanged() bool {
+	if x != nil {
+		return x.Changed
+	}
+	return false
+}
+
+func (x *ConfigureDHCPResponse) GetLeft() []*LeftLine {
+	if x != nil {
+		return x.Left
+	}
+	return nil
+}
+
+// LeftLine is a line of a configuration that is not carried over.
+type LeftLine struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Line          int32                  `protobuf:"varint,1,opt,name=line,proto3" json:"line,omitempty"`
+	Text          string                 `protobuf:"bytes,2,opt,name=text,proto3" json:"text,omitempty"`
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeftLine) Reset() {
+	*x = LeftLine{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeftLine) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeftLine) ProtoMessage() {}
+
+func (x *LeftLine) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeftLine.ProtoReflect.Descriptor instead.
+func (*LeftLine) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *LeftLine) GetLine() int32 {
+	if x != nil {
+		return x.Line
+	}
+	return 0
+}
+
+func (x *LeftLine) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+func (x *LeftLine) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 type AddVPNPeerRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -386,7 +701,7 @@ type AddVPNPeerRequest struct {
 
 func (x *AddVPNPeerRequest) Reset() {
 	*x = AddVPNPeerRequest{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[6]
+	mi := &file_ingot_v1_hub_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -398,7 +713,7 @@ func (x *AddVPNPeerRequest) String() string {
 func (*AddVPNPeerRequest) ProtoMessage() {}
 
 func (x *AddVPNPeerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[6]
+	mi := &file_ingot_v1_hub_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -411,7 +726,7 @@ func (x *AddVPNPeerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddVPNPeerRequest.ProtoReflect.Descriptor instead.
 func (*AddVPNPeerRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{6}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *AddVPNPeerRequest) GetName() string {
@@ -442,7 +757,7 @@ type AddVPNPeerResponse struct {
 
 func (x *AddVPNPeerResponse) Reset() {
 	*x = AddVPNPeerResponse{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[7]
+	mi := &file_ingot_v1_hub_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -454,7 +769,7 @@ func (x *AddVPNPeerResponse) String() string {
 func (*AddVPNPeerResponse) ProtoMessage() {}
 
 func (x *AddVPNPeerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[7]
+	mi := &file_ingot_v1_hub_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -467,7 +782,7 @@ func (x *AddVPNPeerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddVPNPeerResponse.ProtoReflect.Descriptor instead.
 func (*AddVPNPeerResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{7}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *AddVPNPeerResponse) GetPeer() *VPNPeer {
@@ -521,7 +836,7 @@ type RemoveVPNPeerRequest struct {
 
 func (x *RemoveVPNPeerRequest) Reset() {
 	*x = RemoveVPNPeerRequest{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[8]
+	mi := &file_ingot_v1_hub_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -533,7 +848,7 @@ func (x *RemoveVPNPeerRequest) String() string {
 func (*RemoveVPNPeerRequest) ProtoMessage() {}
 
 func (x *RemoveVPNPeerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[8]
+	mi := &file_ingot_v1_hub_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -546,7 +861,7 @@ func (x *RemoveVPNPeerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveVPNPeerRequest.ProtoReflect.Descriptor instead.
 func (*RemoveVPNPeerRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{8}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RemoveVPNPeerRequest) GetName() string {
@@ -564,7 +879,7 @@ type ListVPNPeersRequest struct {
 
 func (x *ListVPNPeersRequest) Reset() {
 	*x = ListVPNPeersRequest{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[9]
+	mi := &file_ingot_v1_hub_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -576,7 +891,7 @@ func (x *ListVPNPeersRequest) String() string {
 func (*ListVPNPeersRequest) ProtoMessage() {}
 
 func (x *ListVPNPeersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[9]
+	mi := &file_ingot_v1_hub_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -589,7 +904,7 @@ func (x *ListVPNPeersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVPNPeersRequest.ProtoReflect.Descriptor instead.
 func (*ListVPNPeersRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{9}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{15}
 }
 
 type ListVPNPeersResponse struct {
@@ -601,7 +916,7 @@ type ListVPNPeersResponse struct {
 
 func (x *ListVPNPeersResponse) Reset() {
 	*x = ListVPNPeersResponse{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[10]
+	mi := &file_ingot_v1_hub_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -613,7 +928,7 @@ func (x *ListVPNPeersResponse) String() string {
 func (*ListVPNPeersResponse) ProtoMessage() {}
 
 func (x *ListVPNPeersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[10]
+	mi := &file_ingot_v1_hub_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -626,7 +941,7 @@ func (x *ListVPNPeersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVPNPeersResponse.ProtoReflect.Descriptor instead.
 func (*ListVPNPeersResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{10}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListVPNPeersResponse) GetPeers() []*VPNPeer {
@@ -655,7 +970,7 @@ type VPNPeer struct {
 
 func (x *VPNPeer) Reset() {
 	*x = VPNPeer{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[11]
+	mi := &file_ingot_v1_hub_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -667,7 +982,7 @@ func (x *VPNPeer) String() string {
 func (*VPNPeer) ProtoMessage() {}
 
 func (x *VPNPeer) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[11]
+	mi := &file_ingot_v1_hub_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -680,7 +995,7 @@ func (x *VPNPeer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VPNPeer.ProtoReflect.Descriptor instead.
 func (*VPNPeer) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{11}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *VPNPeer) GetName() string {
@@ -756,7 +1071,7 @@ type PingRequest struct {
 
 func (x *PingRequest) Reset() {
 	*x = PingRequest{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[12]
+	mi := &file_ingot_v1_hub_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -768,7 +1083,7 @@ func (x *PingRequest) String() string {
 func (*PingRequest) ProtoMessage() {}
 
 func (x *PingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[12]
+	mi := &file_ingot_v1_hub_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -781,7 +1096,7 @@ func (x *PingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingRequest.ProtoReflect.Descriptor instead.
 func (*PingRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{12}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PingRequest) GetAddress() string {
@@ -807,7 +1122,7 @@ type PingResponse struct {
 
 func (x *PingResponse) Reset() {
 	*x = PingResponse{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[13]
+	mi := &file_ingot_v1_hub_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -819,7 +1134,7 @@ func (x *PingResponse) String() string {
 func (*PingResponse) ProtoMessage() {}
 
 func (x *PingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[13]
+	mi := &file_ingot_v1_hub_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -832,7 +1147,7 @@ func (x *PingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingResponse.ProtoReflect.Descriptor instead.
 func (*PingResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{13}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PingResponse) GetRoundTrip() *durationpb.Duration {
@@ -863,7 +1178,7 @@ type HubFacts struct {
 
 func (x *HubFacts) Reset() {
 	*x = HubFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[14]
+	mi := &file_ingot_v1_hub_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -875,7 +1190,7 @@ func (x *HubFacts) String() string {
 func (*HubFacts) ProtoMessage() {}
 
 func (x *HubFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[14]
+	mi := &file_ingot_v1_hub_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -888,7 +1203,7 @@ func (x *HubFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HubFacts.ProtoReflect.Descriptor instead.
 func (*HubFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{14}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *HubFacts) GetHostname() string {
@@ -990,7 +1305,7 @@ type HeardHost struct {
 
 func (x *HeardHost) Reset() {
 	*x = HeardHost{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[15]
+	mi := &file_ingot_v1_hub_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1002,7 +1317,7 @@ func (x *HeardHost) String() string {
 func (*HeardHost) ProtoMessage() {}
 
 func (x *HeardHost) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[15]
+	mi := &file_ingot_v1_hub_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1015,7 +1330,7 @@ func (x *HeardHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeardHost.ProtoReflect.Descriptor instead.
 func (*HeardHost) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{15}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *HeardHost) GetName() string {
@@ -1070,7 +1385,7 @@ type VPNFacts struct {
 
 func (x *VPNFacts) Reset() {
 	*x = VPNFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[16]
+	mi := &file_ingot_v1_hub_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1082,7 +1397,7 @@ func (x *VPNFacts) String() string {
 func (*VPNFacts) ProtoMessage() {}
 
 func (x *VPNFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[16]
+	mi := &file_ingot_v1_hub_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1095,7 +1410,7 @@ func (x *VPNFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VPNFacts.ProtoReflect.Descriptor instead.
 func (*VPNFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{16}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *VPNFacts) GetServing() bool {
@@ -1190,7 +1505,7 @@ type DHCPFacts struct {
 
 func (x *DHCPFacts) Reset() {
 	*x = DHCPFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[17]
+	mi := &file_ingot_v1_hub_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1202,7 +1517,7 @@ func (x *DHCPFacts) String() string {
 func (*DHCPFacts) ProtoMessage() {}
 
 func (x *DHCPFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[17]
+	mi := &file_ingot_v1_hub_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1215,7 +1530,7 @@ func (x *DHCPFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DHCPFacts.ProtoReflect.Descriptor instead.
 func (*DHCPFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{17}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *DHCPFacts) GetServing() bool {
@@ -1364,7 +1679,7 @@ type ForeignDHCP struct {
 
 func (x *ForeignDHCP) Reset() {
 	*x = ForeignDHCP{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[18]
+	mi := &file_ingot_v1_hub_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1376,7 +1691,7 @@ func (x *ForeignDHCP) String() string {
 func (*ForeignDHCP) ProtoMessage() {}
 
 func (x *ForeignDHCP) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[18]
+	mi := &file_ingot_v1_hub_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1389,7 +1704,7 @@ func (x *ForeignDHCP) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignDHCP.ProtoReflect.Descriptor instead.
 func (*ForeignDHCP) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{18}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ForeignDHCP) GetServer() string {
@@ -1433,7 +1748,7 @@ type DNSFacts struct {
 
 func (x *DNSFacts) Reset() {
 	*x = DNSFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[19]
+	mi := &file_ingot_v1_hub_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1445,7 +1760,7 @@ func (x *DNSFacts) String() string {
 func (*DNSFacts) ProtoMessage() {}
 
 func (x *DNSFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[19]
+	mi := &file_ingot_v1_hub_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1458,7 +1773,7 @@ func (x *DNSFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DNSFacts.ProtoReflect.Descriptor instead.
 func (*DNSFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{19}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DNSFacts) GetServing() bool {
@@ -1509,7 +1824,7 @@ type NATFacts struct {
 
 func (x *NATFacts) Reset() {
 	*x = NATFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[20]
+	mi := &file_ingot_v1_hub_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1521,7 +1836,7 @@ func (x *NATFacts) String() string {
 func (*NATFacts) ProtoMessage() {}
 
 func (x *NATFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[20]
+	mi := &file_ingot_v1_hub_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1534,7 +1849,7 @@ func (x *NATFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NATFacts.ProtoReflect.Descriptor instead.
 func (*NATFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{20}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *NATFacts) GetForwarding() bool {
@@ -1583,7 +1898,7 @@ type NATRule struct {
 
 func (x *NATRule) Reset() {
 	*x = NATRule{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[21]
+	mi := &file_ingot_v1_hub_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1595,7 +1910,7 @@ func (x *NATRule) String() string {
 func (*NATRule) ProtoMessage() {}
 
 func (x *NATRule) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[21]
+	mi := &file_ingot_v1_hub_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1608,7 +1923,7 @@ func (x *NATRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NATRule.ProtoReflect.Descriptor instead.
 func (*NATRule) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{21}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *NATRule) GetRule() string {
@@ -1638,7 +1953,7 @@ type RegistryFacts struct {
 
 func (x *RegistryFacts) Reset() {
 	*x = RegistryFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[22]
+	mi := &file_ingot_v1_hub_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1650,7 +1965,7 @@ func (x *RegistryFacts) String() string {
 func (*RegistryFacts) ProtoMessage() {}
 
 func (x *RegistryFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[22]
+	mi := &file_ingot_v1_hub_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1663,7 +1978,7 @@ func (x *RegistryFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryFacts.ProtoReflect.Descriptor instead.
 func (*RegistryFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{22}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *RegistryFacts) GetServing() bool {
@@ -1708,7 +2023,7 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\x12ingot/v1/hub.proto\x12\bingot.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13ingot/v1/host.proto\"\x13\n" +
 	"\x11ListLeasesRequest\"=\n" +
 	"\x12ListLeasesResponse\x12'\n" +
-	"\x06leases\x18\x01 \x03(\v2\x0f.ingot.v1.LeaseR\x06leases\"\xf5\x01\n" +
+	"\x06leases\x18\x01 \x03(\v2\x0f.ingot.v1.LeaseR\x06leases\"\x92\x02\n" +
 	"\x05Lease\x12\x0e\n" +
 	"\x02ip\x18\x01 \x01(\tR\x02ip\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x1a\n" +
@@ -1717,7 +2032,8 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\x04ends\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x04ends\x12\x14\n" +
 	"\x05state\x18\x06 \x01(\tR\x05state\x12\x1a\n" +
 	"\breserved\x18\a \x01(\bR\breserved\x12\x18\n" +
-	"\amicrovm\x18\b \x01(\tR\amicrovm\"L\n" +
+	"\amicrovm\x18\b \x01(\tR\amicrovm\x12\x1b\n" +
+	"\tclient_id\x18\t \x01(\fR\bclientId\"L\n" +
 	"\x0eReserveRequest\x12\x10\n" +
 	"\x03mac\x18\x01 \x01(\tR\x03mac\x12\x0e\n" +
 	"\x02ip\x18\x02 \x01(\tR\x02ip\x12\x18\n" +
@@ -1728,7 +2044,24 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\amicrovm\x18\x03 \x01(\tR\amicrovm\"7\n" +
 	"\x13ReleaseLeaseRequest\x12\x0e\n" +
 	"\x02ip\x18\x01 \x01(\tR\x02ip\x12\x10\n" +
-	"\x03mac\x18\x02 \x01(\tR\x03mac\"F\n" +
+	"\x03mac\x18\x02 \x01(\tR\x03mac\">\n" +
+	"\x13ImportLeasesRequest\x12'\n" +
+	"\x06leases\x18\x01 \x03(\v2\x0f.ingot.v1.LeaseR\x06leases\"A\n" +
+	"\x14ImportLeasesResponse\x12)\n" +
+	"\x04left\x18\x01 \x03(\v2\x15.ingot.v1.NotImportedR\x04left\"G\n" +
+	"\vNotImported\x12\x0e\n" +
+	"\x02ip\x18\x01 \x01(\tR\x02ip\x12\x10\n" +
+	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\".\n" +
+	"\x14ConfigureDHCPRequest\x12\x16\n" +
+	"\x06config\x18\x01 \x01(\tR\x06config\"Y\n" +
+	"\x15ConfigureDHCPResponse\x12\x18\n" +
+	"\achanged\x18\x01 \x01(\bR\achanged\x12&\n" +
+	"\x04left\x18\x02 \x03(\v2\x12.ingot.v1.LeftLineR\x04left\"J\n" +
+	"\bLeftLine\x12\x12\n" +
+	"\x04line\x18\x01 \x01(\x05R\x04line\x12\x12\n" +
+	"\x04text\x18\x02 \x01(\tR\x04text\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"F\n" +
 	"\x11AddVPNPeerRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
@@ -1851,13 +2184,15 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12\x18\n" +
 	"\aaddress\x18\x03 \x01(\tR\aaddress\x12\"\n" +
 	"\frepositories\x18\x04 \x03(\tR\frepositories\x12\x10\n" +
-	"\x03dir\x18\x05 \x01(\tR\x03dir2\xd9\x04\n" +
+	"\x03dir\x18\x05 \x01(\tR\x03dir2\xfa\x05\n" +
 	"\x03Hub\x12G\n" +
 	"\n" +
 	"ListLeases\x12\x1b.ingot.v1.ListLeasesRequest\x1a\x1c.ingot.v1.ListLeasesResponse\x124\n" +
 	"\aReserve\x12\x18.ingot.v1.ReserveRequest\x1a\x0f.ingot.v1.Lease\x12?\n" +
 	"\tUnreserve\x12\x1a.ingot.v1.UnreserveRequest\x1a\x16.google.protobuf.Empty\x12E\n" +
-	"\fReleaseLease\x12\x1d.ingot.v1.ReleaseLeaseRequest\x1a\x16.google.protobuf.Empty\x123\n" +
+	"\fReleaseLease\x12\x1d.ingot.v1.ReleaseLeaseRequest\x1a\x16.google.protobuf.Empty\x12M\n" +
+	"\fImportLeases\x12\x1d.ingot.v1.ImportLeasesRequest\x1a\x1e.ingot.v1.ImportLeasesResponse\x12P\n" +
+	"\rConfigureDHCP\x12\x1e.ingot.v1.ConfigureDHCPRequest\x1a\x1f.ingot.v1.ConfigureDHCPResponse\x123\n" +
 	"\x05Facts\x12\x16.google.protobuf.Empty\x1a\x12.ingot.v1.HubFacts\x12G\n" +
 	"\n" +
 	"AddVPNPeer\x12\x1b.ingot.v1.AddVPNPeerRequest\x1a\x1c.ingot.v1.AddVPNPeerResponse\x12G\n" +
@@ -1877,7 +2212,7 @@ func file_ingot_v1_hub_proto_rawDescGZIP() []byte {
 	return file_ingot_v1_hub_proto_rawDescData
 }
 
-var file_ingot_v1_hub_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_ingot_v1_hub_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_ingot_v1_hub_proto_goTypes = []any{
 	(*ListLeasesRequest)(nil),     // 0: ingot.v1.ListLeasesRequest
 	(*ListLeasesResponse)(nil),    // 1: ingot.v1.ListLeasesResponse
@@ -1885,78 +2220,91 @@ var file_ingot_v1_hub_proto_goTypes = []any{
 	(*ReserveRequest)(nil),        // 3: ingot.v1.ReserveRequest
 	(*UnreserveRequest)(nil),      // 4: ingot.v1.UnreserveRequest
 	(*ReleaseLeaseRequest)(nil),   // 5: ingot.v1.ReleaseLeaseRequest
-	(*AddVPNPeerRequest)(nil),     // 6: ingot.v1.AddVPNPeerRequest
-	(*AddVPNPeerResponse)(nil),    // 7: ingot.v1.AddVPNPeerResponse
-	(*RemoveVPNPeerRequest)(nil),  // 8: ingot.v1.RemoveVPNPeerRequest
-	(*ListVPNPeersRequest)(nil),   // 9: ingot.v1.ListVPNPeersRequest
-	(*ListVPNPeersResponse)(nil),  // 10: ingot.v1.ListVPNPeersResponse
-	(*VPNPeer)(nil),               // 11: ingot.v1.VPNPeer
-	(*PingRequest)(nil),           // 12: ingot.v1.PingRequest
-	(*PingResponse)(nil),          // 13: ingot.v1.PingResponse
-	(*HubFacts)(nil),              // 14: ingot.v1.HubFacts
-	(*HeardHost)(nil),             // 15: ingot.v1.HeardHost
-	(*VPNFacts)(nil),              // 16: ingot.v1.VPNFacts
-	(*DHCPFacts)(nil),             // 17: ingot.v1.DHCPFacts
-	(*ForeignDHCP)(nil),           // 18: ingot.v1.ForeignDHCP
-	(*DNSFacts)(nil),              // 19: ingot.v1.DNSFacts
-	(*NATFacts)(nil),              // 20: ingot.v1.NATFacts
-	(*NATRule)(nil),               // 21: ingot.v1.NATRule
-	(*RegistryFacts)(nil),         // 22: ingot.v1.RegistryFacts
-	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 24: google.protobuf.Duration
-	(*InterfaceFacts)(nil),        // 25: ingot.v1.InterfaceFacts
-	(*emptypb.Empty)(nil),         // 26: google.protobuf.Empty
+	(*ImportLeasesRequest)(nil),   // 6: ingot.v1.ImportLeasesRequest
+	(*ImportLeasesResponse)(nil),  // 7: ingot.v1.ImportLeasesResponse
+	(*NotImported)(nil),           // 8: ingot.v1.NotImported
+	(*ConfigureDHCPRequest)(nil),  // 9: ingot.v1.ConfigureDHCPRequest
+	(*ConfigureDHCPResponse)(nil), // 10: ingot.v1.ConfigureDHCPResponse
+	(*LeftLine)(nil),              // 11: ingot.v1.LeftLine
+	(*AddVPNPeerRequest)(nil),     // 12: ingot.v1.AddVPNPeerRequest
+	(*AddVPNPeerResponse)(nil),    // 13: ingot.v1.AddVPNPeerResponse
+	(*RemoveVPNPeerRequest)(nil),  // 14: ingot.v1.RemoveVPNPeerRequest
+	(*ListVPNPeersRequest)(nil),   // 15: ingot.v1.ListVPNPeersRequest
+	(*ListVPNPeersResponse)(nil),  // 16: ingot.v1.ListVPNPeersResponse
+	(*VPNPeer)(nil),               // 17: ingot.v1.VPNPeer
+	(*PingRequest)(nil),           // 18: ingot.v1.PingRequest
+	(*PingResponse)(nil),          // 19: ingot.v1.PingResponse
+	(*HubFacts)(nil),              // 20: ingot.v1.HubFacts
+	(*HeardHost)(nil),             // 21: ingot.v1.HeardHost
+	(*VPNFacts)(nil),              // 22: ingot.v1.VPNFacts
+	(*DHCPFacts)(nil),             // 23: ingot.v1.DHCPFacts
+	(*ForeignDHCP)(nil),           // 24: ingot.v1.ForeignDHCP
+	(*DNSFacts)(nil),              // 25: ingot.v1.DNSFacts
+	(*NATFacts)(nil),              // 26: ingot.v1.NATFacts
+	(*NATRule)(nil),               // 27: ingot.v1.NATRule
+	(*RegistryFacts)(nil),         // 28: ingot.v1.RegistryFacts
+	(*timestamppb.Timestamp)(nil), // 29: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
+	(*InterfaceFacts)(nil),        // 31: ingot.v1.InterfaceFacts
+	(*emptypb.Empty)(nil),         // 32: google.protobuf.Empty
 }
 var file_ingot_v1_hub_proto_depIdxs = []int32{
 	2,  // 0: ingot.v1.ListLeasesResponse.leases:type_name -> ingot.v1.Lease
-	23, // 1: ingot.v1.Lease.starts:type_name -> google.protobuf.Timestamp
-	23, // 2: ingot.v1.Lease.ends:type_name -> google.protobuf.Timestamp
-	11, // 3: ingot.v1.AddVPNPeerResponse.peer:type_name -> ingot.v1.VPNPeer
-	11, // 4: ingot.v1.ListVPNPeersResponse.peers:type_name -> ingot.v1.VPNPeer
-	23, // 5: ingot.v1.VPNPeer.added:type_name -> google.protobuf.Timestamp
-	23, // 6: ingot.v1.VPNPeer.handshake:type_name -> google.protobuf.Timestamp
-	24, // 7: ingot.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
-	24, // 8: ingot.v1.PingResponse.round_trip:type_name -> google.protobuf.Duration
-	24, // 9: ingot.v1.HubFacts.uptime:type_name -> google.protobuf.Duration
-	25, // 10: ingot.v1.HubFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
-	17, // 11: ingot.v1.HubFacts.dhcp:type_name -> ingot.v1.DHCPFacts
-	19, // 12: ingot.v1.HubFacts.dns:type_name -> ingot.v1.DNSFacts
-	20, // 13: ingot.v1.HubFacts.nat:type_name -> ingot.v1.NATFacts
-	22, // 14: ingot.v1.HubFacts.registry:type_name -> ingot.v1.RegistryFacts
-	16, // 15: ingot.v1.HubFacts.vpn:type_name -> ingot.v1.VPNFacts
-	15, // 16: ingot.v1.HubFacts.hosts:type_name -> ingot.v1.HeardHost
-	24, // 17: ingot.v1.HeardHost.silent:type_name -> google.protobuf.Duration
-	11, // 18: ingot.v1.VPNFacts.peers:type_name -> ingot.v1.VPNPeer
-	24, // 19: ingot.v1.DHCPFacts.default_lease:type_name -> google.protobuf.Duration
-	24, // 20: ingot.v1.DHCPFacts.max_lease:type_name -> google.protobuf.Duration
-	18, // 21: ingot.v1.DHCPFacts.foreign:type_name -> ingot.v1.ForeignDHCP
-	24, // 22: ingot.v1.DHCPFacts.since_conflict:type_name -> google.protobuf.Duration
-	24, // 23: ingot.v1.DHCPFacts.since_exhausted:type_name -> google.protobuf.Duration
-	24, // 24: ingot.v1.ForeignDHCP.since:type_name -> google.protobuf.Duration
-	21, // 25: ingot.v1.NATFacts.rules:type_name -> ingot.v1.NATRule
-	0,  // 26: ingot.v1.Hub.ListLeases:input_type -> ingot.v1.ListLeasesRequest
-	3,  // 27: ingot.v1.Hub.Reserve:input_type -> ingot.v1.ReserveRequest
-	4,  // 28: ingot.v1.Hub.Unreserve:input_type -> ingot.v1.UnreserveRequest
-	5,  // 29: ingot.v1.Hub.ReleaseLease:input_type -> ingot.v1.ReleaseLeaseRequest
-	26, // 30: ingot.v1.Hub.Facts:input_type -> google.protobuf.Empty
-	6,  // 31: ingot.v1.Hub.AddVPNPeer:input_type -> ingot.v1.AddVPNPeerRequest
-	8,  // 32: ingot.v1.Hub.RemoveVPNPeer:input_type -> ingot.v1.RemoveVPNPeerRequest
-	9,  // 33: ingot.v1.Hub.ListVPNPeers:input_type -> ingot.v1.ListVPNPeersRequest
-	12, // 34: ingot.v1.Hub.Ping:input_type -> ingot.v1.PingRequest
-	1,  // 35: ingot.v1.Hub.ListLeases:output_type -> ingot.v1.ListLeasesResponse
-	2,  // 36: ingot.v1.Hub.Reserve:output_type -> ingot.v1.Lease
-	26, // 37: ingot.v1.Hub.Unreserve:output_type -> google.protobuf.Empty
-	26, // 38: ingot.v1.Hub.ReleaseLease:output_type -> google.protobuf.Empty
-	14, // 39: ingot.v1.Hub.Facts:output_type -> ingot.v1.HubFacts
-	7,  // 40: ingot.v1.Hub.AddVPNPeer:output_type -> ingot.v1.AddVPNPeerResponse
-	26, // 41: ingot.v1.Hub.RemoveVPNPeer:output_type -> google.protobuf.Empty
-	10, // 42: ingot.v1.Hub.ListVPNPeers:output_type -> ingot.v1.ListVPNPeersResponse
-	13, // 43: ingot.v1.Hub.Ping:output_type -> ingot.v1.PingResponse
-	35, // [35:44] is the sub-list for method output_type
-	26, // [26:35] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	29, // 1: ingot.v1.Lease.starts:type_name -> google.protobuf.Timestamp
+	29, // 2: ingot.v1.Lease.ends:type_name -> google.protobuf.Timestamp
+	2,  // 3: ingot.v1.ImportLeasesRequest.leases:type_name -> ingot.v1.Lease
+	8,  // 4: ingot.v1.ImportLeasesResponse.left:type_name -> ingot.v1.NotImported
+	11, // 5: ingot.v1.ConfigureDHCPResponse.left:type_name -> ingot.v1.LeftLine
+	17, // 6: ingot.v1.AddVPNPeerResponse.peer:type_name -> ingot.v1.VPNPeer
+	17, // 7: ingot.v1.ListVPNPeersResponse.peers:type_name -> ingot.v1.VPNPeer
+	29, // 8: ingot.v1.VPNPeer.added:type_name -> google.protobuf.Timestamp
+	29, // 9: ingot.v1.VPNPeer.handshake:type_name -> google.protobuf.Timestamp
+	30, // 10: ingot.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
+	30, // 11: ingot.v1.PingResponse.round_trip:type_name -> google.protobuf.Duration
+	30, // 12: ingot.v1.HubFacts.uptime:type_name -> google.protobuf.Duration
+	31, // 13: ingot.v1.HubFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
+	23, // 14: ingot.v1.HubFacts.dhcp:type_name -> ingot.v1.DHCPFacts
+	25, // 15: ingot.v1.HubFacts.dns:type_name -> ingot.v1.DNSFacts
+	26, // 16: ingot.v1.HubFacts.nat:type_name -> ingot.v1.NATFacts
+	28, // 17: ingot.v1.HubFacts.registry:type_name -> ingot.v1.RegistryFacts
+	22, // 18: ingot.v1.HubFacts.vpn:type_name -> ingot.v1.VPNFacts
+	21, // 19: ingot.v1.HubFacts.hosts:type_name -> ingot.v1.HeardHost
+	30, // 20: ingot.v1.HeardHost.silent:type_name -> google.protobuf.Duration
+	17, // 21: ingot.v1.VPNFacts.peers:type_name -> ingot.v1.VPNPeer
+	30, // 22: ingot.v1.DHCPFacts.default_lease:type_name -> google.protobuf.Duration
+	30, // 23: ingot.v1.DHCPFacts.max_lease:type_name -> google.protobuf.Duration
+	24, // 24: ingot.v1.DHCPFacts.foreign:type_name -> ingot.v1.ForeignDHCP
+	30, // 25: ingot.v1.DHCPFacts.since_conflict:type_name -> google.protobuf.Duration
+	30, // 26: ingot.v1.DHCPFacts.since_exhausted:type_name -> google.protobuf.Duration
+	30, // 27: ingot.v1.ForeignDHCP.since:type_name -> google.protobuf.Duration
+	27, // 28: ingot.v1.NATFacts.rules:type_name -> ingot.v1.NATRule
+	0,  // 29: ingot.v1.Hub.ListLeases:input_type -> ingot.v1.ListLeasesRequest
+	3,  // 30: ingot.v1.Hub.Reserve:input_type -> ingot.v1.ReserveRequest
+	4,  // 31: ingot.v1.Hub.Unreserve:input_type -> ingot.v1.UnreserveRequest
+	5,  // 32: ingot.v1.Hub.ReleaseLease:input_type -> ingot.v1.ReleaseLeaseRequest
+	6,  // 33: ingot.v1.Hub.ImportLeases:input_type -> ingot.v1.ImportLeasesRequest
+	9,  // 34: ingot.v1.Hub.ConfigureDHCP:input_type -> ingot.v1.ConfigureDHCPRequest
+	32, // 35: ingot.v1.Hub.Facts:input_type -> google.protobuf.Empty
+	12, // 36: ingot.v1.Hub.AddVPNPeer:input_type -> ingot.v1.AddVPNPeerRequest
+	14, // 37: ingot.v1.Hub.RemoveVPNPeer:input_type -> ingot.v1.RemoveVPNPeerRequest
+	15, // 38: ingot.v1.Hub.ListVPNPeers:input_type -> ingot.v1.ListVPNPeersRequest
+	18, // 39: ingot.v1.Hub.Ping:input_type -> ingot.v1.PingRequest
+	1,  // 40: ingot.v1.Hub.ListLeases:output_type -> ingot.v1.ListLeasesResponse
+	2,  // 41: ingot.v1.Hub.Reserve:output_type -> ingot.v1.Lease
+	32, // 42: ingot.v1.Hub.Unreserve:output_type -> google.protobuf.Empty
+	32, // 43: ingot.v1.Hub.ReleaseLease:output_type -> google.protobuf.Empty
+	7,  // 44: ingot.v1.Hub.ImportLeases:output_type -> ingot.v1.ImportLeasesResponse
+	10, // 45: ingot.v1.Hub.ConfigureDHCP:output_type -> ingot.v1.ConfigureDHCPResponse
+	20, // 46: ingot.v1.Hub.Facts:output_type -> ingot.v1.HubFacts
+	13, // 47: ingot.v1.Hub.AddVPNPeer:output_type -> ingot.v1.AddVPNPeerResponse
+	32, // 48: ingot.v1.Hub.RemoveVPNPeer:output_type -> google.protobuf.Empty
+	16, // 49: ingot.v1.Hub.ListVPNPeers:output_type -> ingot.v1.ListVPNPeersResponse
+	19, // 50: ingot.v1.Hub.Ping:output_type -> ingot.v1.PingResponse
+	40, // [40:51] is the sub-list for method output_type
+	29, // [29:40] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_ingot_v1_hub_proto_init() }
@@ -1971,7 +2319,7 @@ func file_ingot_v1_hub_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ingot_v1_hub_proto_rawDesc), len(file_ingot_v1_hub_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   23,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

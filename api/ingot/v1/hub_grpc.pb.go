@@ -24,6 +24,8 @@ const (
 	Hub_Reserve_FullMethodName       = "/ingot.v1.Hub/Reserve"
 	Hub_Unreserve_FullMethodName     = "/ingot.v1.Hub/Unreserve"
 	Hub_ReleaseLease_FullMethodName  = "/ingot.v1.Hub/ReleaseLease"
+	Hub_ImportLeases_FullMethodName  = "/ingot.v1.Hub/ImportLeases"
+	Hub_ConfigureDHCP_FullMethodName = "/ingot.v1.Hub/ConfigureDHCP"
 	Hub_Facts_FullMethodName         = "/ingot.v1.Hub/Facts"
 	Hub_AddVPNPeer_FullMethodName    = "/ingot.v1.Hub/AddVPNPeer"
 	Hub_RemoveVPNPeer_FullMethodName = "/ingot.v1.Hub/RemoveVPNPeer"
@@ -45,6 +47,12 @@ type HubClient interface {
 	Unreserve(ctx context.Context, in *UnreserveRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
 	// ReleaseLease ends a lease before its time. NotFound says that there is none.
 	ReleaseLease(ctx context.Context, in *ReleaseLeaseRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
+	// ImportLeases takes another server's leases and reservations over. Nobody who has a
+	// lease here loses it; what is not taken is said.
+	ImportLeases(ctx context.Context, in *ImportLeasesRequest, opts ...grpc.CallOption) (*ImportLeasesResponse, error)
+	// ConfigureDHCP has the hub also serve as the configuration of an isc-dhcp-server
+	// said, from its next start on, for which it ends at once; empty: no more.
+	ConfigureDHCP(ctx context.Context, in *ConfigureDHCPRequest, opts ...grpc.CallOption) (*ConfigureDHCPResponse, error)
 	Facts(ctx context.Context, in *emptypb.Empty, opts ...grpc.CallOption) (*HubFacts, error)
 	// AddVPNPeer lets a device in, and says what it has to be told. To add it again
 	// changes nothing; AlreadyExists says that another one has the name or the key.
@@ -98,6 +106,26 @@ func (c *hubClient) ReleaseLease(ctx context.Context, in *ReleaseLeaseRequest, o
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(emptypb.Empty)
 	err := c.cc.Invoke(ctx, Hub_ReleaseLease_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hubClient) ImportLeases(ctx context.Context, in *ImportLeasesRequest, opts ...grpc.CallOption) (*ImportLeasesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ImportLeasesResponse)
+	err := c.cc.Invoke(ctx, Hub_ImportLeases_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hubClient) ConfigureDHCP(ctx context.Context, in *ConfigureDHCPRequest, opts ...grpc.CallOption) (*ConfigureDHCPResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ConfigureDHCPResponse)
+	err := c.cc.Invoke(ctx, Hub_ConfigureDHCP_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -168,6 +196,12 @@ type HubServer interface {
 	Unreserve(context.Context, *UnreserveRequest) (*emptypb.Empty, error)
 	// ReleaseLease ends a lease before its time. NotFound says that there is none.
 	ReleaseLease(context.Context, *ReleaseLeaseRequest) (*emptypb.Empty, error)
+	// ImportLeases takes another server's leases and reservations over. Nobody who has a
+	// lease here loses it; what is not taken is said.
+	ImportLeases(context.Context, *ImportLeasesRequest) (*ImportLeasesResponse, error)
+	// ConfigureDHCP has the hub also serve as the configuration of an isc-dhcp-server
+	// said, from its next start on, for which it ends at once; empty: no more.
+	ConfigureDHCP(context.Context, *ConfigureDHCPRequest) (*ConfigureDHCPResponse, error)
 	Facts(context.Context, *emptypb.Empty) (*HubFacts, error)
 	// AddVPNPeer lets a device in, and says what it has to be told. To add it again
 	// changes nothing; AlreadyExists says that another one has the name or the key.
@@ -198,6 +232,12 @@ func (UnimplementedHubServer) Unreserve(context.Context, *UnreserveRequest) (*em
 }
 func (UnimplementedHubServer) ReleaseLease(context.Context, *ReleaseLeaseRequest) (*emptypb.Empty, error) {
 	return nil, status.Error(codes.Unimplemented, "method ReleaseLease not implemented")
+}
+func (UnimplementedHubServer) ImportLeases(context.Context, *ImportLeasesRequest) (*ImportLeasesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ImportLeases not implemented")
+}
+func (UnimplementedHubServer) ConfigureDHCP(context.Context, *ConfigureDHCPRequest) (*ConfigureDHCPResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ConfigureDHCP not implemented")
 }
 func (UnimplementedHubServer) Facts(context.Context, *emptypb.Empty) (*HubFacts, error) {
 	return nil, status.Error(codes.Unimplemented, "method Facts not implemented")
@@ -303,6 +343,42 @@ func _Hub_ReleaseLease_Handler(srv interface{}, ctx context.Context, dec func(in
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(HubServer).ReleaseLease(ctx, req.(*ReleaseLeaseRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Hub_ImportLeases_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ImportLeasesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HubServer).ImportLeases(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Hub_ImportLeases_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HubServer).ImportLeases(ctx, req.(*ImportLeasesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Hub_ConfigureDHCP_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ConfigureDHCPRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HubServer).ConfigureDHCP(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Hub_ConfigureDHCP_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HubServer).ConfigureDHCP(ctx, req.(*ConfigureDHCPRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -419,6 +495,14 @@ var Hub_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ReleaseLease",
 			Handler:    _Hub_ReleaseLease_Handler,
+		},
+		{
+			MethodName: "ImportLeases",
+			Handler:    _Hub_ImportLeases_Handler,
+		},
+		{
+			MethodName: "ConfigureDHCP",
+			Handler:    _Hub_ConfigureDHCP_Handler,
 		},
 		{
 			MethodName: "Facts",

@@ -1,0 +1,161 @@
+package hub
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	ingotv1 "ingot/api/ingot/v1"
+	"ingot/internal/dhcp"
+)
+
+// importedFile is the configuration of the isc-dhcp-server whose place the hub took.
+const importedFile = "/var/lib/ingot/dhcp/imported.conf"
+
+// dhcpConfig is what the hub's own configuration says of DHCP.
+func (h *Hub) dhcpConfig() dhcp.Config {
+	c := h.c
+	var machines []netip.Prefix
+	for _, m := range c.Machines {
+		machines = append(machines, netip.PrefixFrom(m.Address, m.Address.BitLen()))
+	}
+	var kept []dhcp.Reservation
+	for _, r := range c.Reservations {
+		kept = append(kept, dhcp.Reservation{IP: r.Address, MicroVM: r.MicroVM})
+	}
+	return dhcp.Config{
+		Interface: c.Interface, Server: c.Address, Authoritative: true,
+		Subnets: []dhcp.Subnet{{
+			Prefix: c.Subnet, Ranges: []dhcp.Range{{First: c.First, Last: c.Last}}, Exclude: machines,
+			Options: dhcp.Options{Routers: []netip.Addr{c.Address}, DNS: []netip.Addr{c.Address}, Domain: c.Domain},
+		}},
+		Reservations: kept, MicroVM: h.microVM,
+		LeaseFile: leasesFile, ConfigFile: dhcpConfigFile, DefaultsFile: dhcpDefaultsFile, Log: h.log,
+	}
+}
+
+// beside is what the hub serves, with what a dhcpd.conf has.
+func (h *Hub) beside(text string) (dhcp.Config, []dhcp.Left, error) {
+	if text == "" {
+		return h.dhcpConfig(), nil, nil
+	}
+	d, err := dhcp.ParseDhcpd(text)
+	c, left := h.dhcpConfig().With(d)
+	return c, left, err
+}
+
+// imported is the text of what was imported; nothing is fine.
+func imported() (string, error) {
+	b, err := os.ReadFile(importedFile)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return "", fmt.Errorf("read imported configuration: %w", err)
+	}
+	return string(b), nil
+}
+
+func (s *service) ImportLeases(_ context.Context, r *ingotv1.ImportLeasesRequest) (*ingotv1.ImportLeasesResponse, error) {
+	all := make([]dhcp.Lease, len(r.GetLeases()))
+	for i, l := range r.GetLeases() {
+		ip, err := netip.ParseAddr(l.GetIp())
+		if err != nil {
+			return nil, fmt.Errorf("leases: ip: %q is not an address: %w", l.GetIp(), errdefs.ErrInvalidArgument)
+		}
+		all[i] = dhcp.Lease{
+			IP: ip, ClientID: l.GetClientId(), Hostname: l.GetHostname(), MicroVM: l.GetMicrovm(), State: l.GetState(), Starts: l.GetStarts().AsTime(), Ends: l.GetEnds().AsTime(),
+		}
+		if l.GetMac() == "" {
+			continue
+		}
+		if all[i].MAC, err = net.ParseMAC(l.GetMac()); err != nil || len(all[i].MAC) != 6 {
+			return nil, fmt.Errorf("leases: mac: %q is not a MAC address: %w", l.GetMac(), errdefs.ErrInvalidArgument)
+		}
+	}
+	left, err := s.dhcp.Take(all)
+	if err != nil {
+		return nil, err
+	}
+	var said ingotv1.ImportLeasesResponse
+	for _, l := range left {
+		said.Left = append(said.Left, &ingotv1.NotImported{Ip: l.IP.String(), Mac: l.MAC.String(), Reason: l.Why.Error()})
+	}
+	return &said, nil
+}
+
+func (s *service) ConfigureDHCP(_ context.Context, r *ingotv1.ConfigureDHCPRequest) (*ingotv1.ConfigureDHCPResponse, error) {
+	serves, left, err := s.beside(r.GetConfig())
+	if err != nil {
+		return nil, err
+	}
+	if _, err := dhcp.New(serves); err != nil {
+		return nil, err
+	}
+	var said ingotv1.ConfigureDHCPResponse
+	for _, l := range left {
+		said.Left = append(said.Left, &ingotv1.LeftLine{Line: int32(l.Line), Text: l.Text, Reason: l.Why})
+	}
+	if old, err := imported(); err != nil || old == r.GetConfig() {
+		return &said, err
+	}
+	if err := replace(importedFile, []byte(r.GetConfig()), 0o644); err != nil {
+		return nil, err
+	}
+	said.Changed = true
+	select {
+	case s.again <- struct{}{}:
+	default:
+	}
+	return &said, nil
+}
+
+// answered is how long the hub goes on after it was told to start again, for its
+// answer to be read.
+const answered = 100 * time.Millisecond
+
+// awaitConfig ends the hub when a new configuration has come: whoever started it
+// starts it again, with that.
+func (h *Hub) awaitConfig(ctx context.Context, ready func()) error {
+	ready()
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-h.again:
+	}
+	timer := time.NewTimer(answered)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-timer.C:
+		return errors.New("there is a new one: it begins with the next start")
+	}
+}
+
+// replace replaces a file in one step, which a power cut does not undo.
+func replace(path string, data []byte, mode os.FileMode) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, mode)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+		err = os.Rename(path+".new", path)
+	}
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	d, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
