@@ -31,7 +31,7 @@ type leaseView struct {
 
 func leaseCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "lease", Short: "The addresses that the hub gives"}
-	cmd.AddCommand(leaseListCommand(), leaseShowCommand(), leaseReleaseCommand(), leaseReserveCommand(), leaseUnreserveCommand(), leaseImportCommand())
+	cmd.AddCommand(leaseListCommand(), leaseShowCommand(), leaseWatchCommand(), leaseReleaseCommand(), leaseReserveCommand(), leaseUnreserveCommand(), leaseImportCommand())
 	return cmd
 }
 
@@ -57,17 +57,21 @@ func leaseListCommand() *cobra.Command {
 func leaseTable(w io.Writer, views []leaseView) error {
 	rows := make([][]string, len(views))
 	for i, v := range views {
-		ends := ""
-		if v.Ends != nil {
-			ends = v.Ends.Format("2006-01-02 15:04:05")
-		}
-		reserved := ""
-		if v.Reserved {
-			reserved = "yes"
-		}
-		rows[i] = []string{v.IP, v.MAC, v.Hostname, v.State, ends, reserved, v.MicroVM}
+		rows[i] = v.row()
 	}
 	return table(w, "IP MAC HOSTNAME STATE ENDS(UTC) RESERVED MICROVM", rows)
+}
+
+func (v leaseView) row() []string {
+	ends := ""
+	if v.Ends != nil {
+		ends = v.Ends.Format("2006-01-02 15:04:05")
+	}
+	reserved := ""
+	if v.Reserved {
+		reserved = "yes"
+	}
+	return []string{v.IP, v.MAC, v.Hostname, v.State, ends, reserved, v.MicroVM}
 }
 
 func leaseShowCommand() *cobra.Command {
@@ -178,10 +182,7 @@ func (c *cloud) leaseViews(ctx context.Context) ([]leaseView, error) {
 	}
 	views := make([]leaseView, len(r.GetLeases()))
 	for i, l := range r.GetLeases() {
-		views[i] = leaseView{
-			IP: l.GetIp(), MAC: l.GetMac(), Hostname: l.GetHostname(), State: l.GetState(), MicroVM: l.GetMicrovm(), Reserved: l.GetReserved(),
-			Starts: when(l.GetStarts()), Ends: when(l.GetEnds()),
-		}
+		views[i] = viewLease(l)
 	}
 	slices.SortFunc(views, func(a, b leaseView) int {
 		x, _ := netip.ParseAddr(a.IP)
@@ -189,6 +190,13 @@ func (c *cloud) leaseViews(ctx context.Context) ([]leaseView, error) {
 		return cmp.Or(x.Compare(y), cmp.Compare(a.MAC, b.MAC))
 	})
 	return views, nil
+}
+
+func viewLease(l *ingotv1.Lease) leaseView {
+	return leaseView{
+		IP: l.GetIp(), MAC: l.GetMac(), Hostname: l.GetHostname(), State: l.GetState(), MicroVM: l.GetMicrovm(), Reserved: l.GetReserved(),
+		Starts: when(l.GetStarts()), Ends: when(l.GetEnds()),
+	}
 }
 
 // lease is the one that a person means by an address, a MAC, a host name or the

@@ -30,6 +30,7 @@ func (s *Server) handle(m *message, out *reply, text []byte) (change, []byte) {
 	defer s.unlock()
 	out.b = out.b[:0]
 	c := s.decide(m, out)
+	s.changed()
 	if c.record != nil {
 		text = formatRecord(text, c.record)
 		c.record.logged = true

@@ -124,7 +124,8 @@ type Server struct {
 	count   Counters
 	last    struct{ conflict, exhausted time.Time }
 	quiet   quiet
-	notes   []func() // for the log, once mu is unlocked
+	watches map[chan struct{}]bool // poked when something may have changed
+	notes   []func()               // for the log, once mu is unlocked
 	failure error
 	serving bool
 }
@@ -152,7 +153,7 @@ func New(c Config) (*Server, error) {
 	s := &Server{
 		c: c, own: from(c.Server), ready: make(chan struct{}),
 		leases: map[addr4]*record{}, byMAC: map[[6]byte]*record{}, byID: map[string]*record{}, named: map[string]*record{},
-		booked: newReservations(), foreign: map[addr4]Foreign{},
+		booked: newReservations(), foreign: map[addr4]Foreign{}, watches: map[chan struct{}]bool{},
 	}
 	for _, subnet := range c.Subnets {
 		p, err := newPool(c, subnet)
@@ -267,6 +268,7 @@ func (s *Server) shown(r *record) Lease {
 func (s *Server) Reserve(r Reservation) (Lease, error) {
 	s.mu.Lock()
 	text, err := s.reserve(&r)
+	s.changed()
 	wait := s.order(text, false)
 	s.mu.Unlock()
 	if err == nil {
@@ -342,6 +344,7 @@ func (s *Server) subnets() string {
 func (s *Server) Unreserve(r Reservation) error {
 	s.mu.Lock()
 	text, err := s.unreserve(r)
+	s.changed()
 	wait := s.order(text, false)
 	s.mu.Unlock()
 	if err == nil {
@@ -395,6 +398,7 @@ func (s *Server) Release(ip netip.Addr) error {
 		return errNotRunning
 	}
 	s.release(r)
+	s.changed()
 	wait := s.order(formatRecord(nil, r), true)
 	s.mu.Unlock()
 	return wait()

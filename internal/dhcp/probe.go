@@ -135,6 +135,7 @@ func (s *Server) listenARP(ctx context.Context, wire *sockets) error {
 		if ip != 0 && !bytes.Equal(b[22:28], wire.iface.HardwareAddr) {
 			s.mu.Lock()
 			s.seen(ip, [6]byte(b[22:28]))
+			s.changed()
 			s.unlock()
 		}
 	})

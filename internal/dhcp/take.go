@@ -38,6 +38,7 @@ func (s *Server) Take(all []Lease) (left []NotTaken, err error) {
 		}
 		text = append(text, entry...)
 	}
+	s.changed()
 	wait := s.order(text, false)
 	s.unlock()
 	if err := wait(); err != nil {

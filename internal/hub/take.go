@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"google.golang.org/grpc"
 
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/internal/dhcp"
@@ -86,6 +87,12 @@ func (s *service) ImportLeases(_ context.Context, r *ingotv1.ImportLeasesRequest
 		said.Left = append(said.Left, &ingotv1.NotImported{Ip: l.IP.String(), Mac: l.MAC.String(), Reason: l.Why.Error()})
 	}
 	return &said, nil
+}
+
+func (s *service) WatchLeases(_ *ingotv1.WatchLeasesRequest, to grpc.ServerStreamingServer[ingotv1.LeaseEvent]) error {
+	return s.dhcp.Watch(to.Context(), func(l dhcp.Lease, initial bool) error {
+		return to.Send(&ingotv1.LeaseEvent{Lease: s.lease(l), Initial: initial})
+	})
 }
 
 func (s *service) ConfigureDHCP(_ context.Context, r *ingotv1.ConfigureDHCPRequest) (*ingotv1.ConfigureDHCPResponse, error) {

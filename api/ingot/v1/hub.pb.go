@@ -384,6 +384,94 @@ func (x *ReleaseLeaseRequest) GetMac() string {
 	return ""
 }
 
+type WatchLeasesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchLeasesRequest) Reset() {
+	*x = WatchLeasesRequest{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchLeasesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchLeasesRequest) ProtoMessage() {}
+
+func (x *WatchLeasesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchLeasesRequest.ProtoReflect.Descriptor instead.
+func (*WatchLeasesRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{6}
+}
+
+type LeaseEvent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Lease         *Lease                 `protobuf:"bytes,1,opt,name=lease,proto3" json:"lease,omitempty"`
+	Initial       bool                   `protobuf:"varint,2,opt,name=initial,proto3" json:"initial,omitempty"` // it is so when the watch begins
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LeaseEvent) Reset() {
+	*x = LeaseEvent{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LeaseEvent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LeaseEvent) ProtoMessage() {}
+
+func (x *LeaseEvent) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LeaseEvent.ProtoReflect.Descriptor instead.
+func (*LeaseEvent) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *LeaseEvent) GetLease() *Lease {
+	if x != nil {
+		return x.Lease
+	}
+	return nil
+}
+
+func (x *LeaseEvent) GetInitial() bool {
+	if x != nil {
+		return x.Initial
+	}
+	return false
+}
+
 type ImportLeasesRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Those whose state is reserved are reservations: for the MAC address, else the client
@@ -395,7 +483,7 @@ type ImportLeasesRequest struct {
 
 func (x *ImportLeasesRequest) Reset() {
 	*x = ImportLeasesRequest{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[6]
+	mi := &file_ingot_v1_hub_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -407,7 +495,7 @@ func (x *ImportLeasesRequest) String() string {
 func (*ImportLeasesRequest) ProtoMessage() {}
 
 func (x *ImportLeasesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[6]
+	mi := &file_ingot_v1_hub_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -420,7 +508,7 @@ func (x *ImportLeasesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportLeasesRequest.ProtoReflect.Descriptor instead.
 func (*ImportLeasesRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{6}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ImportLeasesRequest) GetLeases() []*Lease {
@@ -439,7 +527,7 @@ type ImportLeasesResponse struct {
 
 func (x *ImportLeasesResponse) Reset() {
 	*x = ImportLeasesResponse{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[7]
+	mi := &file_ingot_v1_hub_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -451,7 +539,7 @@ func (x *ImportLeasesResponse) String() string {
 func (*ImportLeasesResponse) ProtoMessage() {}
 
 func (x *ImportLeasesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[7]
+	mi := &file_ingot_v1_hub_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -464,7 +552,7 @@ func (x *ImportLeasesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ImportLeasesResponse.ProtoReflect.Descriptor instead.
 func (*ImportLeasesResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{7}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ImportLeasesResponse) GetLeft() []*NotImported {
@@ -485,7 +573,7 @@ type NotImported struct {
 
 func (x *NotImported) Reset() {
 	*x = NotImported{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[8]
+	mi := &file_ingot_v1_hub_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -497,7 +585,7 @@ func (x *NotImported) String() string {
 func (*NotImported) ProtoMessage() {}
 
 func (x *NotImported) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[8]
+	mi := &file_ingot_v1_hub_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -510,7 +598,7 @@ func (x *NotImported) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NotImported.ProtoReflect.Descriptor instead.
 func (*NotImported) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{8}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *NotImported) GetIp() string {
@@ -543,7 +631,7 @@ type ConfigureDHCPRequest struct {
 
 func (x *ConfigureDHCPRequest) Reset() {
 	*x = ConfigureDHCPRequest{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[9]
+	mi := &file_ingot_v1_hub_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -555,7 +643,7 @@ func (x *ConfigureDHCPRequest) String() string {
 func (*ConfigureDHCPRequest) ProtoMessage() {}
 
 func (x *ConfigureDHCPRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[9]
+	mi := &file_ingot_v1_hub_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -568,7 +656,7 @@ func (x *ConfigureDHCPRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfigureDHCPRequest.ProtoReflect.Descriptor instead.
 func (*ConfigureDHCPRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{9}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ConfigureDHCPRequest) GetConfig() string {
@@ -588,7 +676,7 @@ type ConfigureDHCPResponse struct {
 
 func (x *ConfigureDHCPResponse) Reset() {
 	*x = ConfigureDHCPResponse{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[10]
+	mi := &file_ingot_v1_hub_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -600,7 +688,7 @@ func (x *ConfigureDHCPResponse) String() string {
 func (*ConfigureDHCPResponse) ProtoMessage() {}
 
 func (x *ConfigureDHCPResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[10]
+	mi := &file_ingot_v1_hub_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -613,7 +701,7 @@ func (x *ConfigureDHCPResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConfigureDHCPResponse.ProtoReflect.Descriptor instead.
 func (*ConfigureDHCPResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{10}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ConfigureDHCPResponse) GetChanged() bool {
@@ -642,7 +730,7 @@ type LeftLine struct {
 
 func (x *LeftLine) Reset() {
 	*x = LeftLine{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[11]
+	mi := &file_ingot_v1_hub_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -654,7 +742,7 @@ func (x *LeftLine) String() string {
 func (*LeftLine) ProtoMessage() {}
 
 func (x *LeftLine) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[11]
+	mi := &file_ingot_v1_hub_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -667,7 +755,7 @@ func (x *LeftLine) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeftLine.ProtoReflect.Descriptor instead.
 func (*LeftLine) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{11}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *LeftLine) GetLine() int32 {
@@ -701,7 +789,7 @@ type AddVPNPeerRequest struct {
 
 func (x *AddVPNPeerRequest) Reset() {
 	*x = AddVPNPeerRequest{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[12]
+	mi := &file_ingot_v1_hub_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -713,7 +801,7 @@ func (x *AddVPNPeerRequest) String() string {
 func (*AddVPNPeerRequest) ProtoMessage() {}
 
 func (x *AddVPNPeerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[12]
+	mi := &file_ingot_v1_hub_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -726,7 +814,7 @@ func (x *AddVPNPeerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddVPNPeerRequest.ProtoReflect.Descriptor instead.
 func (*AddVPNPeerRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{12}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *AddVPNPeerRequest) GetName() string {
@@ -757,7 +845,7 @@ type AddVPNPeerResponse struct {
 
 func (x *AddVPNPeerResponse) Reset() {
 	*x = AddVPNPeerResponse{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[13]
+	mi := &file_ingot_v1_hub_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -769,7 +857,7 @@ func (x *AddVPNPeerResponse) String() string {
 func (*AddVPNPeerResponse) ProtoMessage() {}
 
 func (x *AddVPNPeerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[13]
+	mi := &file_ingot_v1_hub_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -782,7 +870,7 @@ func (x *AddVPNPeerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddVPNPeerResponse.ProtoReflect.Descriptor instead.
 func (*AddVPNPeerResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{13}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *AddVPNPeerResponse) GetPeer() *VPNPeer {
@@ -836,7 +924,7 @@ type RemoveVPNPeerRequest struct {
 
 func (x *RemoveVPNPeerRequest) Reset() {
 	*x = RemoveVPNPeerRequest{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[14]
+	mi := &file_ingot_v1_hub_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -848,7 +936,7 @@ func (x *RemoveVPNPeerRequest) String() string {
 func (*RemoveVPNPeerRequest) ProtoMessage() {}
 
 func (x *RemoveVPNPeerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[14]
+	mi := &file_ingot_v1_hub_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -861,7 +949,7 @@ func (x *RemoveVPNPeerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveVPNPeerRequest.ProtoReflect.Descriptor instead.
 func (*RemoveVPNPeerRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{14}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RemoveVPNPeerRequest) GetName() string {
@@ -879,7 +967,7 @@ type ListVPNPeersRequest struct {
 
 func (x *ListVPNPeersRequest) Reset() {
 	*x = ListVPNPeersRequest{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[15]
+	mi := &file_ingot_v1_hub_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -891,7 +979,7 @@ func (x *ListVPNPeersRequest) String() string {
 func (*ListVPNPeersRequest) ProtoMessage() {}
 
 func (x *ListVPNPeersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[15]
+	mi := &file_ingot_v1_hub_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -904,7 +992,7 @@ func (x *ListVPNPeersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVPNPeersRequest.ProtoReflect.Descriptor instead.
 func (*ListVPNPeersRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{15}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{17}
 }
 
 type ListVPNPeersResponse struct {
@@ -916,7 +1004,7 @@ type ListVPNPeersResponse struct {
 
 func (x *ListVPNPeersResponse) Reset() {
 	*x = ListVPNPeersResponse{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[16]
+	mi := &file_ingot_v1_hub_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -928,7 +1016,7 @@ func (x *ListVPNPeersResponse) String() string {
 func (*ListVPNPeersResponse) ProtoMessage() {}
 
 func (x *ListVPNPeersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[16]
+	mi := &file_ingot_v1_hub_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -941,7 +1029,7 @@ func (x *ListVPNPeersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVPNPeersResponse.ProtoReflect.Descriptor instead.
 func (*ListVPNPeersResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{16}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListVPNPeersResponse) GetPeers() []*VPNPeer {
@@ -970,7 +1058,7 @@ type VPNPeer struct {
 
 func (x *VPNPeer) Reset() {
 	*x = VPNPeer{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[17]
+	mi := &file_ingot_v1_hub_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -982,7 +1070,7 @@ func (x *VPNPeer) String() string {
 func (*VPNPeer) ProtoMessage() {}
 
 func (x *VPNPeer) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[17]
+	mi := &file_ingot_v1_hub_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -995,7 +1083,7 @@ func (x *VPNPeer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VPNPeer.ProtoReflect.Descriptor instead.
 func (*VPNPeer) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{17}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *VPNPeer) GetName() string {
@@ -1071,7 +1159,7 @@ type PingRequest struct {
 
 func (x *PingRequest) Reset() {
 	*x = PingRequest{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[18]
+	mi := &file_ingot_v1_hub_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1083,7 +1171,7 @@ func (x *PingRequest) String() string {
 func (*PingRequest) ProtoMessage() {}
 
 func (x *PingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[18]
+	mi := &file_ingot_v1_hub_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1096,7 +1184,7 @@ func (x *PingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingRequest.ProtoReflect.Descriptor instead.
 func (*PingRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{18}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PingRequest) GetAddress() string {
@@ -1122,7 +1210,7 @@ type PingResponse struct {
 
 func (x *PingResponse) Reset() {
 	*x = PingResponse{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[19]
+	mi := &file_ingot_v1_hub_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1134,7 +1222,7 @@ func (x *PingResponse) String() string {
 func (*PingResponse) ProtoMessage() {}
 
 func (x *PingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[19]
+	mi := &file_ingot_v1_hub_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1147,7 +1235,7 @@ func (x *PingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingResponse.ProtoReflect.Descriptor instead.
 func (*PingResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{19}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PingResponse) GetRoundTrip() *durationpb.Duration {
@@ -1178,7 +1266,7 @@ type HubFacts struct {
 
 func (x *HubFacts) Reset() {
 	*x = HubFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[20]
+	mi := &file_ingot_v1_hub_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1190,7 +1278,7 @@ func (x *HubFacts) String() string {
 func (*HubFacts) ProtoMessage() {}
 
 func (x *HubFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[20]
+	mi := &file_ingot_v1_hub_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1203,7 +1291,7 @@ func (x *HubFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HubFacts.ProtoReflect.Descriptor instead.
 func (*HubFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{20}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *HubFacts) GetHostname() string {
@@ -1305,7 +1393,7 @@ type HeardHost struct {
 
 func (x *HeardHost) Reset() {
 	*x = HeardHost{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[21]
+	mi := &file_ingot_v1_hub_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1317,7 +1405,7 @@ func (x *HeardHost) String() string {
 func (*HeardHost) ProtoMessage() {}
 
 func (x *HeardHost) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[21]
+	mi := &file_ingot_v1_hub_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1330,7 +1418,7 @@ func (x *HeardHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeardHost.ProtoReflect.Descriptor instead.
 func (*HeardHost) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{21}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *HeardHost) GetName() string {
@@ -1385,7 +1473,7 @@ type VPNFacts struct {
 
 func (x *VPNFacts) Reset() {
 	*x = VPNFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[22]
+	mi := &file_ingot_v1_hub_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1397,7 +1485,7 @@ func (x *VPNFacts) String() string {
 func (*VPNFacts) ProtoMessage() {}
 
 func (x *VPNFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[22]
+	mi := &file_ingot_v1_hub_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1410,7 +1498,7 @@ func (x *VPNFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VPNFacts.ProtoReflect.Descriptor instead.
 func (*VPNFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{22}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *VPNFacts) GetServing() bool {
@@ -1505,7 +1593,7 @@ type DHCPFacts struct {
 
 func (x *DHCPFacts) Reset() {
 	*x = DHCPFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[23]
+	mi := &file_ingot_v1_hub_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1517,7 +1605,7 @@ func (x *DHCPFacts) String() string {
 func (*DHCPFacts) ProtoMessage() {}
 
 func (x *DHCPFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[23]
+	mi := &file_ingot_v1_hub_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1530,7 +1618,7 @@ func (x *DHCPFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DHCPFacts.ProtoReflect.Descriptor instead.
 func (*DHCPFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{23}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DHCPFacts) GetServing() bool {
@@ -1679,7 +1767,7 @@ type ForeignDHCP struct {
 
 func (x *ForeignDHCP) Reset() {
 	*x = ForeignDHCP{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[24]
+	mi := &file_ingot_v1_hub_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1691,7 +1779,7 @@ func (x *ForeignDHCP) String() string {
 func (*ForeignDHCP) ProtoMessage() {}
 
 func (x *ForeignDHCP) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[24]
+	mi := &file_ingot_v1_hub_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1704,7 +1792,7 @@ func (x *ForeignDHCP) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignDHCP.ProtoReflect.Descriptor instead.
 func (*ForeignDHCP) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{24}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ForeignDHCP) GetServer() string {
@@ -1748,7 +1836,7 @@ type DNSFacts struct {
 
 func (x *DNSFacts) Reset() {
 	*x = DNSFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[25]
+	mi := &file_ingot_v1_hub_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1760,7 +1848,7 @@ func (x *DNSFacts) String() string {
 func (*DNSFacts) ProtoMessage() {}
 
 func (x *DNSFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[25]
+	mi := &file_ingot_v1_hub_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1773,7 +1861,7 @@ func (x *DNSFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DNSFacts.ProtoReflect.Descriptor instead.
 func (*DNSFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{25}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DNSFacts) GetServing() bool {
@@ -1824,7 +1912,7 @@ type NATFacts struct {
 
 func (x *NATFacts) Reset() {
 	*x = NATFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[26]
+	mi := &file_ingot_v1_hub_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1836,7 +1924,7 @@ func (x *NATFacts) String() string {
 func (*NATFacts) ProtoMessage() {}
 
 func (x *NATFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[26]
+	mi := &file_ingot_v1_hub_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1849,7 +1937,7 @@ func (x *NATFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NATFacts.ProtoReflect.Descriptor instead.
 func (*NATFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{26}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *NATFacts) GetForwarding() bool {
@@ -1898,7 +1986,7 @@ type NATRule struct {
 
 func (x *NATRule) Reset() {
 	*x = NATRule{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[27]
+	mi := &file_ingot_v1_hub_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1910,7 +1998,7 @@ func (x *NATRule) String() string {
 func (*NATRule) ProtoMessage() {}
 
 func (x *NATRule) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[27]
+	mi := &file_ingot_v1_hub_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1923,7 +2011,7 @@ func (x *NATRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NATRule.ProtoReflect.Descriptor instead.
 func (*NATRule) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{27}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *NATRule) GetRule() string {
@@ -1953,7 +2041,7 @@ type RegistryFacts struct {
 
 func (x *RegistryFacts) Reset() {
 	*x = RegistryFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[28]
+	mi := &file_ingot_v1_hub_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1965,7 +2053,7 @@ func (x *RegistryFacts) String() string {
 func (*RegistryFacts) ProtoMessage() {}
 
 func (x *RegistryFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[28]
+	mi := &file_ingot_v1_hub_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1978,7 +2066,7 @@ func (x *RegistryFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryFacts.ProtoReflect.Descriptor instead.
 func (*RegistryFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{28}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *RegistryFacts) GetServing() bool {
@@ -2044,7 +2132,12 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\amicrovm\x18\x03 \x01(\tR\amicrovm\"7\n" +
 	"\x13ReleaseLeaseRequest\x12\x0e\n" +
 	"\x02ip\x18\x01 \x01(\tR\x02ip\x12\x10\n" +
-	"\x03mac\x18\x02 \x01(\tR\x03mac\">\n" +
+	"\x03mac\x18\x02 \x01(\tR\x03mac\"\x14\n" +
+	"\x12WatchLeasesRequest\"M\n" +
+	"\n" +
+	"LeaseEvent\x12%\n" +
+	"\x05lease\x18\x01 \x01(\v2\x0f.ingot.v1.LeaseR\x05lease\x12\x18\n" +
+	"\ainitial\x18\x02 \x01(\bR\ainitial\">\n" +
 	"\x13ImportLeasesRequest\x12'\n" +
 	"\x06leases\x18\x01 \x03(\v2\x0f.ingot.v1.LeaseR\x06leases\"A\n" +
 	"\x14ImportLeasesResponse\x12)\n" +
@@ -2184,10 +2277,11 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12\x18\n" +
 	"\aaddress\x18\x03 \x01(\tR\aaddress\x12\"\n" +
 	"\frepositories\x18\x04 \x03(\tR\frepositories\x12\x10\n" +
-	"\x03dir\x18\x05 \x01(\tR\x03dir2\xfa\x05\n" +
+	"\x03dir\x18\x05 \x01(\tR\x03dir2\xbf\x06\n" +
 	"\x03Hub\x12G\n" +
 	"\n" +
-	"ListLeases\x12\x1b.ingot.v1.ListLeasesRequest\x1a\x1c.ingot.v1.ListLeasesResponse\x124\n" +
+	"ListLeases\x12\x1b.ingot.v1.ListLeasesRequest\x1a\x1c.ingot.v1.ListLeasesResponse\x12C\n" +
+	"\vWatchLeases\x12\x1c.ingot.v1.WatchLeasesRequest\x1a\x14.ingot.v1.LeaseEvent0\x01\x124\n" +
 	"\aReserve\x12\x18.ingot.v1.ReserveRequest\x1a\x0f.ingot.v1.Lease\x12?\n" +
 	"\tUnreserve\x12\x1a.ingot.v1.UnreserveRequest\x1a\x16.google.protobuf.Empty\x12E\n" +
 	"\fReleaseLease\x12\x1d.ingot.v1.ReleaseLeaseRequest\x1a\x16.google.protobuf.Empty\x12M\n" +
@@ -2212,7 +2306,7 @@ func file_ingot_v1_hub_proto_rawDescGZIP() []byte {
 	return file_ingot_v1_hub_proto_rawDescData
 }
 
-var file_ingot_v1_hub_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_ingot_v1_hub_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_ingot_v1_hub_proto_goTypes = []any{
 	(*ListLeasesRequest)(nil),     // 0: ingot.v1.ListLeasesRequest
 	(*ListLeasesResponse)(nil),    // 1: ingot.v1.ListLeasesResponse
@@ -2220,91 +2314,96 @@ var file_ingot_v1_hub_proto_goTypes = []any{
 	(*ReserveRequest)(nil),        // 3: ingot.v1.ReserveRequest
 	(*UnreserveRequest)(nil),      // 4: ingot.v1.UnreserveRequest
 	(*ReleaseLeaseRequest)(nil),   // 5: ingot.v1.ReleaseLeaseRequest
-	(*ImportLeasesRequest)(nil),   // 6: ingot.v1.ImportLeasesRequest
-	(*ImportLeasesResponse)(nil),  // 7: ingot.v1.ImportLeasesResponse
-	(*NotImported)(nil),           // 8: ingot.v1.NotImported
-	(*ConfigureDHCPRequest)(nil),  // 9: ingot.v1.ConfigureDHCPRequest
-	(*ConfigureDHCPResponse)(nil), // 10: ingot.v1.ConfigureDHCPResponse
-	(*LeftLine)(nil),              // 11: ingot.v1.LeftLine
-	(*AddVPNPeerRequest)(nil),     // 12: ingot.v1.AddVPNPeerRequest
-	(*AddVPNPeerResponse)(nil),    // 13: ingot.v1.AddVPNPeerResponse
-	(*RemoveVPNPeerRequest)(nil),  // 14: ingot.v1.RemoveVPNPeerRequest
-	(*ListVPNPeersRequest)(nil),   // 15: ingot.v1.ListVPNPeersRequest
-	(*ListVPNPeersResponse)(nil),  // 16: ingot.v1.ListVPNPeersResponse
-	(*VPNPeer)(nil),               // 17: ingot.v1.VPNPeer
-	(*PingRequest)(nil),           // 18: ingot.v1.PingRequest
-	(*PingResponse)(nil),          // 19: ingot.v1.PingResponse
-	(*HubFacts)(nil),              // 20: ingot.v1.HubFacts
-	(*HeardHost)(nil),             // 21: ingot.v1.HeardHost
-	(*VPNFacts)(nil),              // 22: ingot.v1.VPNFacts
-	(*DHCPFacts)(nil),             // 23: ingot.v1.DHCPFacts
-	(*ForeignDHCP)(nil),           // 24: ingot.v1.ForeignDHCP
-	(*DNSFacts)(nil),              // 25: ingot.v1.DNSFacts
-	(*NATFacts)(nil),              // 26: ingot.v1.NATFacts
-	(*NATRule)(nil),               // 27: ingot.v1.NATRule
-	(*RegistryFacts)(nil),         // 28: ingot.v1.RegistryFacts
-	(*timestamppb.Timestamp)(nil), // 29: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
-	(*InterfaceFacts)(nil),        // 31: ingot.v1.InterfaceFacts
-	(*emptypb.Empty)(nil),         // 32: google.protobuf.Empty
+	(*WatchLeasesRequest)(nil),    // 6: ingot.v1.WatchLeasesRequest
+	(*LeaseEvent)(nil),            // 7: ingot.v1.LeaseEvent
+	(*ImportLeasesRequest)(nil),   // 8: ingot.v1.ImportLeasesRequest
+	(*ImportLeasesResponse)(nil),  // 9: ingot.v1.ImportLeasesResponse
+	(*NotImported)(nil),           // 10: ingot.v1.NotImported
+	(*ConfigureDHCPRequest)(nil),  // 11: ingot.v1.ConfigureDHCPRequest
+	(*ConfigureDHCPResponse)(nil), // 12: ingot.v1.ConfigureDHCPResponse
+	(*LeftLine)(nil),              // 13: ingot.v1.LeftLine
+	(*AddVPNPeerRequest)(nil),     // 14: ingot.v1.AddVPNPeerRequest
+	(*AddVPNPeerResponse)(nil),    // 15: ingot.v1.AddVPNPeerResponse
+	(*RemoveVPNPeerRequest)(nil),  // 16: ingot.v1.RemoveVPNPeerRequest
+	(*ListVPNPeersRequest)(nil),   // 17: ingot.v1.ListVPNPeersRequest
+	(*ListVPNPeersResponse)(nil),  // 18: ingot.v1.ListVPNPeersResponse
+	(*VPNPeer)(nil),               // 19: ingot.v1.VPNPeer
+	(*PingRequest)(nil),           // 20: ingot.v1.PingRequest
+	(*PingResponse)(nil),          // 21: ingot.v1.PingResponse
+	(*HubFacts)(nil),              // 22: ingot.v1.HubFacts
+	(*HeardHost)(nil),             // 23: ingot.v1.HeardHost
+	(*VPNFacts)(nil),              // 24: ingot.v1.VPNFacts
+	(*DHCPFacts)(nil),             // 25: ingot.v1.DHCPFacts
+	(*ForeignDHCP)(nil),           // 26: ingot.v1.ForeignDHCP
+	(*DNSFacts)(nil),              // 27: ingot.v1.DNSFacts
+	(*NATFacts)(nil),              // 28: ingot.v1.NATFacts
+	(*NATRule)(nil),               // 29: ingot.v1.NATRule
+	(*RegistryFacts)(nil),         // 30: ingot.v1.RegistryFacts
+	(*timestamppb.Timestamp)(nil), // 31: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 32: google.protobuf.Duration
+	(*InterfaceFacts)(nil),        // 33: ingot.v1.InterfaceFacts
+	(*emptypb.Empty)(nil),         // 34: google.protobuf.Empty
 }
 var file_ingot_v1_hub_proto_depIdxs = []int32{
 	2,  // 0: ingot.v1.ListLeasesResponse.leases:type_name -> ingot.v1.Lease
-	29, // 1: ingot.v1.Lease.starts:type_name -> google.protobuf.Timestamp
-	29, // 2: ingot.v1.Lease.ends:type_name -> google.protobuf.Timestamp
-	2,  // 3: ingot.v1.ImportLeasesRequest.leases:type_name -> ingot.v1.Lease
-	8,  // 4: ingot.v1.ImportLeasesResponse.left:type_name -> ingot.v1.NotImported
-	11, // 5: ingot.v1.ConfigureDHCPResponse.left:type_name -> ingot.v1.LeftLine
-	17, // 6: ingot.v1.AddVPNPeerResponse.peer:type_name -> ingot.v1.VPNPeer
-	17, // 7: ingot.v1.ListVPNPeersResponse.peers:type_name -> ingot.v1.VPNPeer
-	29, // 8: ingot.v1.VPNPeer.added:type_name -> google.protobuf.Timestamp
-	29, // 9: ingot.v1.VPNPeer.handshake:type_name -> google.protobuf.Timestamp
-	30, // 10: ingot.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
-	30, // 11: ingot.v1.PingResponse.round_trip:type_name -> google.protobuf.Duration
-	30, // 12: ingot.v1.HubFacts.uptime:type_name -> google.protobuf.Duration
-	31, // 13: ingot.v1.HubFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
-	23, // 14: ingot.v1.HubFacts.dhcp:type_name -> ingot.v1.DHCPFacts
-	25, // 15: ingot.v1.HubFacts.dns:type_name -> ingot.v1.DNSFacts
-	26, // 16: ingot.v1.HubFacts.nat:type_name -> ingot.v1.NATFacts
-	28, // 17: ingot.v1.HubFacts.registry:type_name -> ingot.v1.RegistryFacts
-	22, // 18: ingot.v1.HubFacts.vpn:type_name -> ingot.v1.VPNFacts
-	21, // 19: ingot.v1.HubFacts.hosts:type_name -> ingot.v1.HeardHost
-	30, // 20: ingot.v1.HeardHost.silent:type_name -> google.protobuf.Duration
-	17, // 21: ingot.v1.VPNFacts.peers:type_name -> ingot.v1.VPNPeer
-	30, // 22: ingot.v1.DHCPFacts.default_lease:type_name -> google.protobuf.Duration
-	30, // 23: ingot.v1.DHCPFacts.max_lease:type_name -> google.protobuf.Duration
-	24, // 24: ingot.v1.DHCPFacts.foreign:type_name -> ingot.v1.ForeignDHCP
-	30, // 25: ingot.v1.DHCPFacts.since_conflict:type_name -> google.protobuf.Duration
-	30, // 26: ingot.v1.DHCPFacts.since_exhausted:type_name -> google.protobuf.Duration
-	30, // 27: ingot.v1.ForeignDHCP.since:type_name -> google.protobuf.Duration
-	27, // 28: ingot.v1.NATFacts.rules:type_name -> ingot.v1.NATRule
-	0,  // 29: ingot.v1.Hub.ListLeases:input_type -> ingot.v1.ListLeasesRequest
-	3,  // 30: ingot.v1.Hub.Reserve:input_type -> ingot.v1.ReserveRequest
-	4,  // 31: ingot.v1.Hub.Unreserve:input_type -> ingot.v1.UnreserveRequest
-	5,  // 32: ingot.v1.Hub.ReleaseLease:input_type -> ingot.v1.ReleaseLeaseRequest
-	6,  // 33: ingot.v1.Hub.ImportLeases:input_type -> ingot.v1.ImportLeasesRequest
-	9,  // 34: ingot.v1.Hub.ConfigureDHCP:input_type -> ingot.v1.ConfigureDHCPRequest
-	32, // 35: ingot.v1.Hub.Facts:input_type -> google.protobuf.Empty
-	12, // 36: ingot.v1.Hub.AddVPNPeer:input_type -> ingot.v1.AddVPNPeerRequest
-	14, // 37: ingot.v1.Hub.RemoveVPNPeer:input_type -> ingot.v1.RemoveVPNPeerRequest
-	15, // 38: ingot.v1.Hub.ListVPNPeers:input_type -> ingot.v1.ListVPNPeersRequest
-	18, // 39: ingot.v1.Hub.Ping:input_type -> ingot.v1.PingRequest
-	1,  // 40: ingot.v1.Hub.ListLeases:output_type -> ingot.v1.ListLeasesResponse
-	2,  // 41: ingot.v1.Hub.Reserve:output_type -> ingot.v1.Lease
-	32, // 42: ingot.v1.Hub.Unreserve:output_type -> google.protobuf.Empty
-	32, // 43: ingot.v1.Hub.ReleaseLease:output_type -> google.protobuf.Empty
-	7,  // 44: ingot.v1.Hub.ImportLeases:output_type -> ingot.v1.ImportLeasesResponse
-	10, // 45: ingot.v1.Hub.ConfigureDHCP:output_type -> ingot.v1.ConfigureDHCPResponse
-	20, // 46: ingot.v1.Hub.Facts:output_type -> ingot.v1.HubFacts
-	13, // 47: ingot.v1.Hub.AddVPNPeer:output_type -> ingot.v1.AddVPNPeerResponse
-	32, // 48: ingot.v1.Hub.RemoveVPNPeer:output_type -> google.protobuf.Empty
-	16, // 49: ingot.v1.Hub.ListVPNPeers:output_type -> ingot.v1.ListVPNPeersResponse
-	19, // 50: ingot.v1.Hub.Ping:output_type -> ingot.v1.PingResponse
-	40, // [40:51] is the sub-list for method output_type
-	29, // [29:40] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	31, // 1: ingot.v1.Lease.starts:type_name -> google.protobuf.Timestamp
+	31, // 2: ingot.v1.Lease.ends:type_name -> google.protobuf.Timestamp
+	2,  // 3: ingot.v1.LeaseEvent.lease:type_name -> ingot.v1.Lease
+	2,  // 4: ingot.v1.ImportLeasesRequest.leases:type_name -> ingot.v1.Lease
+	10, // 5: ingot.v1.ImportLeasesResponse.left:type_name -> ingot.v1.NotImported
+	13, // 6: ingot.v1.ConfigureDHCPResponse.left:type_name -> ingot.v1.LeftLine
+	19, // 7: ingot.v1.AddVPNPeerResponse.peer:type_name -> ingot.v1.VPNPeer
+	19, // 8: ingot.v1.ListVPNPeersResponse.peers:type_name -> ingot.v1.VPNPeer
+	31, // 9: ingot.v1.VPNPeer.added:type_name -> google.protobuf.Timestamp
+	31, // 10: ingot.v1.VPNPeer.handshake:type_name -> google.protobuf.Timestamp
+	32, // 11: ingot.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
+	32, // 12: ingot.v1.PingResponse.round_trip:type_name -> google.protobuf.Duration
+	32, // 13: ingot.v1.HubFacts.uptime:type_name -> google.protobuf.Duration
+	33, // 14: ingot.v1.HubFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
+	25, // 15: ingot.v1.HubFacts.dhcp:type_name -> ingot.v1.DHCPFacts
+	27, // 16: ingot.v1.HubFacts.dns:type_name -> ingot.v1.DNSFacts
+	28, // 17: ingot.v1.HubFacts.nat:type_name -> ingot.v1.NATFacts
+	30, // 18: ingot.v1.HubFacts.registry:type_name -> ingot.v1.RegistryFacts
+	24, // 19: ingot.v1.HubFacts.vpn:type_name -> ingot.v1.VPNFacts
+	23, // 20: ingot.v1.HubFacts.hosts:type_name -> ingot.v1.HeardHost
+	32, // 21: ingot.v1.HeardHost.silent:type_name -> google.protobuf.Duration
+	19, // 22: ingot.v1.VPNFacts.peers:type_name -> ingot.v1.VPNPeer
+	32, // 23: ingot.v1.DHCPFacts.default_lease:type_name -> google.protobuf.Duration
+	32, // 24: ingot.v1.DHCPFacts.max_lease:type_name -> google.protobuf.Duration
+	26, // 25: ingot.v1.DHCPFacts.foreign:type_name -> ingot.v1.ForeignDHCP
+	32, // 26: ingot.v1.DHCPFacts.since_conflict:type_name -> google.protobuf.Duration
+	32, // 27: ingot.v1.DHCPFacts.since_exhausted:type_name -> google.protobuf.Duration
+	32, // 28: ingot.v1.ForeignDHCP.since:type_name -> google.protobuf.Duration
+	29, // 29: ingot.v1.NATFacts.rules:type_name -> ingot.v1.NATRule
+	0,  // 30: ingot.v1.Hub.ListLeases:input_type -> ingot.v1.ListLeasesRequest
+	6,  // 31: ingot.v1.Hub.WatchLeases:input_type -> ingot.v1.WatchLeasesRequest
+	3,  // 32: ingot.v1.Hub.Reserve:input_type -> ingot.v1.ReserveRequest
+	4,  // 33: ingot.v1.Hub.Unreserve:input_type -> ingot.v1.UnreserveRequest
+	5,  // 34: ingot.v1.Hub.ReleaseLease:input_type -> ingot.v1.ReleaseLeaseRequest
+	8,  // 35: ingot.v1.Hub.ImportLeases:input_type -> ingot.v1.ImportLeasesRequest
+	11, // 36: ingot.v1.Hub.ConfigureDHCP:input_type -> ingot.v1.ConfigureDHCPRequest
+	34, // 37: ingot.v1.Hub.Facts:input_type -> google.protobuf.Empty
+	14, // 38: ingot.v1.Hub.AddVPNPeer:input_type -> ingot.v1.AddVPNPeerRequest
+	16, // 39: ingot.v1.Hub.RemoveVPNPeer:input_type -> ingot.v1.RemoveVPNPeerRequest
+	17, // 40: ingot.v1.Hub.ListVPNPeers:input_type -> ingot.v1.ListVPNPeersRequest
+	20, // 41: ingot.v1.Hub.Ping:input_type -> ingot.v1.PingRequest
+	1,  // 42: ingot.v1.Hub.ListLeases:output_type -> ingot.v1.ListLeasesResponse
+	7,  // 43: ingot.v1.Hub.WatchLeases:output_type -> ingot.v1.LeaseEvent
+	2,  // 44: ingot.v1.Hub.Reserve:output_type -> ingot.v1.Lease
+	34, // 45: ingot.v1.Hub.Unreserve:output_type -> google.protobuf.Empty
+	34, // 46: ingot.v1.Hub.ReleaseLease:output_type -> google.protobuf.Empty
+	9,  // 47: ingot.v1.Hub.ImportLeases:output_type -> ingot.v1.ImportLeasesResponse
+	12, // 48: ingot.v1.Hub.ConfigureDHCP:output_type -> ingot.v1.ConfigureDHCPResponse
+	22, // 49: ingot.v1.Hub.Facts:output_type -> ingot.v1.HubFacts
+	15, // 50: ingot.v1.Hub.AddVPNPeer:output_type -> ingot.v1.AddVPNPeerResponse
+	34, // 51: ingot.v1.Hub.RemoveVPNPeer:output_type -> google.protobuf.Empty
+	18, // 52: ingot.v1.Hub.ListVPNPeers:output_type -> ingot.v1.ListVPNPeersResponse
+	21, // 53: ingot.v1.Hub.Ping:output_type -> ingot.v1.PingResponse
+	42, // [42:54] is the sub-list for method output_type
+	30, // [30:42] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_ingot_v1_hub_proto_init() }
@@ -2319,7 +2418,7 @@ func file_ingot_v1_hub_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ingot_v1_hub_proto_rawDesc), len(file_ingot_v1_hub_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   29,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

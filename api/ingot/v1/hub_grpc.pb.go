@@ -21,6 +21,7 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	Hub_ListLeases_FullMethodName    = "/ingot.v1.Hub/ListLeases"
+	Hub_WatchLeases_FullMethodName   = "/ingot.v1.Hub/WatchLeases"
 	Hub_Reserve_FullMethodName       = "/ingot.v1.Hub/Reserve"
 	Hub_Unreserve_FullMethodName     = "/ingot.v1.Hub/Unreserve"
 	Hub_ReleaseLease_FullMethodName  = "/ingot.v1.Hub/ReleaseLease"
@@ -40,6 +41,9 @@ const (
 // Hub is the network hub of an environment.
 type HubClient interface {
 	ListLeases(ctx context.Context, in *ListLeasesRequest, opts ...grpc.CallOption) (*ListLeasesResponse, error)
+	// WatchLeases sends all leases as they are, then each one that has changed, until the
+	// client goes. Who reads slowly misses steps, but never how a lease is in the end.
+	WatchLeases(ctx context.Context, in *WatchLeasesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LeaseEvent], error)
 	// Reserve keeps an address for a card, or for a microVM whatever its card is: the one
 	// that is named, else the one that the microVM has, else a free one.
 	Reserve(ctx context.Context, in *ReserveRequest, opts ...grpc.CallOption) (*Lease, error)
@@ -81,6 +85,25 @@ func (c *hubClient) ListLeases(ctx context.Context, in *ListLeasesRequest, opts 
 	}
 	return out, nil
 }
+
+func (c *hubClient) WatchLeases(ctx context.Context, in *WatchLeasesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LeaseEvent], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Hub_ServiceDesc.Streams[0], Hub_WatchLeases_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchLeasesRequest, LeaseEvent]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Hub_WatchLeasesClient = grpc.ServerStreamingClient[LeaseEvent]
 
 func (c *hubClient) Reserve(ctx context.Context, in *ReserveRequest, opts ...grpc.CallOption) (*Lease, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
@@ -189,6 +212,9 @@ func (c *hubClient) Ping(ctx context.Context, in *PingRequest, opts ...grpc.Call
 // Hub is the network hub of an environment.
 type HubServer interface {
 	ListLeases(context.Context, *ListLeasesRequest) (*ListLeasesResponse, error)
+	// WatchLeases sends all leases as they are, then each one that has changed, until the
+	// client goes. Who reads slowly misses steps, but never how a lease is in the end.
+	WatchLeases(*WatchLeasesRequest, grpc.ServerStreamingServer[LeaseEvent]) error
 	// Reserve keeps an address for a card, or for a microVM whatever its card is: the one
 	// that is named, else the one that the microVM has, else a free one.
 	Reserve(context.Context, *ReserveRequest) (*Lease, error)
@@ -223,6 +249,9 @@ type UnimplementedHubServer struct{}
 
 func (UnimplementedHubServer) ListLeases(context.Context, *ListLeasesRequest) (*ListLeasesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListLeases not implemented")
+}
+func (UnimplementedHubServer) WatchLeases(*WatchLeasesRequest, grpc.ServerStreamingServer[LeaseEvent]) error {
+	return status.Error(codes.Unimplemented, "method WatchLeases not implemented")
 }
 func (UnimplementedHubServer) Reserve(context.Context, *ReserveRequest) (*Lease, error) {
 	return nil, status.Error(codes.Unimplemented, "method Reserve not implemented")
@@ -292,6 +321,17 @@ func _Hub_ListLeases_Handler(srv interface{}, ctx context.Context, dec func(inte
 	}
 	return interceptor(ctx, in, info, handler)
 }
+
+func _Hub_WatchLeases_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchLeasesRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(HubServer).WatchLeases(m, &grpc.GenericServerStream[WatchLeasesRequest, LeaseEvent]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Hub_WatchLeasesServer = grpc.ServerStreamingServer[LeaseEvent]
 
 func _Hub_Reserve_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ReserveRequest)
@@ -525,6 +565,12 @@ var Hub_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Hub_Ping_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "WatchLeases",
+			Handler:       _Hub_WatchLeases_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "ingot/v1/hub.proto",
 }
