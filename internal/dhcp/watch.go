@@ -89,6 +89,6 @@ func (s *Server) compare(known *map[netip.Addr]Lease, see func(l Lease, initial 
 }
 
 func (l Lease) equal(x Lease) bool {
-	return l.IP == x.IP && bytes.Equal(l.MAC, x.MAC) && bytes.Equal(l.ClientID, x.ClientID) && l.Hostname == x.Hostname &&
+	return l.IP == x.IP && bytes.Equal(l.MAC, x.MAC) && bytes.Equal(l.ClientID, x.ClientID) && l.Hostname == x.Hostname && l.MicroVM == x.MicroVM &&
 		l.Starts.Equal(x.Starts) && l.Ends.Equal(x.Ends) && l.State == x.State && l.Reserved == x.Reserved
 }
