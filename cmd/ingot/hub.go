@@ -10,6 +10,9 @@ import (
 	"ingot/internal/logline"
 )
 
+// hubConfigFile is where a hub's configuration is, unless something else is said.
+const hubConfigFile = "/etc/ingot/hub.yaml"
+
 // hubCommand runs the network hub in the foreground.
 func hubCommand() *cobra.Command {
 	var file string
@@ -29,6 +32,7 @@ func hubCommand() *cobra.Command {
 			return h.Run(cmd.Context())
 		},
 	}
-	cmd.Flags().StringVar(&file, "config", "/etc/ingot/hub.yaml", "configuration file")
+	cmd.Flags().StringVar(&file, "config", hubConfigFile, "configuration file")
+	cmd.AddCommand(hubExportCommand(), hubImportCommand())
 	return cmd
 }

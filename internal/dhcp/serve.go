@@ -34,7 +34,7 @@ func (s *Server) run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("serve DHCP on %s: %w", s.c.Interface, err)
 	}
-	lock, err := s.lock(ctx)
+	lock, err := Lock(ctx, s.c.LeaseFile)
 	if err != nil {
 		return err
 	}
@@ -86,10 +86,11 @@ func (s *Server) run(ctx context.Context) error {
 	return group.Wait()
 }
 
-// lock takes the lease log for this process, before it is read: of two servers
-// the second would write it anew while the first acknowledges into what was it.
-func (s *Server) lock(ctx context.Context) (*os.File, error) {
-	path := s.c.LeaseFile + ".lock"
+// Lock takes a lease log for whoever calls, before it is read: of two servers the
+// second would write it anew while the first acknowledges into what was it. It waits
+// for a while if a server has it.
+func Lock(ctx context.Context, leaseFile string) (io.Closer, error) {
+	path := leaseFile + ".lock"
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("lock lease log: %w", err)
 	}
@@ -103,7 +104,7 @@ func (s *Server) lock(ctx context.Context) (*os.File, error) {
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			err = fmt.Errorf("another server has it: %w", errdefs.ErrFailedPrecondition)
 		}
-		return nil, fmt.Errorf("lock lease log %s: %w", s.c.LeaseFile, err)
+		return nil, fmt.Errorf("lock lease log %s: %w", leaseFile, err)
 	}
 	return f, nil
 }

@@ -1,0 +1,322 @@
+package hub
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"ingot/internal/dhcp"
+)
+
+const (
+	// manifestName is the first file of an archive: what it is.
+	manifestName = "ingot-hub.json"
+	// endName is the last one, and empty: tar itself does not notice that files are
+	// missing at its end.
+	endName = "end"
+)
+
+// leasesName is the lease log's name in an archive.
+const leasesName = "leases"
+
+type manifest struct {
+	Format   int       `json:"format"`
+	Version  string    `json:"version"`
+	Exported time.Time `json:"exported"`
+}
+
+// kept is what a hub has beside its configuration: files and directories, by their
+// names in an archive. What else a hub learns to keep is added here.
+func (c Config) kept(images bool) map[string]string {
+	all := map[string]string{leasesName: leasesFile, "dhcp": filepath.Dir(importedFile), "vpn": vpnDir, "guests": guestsFile}
+	if images {
+		all["registry"] = c.Registry
+	}
+	return all
+}
+
+// declared is what says how a hub is, and who it is: that of a machine which has it
+// already stays.
+func (c Config) declared() map[string]string {
+	return map[string]string{"hub.yaml": c.file, "pki": c.PKI, "token": c.TokenFile}
+}
+
+// Export writes an archive (tar) of all that makes a hub: its configuration, with its
+// keys, its leases and reservations, and the VPN's; images if they are wanted. A hub
+// that runs may go on: what it has acknowledged until now is in the archive.
+func Export(w io.Writer, c Config, images bool) error {
+	t := tar.NewWriter(w)
+	about, err := json.Marshal(manifest{Format: 1, Version: c.version, Exported: time.Now().UTC()})
+	if err != nil {
+		return err
+	}
+	if err := t.WriteHeader(&tar.Header{Name: manifestName, Mode: 0o600, Size: int64(len(about))}); err != nil {
+		return err
+	}
+	if _, err := t.Write(about); err != nil {
+		return err
+	}
+	for _, set := range []map[string]string{c.declared(), c.kept(images)} {
+		for _, name := range sorted(set) {
+			if err := pack(t, name, set[name]); err != nil {
+				return fmt.Errorf("export %s: %w", set[name], err)
+			}
+		}
+	}
+	if err := t.WriteHeader(&tar.Header{Name: endName, Mode: 0o600}); err != nil {
+		return err
+	}
+	return t.Close()
+}
+
+func sorted(m map[string]string) []string {
+	var names []string
+	for name := range m {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// pack adds a file, or all files of a directory; none is fine.
+func pack(t *tar.Writer, name, from string) error {
+	return filepath.WalkDir(from, func(file string, d fs.DirEntry, err error) error {
+		if errors.Is(err, os.ErrNotExist) {
+			return nil // gone meanwhile, or never there
+		}
+		if err != nil || d.IsDir() {
+			return err
+		}
+		below, err := filepath.Rel(from, file)
+		if err != nil {
+			return err
+		}
+		f, err := os.Open(file) // follows a link, as certificates may be
+		if errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		info, err := f.Stat()
+		if err != nil || !info.Mode().IsRegular() {
+			return err
+		}
+		h := &tar.Header{Name: path.Join(name, filepath.ToSlash(below)), Mode: int64(info.Mode().Perm()), Size: info.Size(), ModTime: info.ModTime()}
+		if err := t.WriteHeader(h); err != nil {
+			return err
+		}
+		_, err = io.CopyN(t, f, info.Size()) // a log grows meanwhile
+		return err
+	})
+}
+
+// Import makes this machine's hub what an archive says. No hub may run here, nor have
+// given addresses, unless all of that is to be replaced. What declares the hub stays
+// where it is there already, and is told. Import is repeated where it was interrupted.
+func Import(ctx context.Context, r io.Reader, file, version string, replaced bool) (stays []string, err error) {
+	lock, err := dhcp.Lock(ctx, leasesFile)
+	if err != nil {
+		return nil, fmt.Errorf("a hub runs here, stop it first: %w", err)
+	}
+	defer lock.Close()
+	leases, err := dhcp.ReadLeases(leasesFile)
+	if err != nil {
+		return nil, err
+	}
+	if n := active(leases); n > 0 && !replaced {
+		return nil, fmt.Errorf("the hub of this machine has %d leases that would be lost: %w", n, errdefs.ErrFailedPrecondition)
+	}
+	staged := filepath.Dir(vpnDir) + "/import.new"
+	if err := os.RemoveAll(staged); err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(staged)
+	if err := unpack(r, staged); err != nil {
+		return nil, fmt.Errorf("read archive: %w", err)
+	}
+	c, err := ReadConfig(staged+"/hub.yaml", version)
+	if err != nil {
+		return nil, fmt.Errorf("read archive: %w", err)
+	}
+	if _, err := dhcp.ReadLeases(filepath.Join(staged, leasesName)); err != nil {
+		return nil, fmt.Errorf("read archive: %w", err)
+	}
+	if here, err := ReadConfig(file, version); err == nil {
+		c = here
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	c.file = file
+	declared := c.declared()
+	for _, name := range sorted(declared) {
+		to := declared[name]
+		if _, err := os.Stat(to); err == nil {
+			stays = append(stays, to)
+		} else if err := put(filepath.Join(staged, name), to); err != nil {
+			return stays, err
+		}
+	}
+	kept := c.kept(true)
+	// The leases come last: once they are there, nothing is missing.
+	names := append(slices.DeleteFunc(sorted(kept), func(name string) bool { return name == leasesName }), leasesName)
+	for _, name := range names {
+		if err := put(filepath.Join(staged, name), kept[name]); err != nil {
+			return stays, err
+		}
+	}
+	return stays, nil
+}
+
+func active(leases []dhcp.Lease) (n int) {
+	for _, l := range leases {
+		if l.State == dhcp.Active {
+			n++
+		}
+	}
+	return n
+}
+
+// put has a file or a directory be at its place, if the archive has it.
+func put(from, to string) error {
+	if _, err := os.Stat(from); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
+		return err
+	}
+	// Beside it first, since it may be another file system.
+	beside := to + ".import"
+	if err := os.RemoveAll(beside); err != nil {
+		return err
+	}
+	if err := copyAll(from, beside); err != nil {
+		return fmt.Errorf("import %s: %w", to, err)
+	}
+	if err := os.RemoveAll(to); err != nil {
+		return err
+	}
+	if err := os.Rename(beside, to); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(to))
+}
+
+// copyAll copies a file or a directory with all in it, on the disk when it returns.
+func copyAll(from, to string) error {
+	return filepath.WalkDir(from, func(file string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		below, err := filepath.Rel(from, file)
+		if err != nil {
+			return err
+		}
+		if d.IsDir() {
+			return os.Mkdir(filepath.Join(to, below), 0o700)
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		in, err := os.Open(file)
+		if err != nil {
+			return err
+		}
+		defer in.Close()
+		out, err := os.OpenFile(filepath.Join(to, below), os.O_CREATE|os.O_EXCL|os.O_WRONLY, info.Mode().Perm())
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(out, in)
+		return errors.Join(err, out.Sync(), out.Close())
+	})
+}
+
+// unpack writes an archive's files below a directory. It takes no links, and nothing
+// but what Export puts there.
+func unpack(r io.Reader, dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	known := Config{}.kept(true)
+	for name := range (Config{}).declared() {
+		known[name] = ""
+	}
+	t := tar.NewReader(r)
+	for first := true; ; first = false {
+		h, err := t.Next()
+		if err == nil && h.Name == endName && !first {
+			return nil
+		}
+		if errors.Is(err, io.EOF) {
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil {
+			return fmt.Errorf("it is no archive of a hub, or not all of one: %w", err)
+		}
+		if first {
+			if err := checkManifest(h, t); err != nil {
+				return err
+			}
+			continue
+		}
+		top, _, _ := strings.Cut(h.Name, "/")
+		if _, ok := known[top]; !ok || h.Typeflag != tar.TypeReg || !filepath.IsLocal(h.Name) {
+			return fmt.Errorf("%q is not of a hub: %w", h.Name, errdefs.ErrInvalidArgument)
+		}
+		if err := extract(root, h, t); err != nil {
+			return fmt.Errorf("%s: %w", h.Name, err)
+		}
+	}
+}
+
+func checkManifest(h *tar.Header, r io.Reader) error {
+	var m manifest
+	var b bytes.Buffer
+	if _, err := io.CopyN(&b, r, 1<<16); err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	if err := json.Unmarshal(b.Bytes(), &m); h.Name != manifestName || err != nil {
+		return fmt.Errorf("it is no archive of a hub: %w", errdefs.ErrInvalidArgument)
+	}
+	if m.Format != 1 {
+		return fmt.Errorf("format %d is not known to this version: %w", m.Format, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+func extract(root *os.Root, h *tar.Header, r io.Reader) error {
+	for i, c := range h.Name {
+		if c == '/' {
+			if err := root.Mkdir(h.Name[:i], 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+				return err
+			}
+		}
+	}
+	f, err := root.OpenFile(h.Name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, fs.FileMode(h.Mode)&0o755)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(f, r)
+	return errors.Join(err, f.Sync(), f.Close())
+}

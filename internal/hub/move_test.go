@@ -1,0 +1,202 @@
+package hub
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	ingotv1 "ingot/api/ingot/v1"
+	"ingot/internal/vpn"
+)
+
+// A hub moves to a new machine, which has nothing: there it is who it was, with every
+// lease, and its VPN's peers.
+func TestMove(t *testing.T) {
+	config, hub := alone(t)
+	dir := filepath.Dir(config)
+	text, err := os.ReadFile(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, config, string(text)+"vpn: {subnet: 10.91.0.0/24, port: 51820, endpoint: \"hub.example.org:51820\"}\n")
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	kill := start(t, config)
+	if _, err := hub.Facts(ctx, &emptypb.Empty{}, grpc.WaitForReady(true)); err != nil {
+		t.Fatal(err)
+	}
+	show := write(t, dir+"/show", "#!/bin/sh\nenv | grep '^ip='\n")
+	ask := "ip netns exec guest busybox udhcpc -i eth0 -n -q -f -t 5 -T 1 -x hostname:box -s " + show + " 2>&1"
+	sh(t, ask)
+	if _, err := hub.Reserve(ctx, &ingotv1.ReserveRequest{Mac: "02:00:00:00:00:01", Ip: "192.168.10.50"}); err != nil {
+		t.Fatal(err)
+	}
+	key, err := vpn.NewPrivateKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer, err := hub.AddVPNPeer(ctx, &ingotv1.AddVPNPeerRequest{Name: "laptop", PublicKey: key.Public().String()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	state := func() string {
+		t.Helper()
+		leases, err := hub.ListLeases(ctx, &ingotv1.ListLeasesRequest{}, grpc.WaitForReady(true))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var b strings.Builder
+		for _, l := range leases.GetLeases() {
+			b.WriteString(l.String() + "\n")
+		}
+		peers, err := hub.ListVPNPeers(ctx, &ingotv1.ListVPNPeersRequest{})
+		if err != nil || len(peers.GetPeers()) != 1 || peers.GetPeers()[0].GetPublicKey() != key.Public().String() {
+			t.Fatalf("peers: %v, %v", peers, err)
+		}
+		return b.String()
+	}
+	was := state()
+	write(t, mkdir(t, dir+"/registry")+"/image", "layers")
+
+	// While it runs, with its last word.
+	c, err := ReadConfig(config, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	archive := func(images bool) *bytes.Buffer {
+		t.Helper()
+		var b bytes.Buffer
+		if err := Export(&b, c, images); err != nil {
+			t.Fatal(err)
+		}
+		return &b
+	}
+	lean, whole := archive(false), archive(true)
+	if bytes.Contains(lean.Bytes(), []byte("registry/image")) || !bytes.Contains(whole.Bytes(), []byte("registry/image")) {
+		t.Error("images are in the archive without a word, or are not with one")
+	}
+	short, stop := context.WithTimeout(ctx, 100*time.Millisecond)
+	if _, err := Import(short, bytes.NewReader(lean.Bytes()), config, "test", true); err == nil || !strings.Contains(err.Error(), "a hub runs here") {
+		t.Errorf("import beside a hub that runs: %v", err)
+	}
+	stop()
+	kill()
+	if _, err := Import(ctx, bytes.NewReader(lean.Bytes()), config, "test", false); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "has 1 leases") {
+		t.Errorf("import over leases: %v", err)
+	}
+
+	// The new machine.
+	for _, gone := range []string{config, dir + "/hub", dir + "/token", dir + "/registry", "/var/lib/ingot", leasesFile} {
+		if err := os.RemoveAll(gone); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// A first try does not come to its end.
+	if _, err := Import(ctx, bytes.NewReader(whole.Bytes()[:whole.Len()/2]), config, "test", false); err == nil {
+		t.Error("half an archive is imported")
+	}
+	if stays, err := Import(ctx, bytes.NewReader(whole.Bytes()), config, "test", false); err != nil || len(stays) != 0 {
+		t.Fatalf("stays: %v, %v", stays, err)
+	}
+	for path, mode := range map[string]os.FileMode{dir + "/hub/key.pem": 0o600, vpnDir: os.ModeDir | 0o700, dir + "/registry/image": 0o755} {
+		if info, err := os.Stat(path); err != nil || info.Mode() != mode {
+			t.Errorf("%s: %v, %v, want %s", path, info.Mode(), err, mode)
+		}
+	}
+	if left, err := filepath.Glob("/var/lib/ingot/*import*"); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+	began := time.Now()
+	kill = start(t, config)
+	if is := state(); is != was {
+		t.Errorf("there is\n%s\nand was\n%s", is, was)
+	}
+	if took := time.Since(began); took > 5*time.Second { // it is some 0.3 s
+		t.Errorf("it serves after %s", took)
+	}
+	if got := sh(t, ask); !strings.Contains(got, "ip=192.168.10.26\n") {
+		t.Errorf("the client gets\n%s", got)
+	}
+	again, err := hub.AddVPNPeer(ctx, &ingotv1.AddVPNPeerRequest{Name: "laptop", PublicKey: key.Public().String()})
+	if err != nil || again.GetPublicKey() != peer.GetPublicKey() || again.GetPeer().GetAddress() != peer.GetPeer().GetAddress() {
+		t.Errorf("the VPN's key: %v, %v, not %v", again, err, peer)
+	}
+	kill()
+	// Where there is a hub already, that is who it stays.
+	if stays, err := Import(ctx, bytes.NewReader(lean.Bytes()), config, "test", true); err != nil || strings.Join(stays, " ") != strings.Join([]string{config, dir + "/hub", dir + "/token"}, " ") {
+		t.Errorf("stays: %v, %v", stays, err)
+	}
+}
+
+func mkdir(t *testing.T, dir string) string {
+	t.Helper()
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// What is no archive of ours changes nothing.
+func TestImportRefuses(t *testing.T) {
+	const about = `{"format": 1}`
+	pack := func(headers ...tar.Header) []byte {
+		var b bytes.Buffer
+		w := tar.NewWriter(&b)
+		for _, h := range headers {
+			text := about
+			if h.Name == manifestName && h.Linkname != "" {
+				text, h.Linkname = h.Linkname, ""
+			}
+			if h.Typeflag == 0 || h.Typeflag == tar.TypeReg {
+				h.Size = int64(len(text))
+			}
+			h.Mode = 0o644
+			if err := w.WriteHeader(&h); err != nil {
+				t.Fatal(err)
+			}
+			if h.Size > 0 {
+				if _, err := w.Write([]byte(text)); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		return b.Bytes()
+	}
+	first, end := tar.Header{Name: manifestName}, tar.Header{Name: endName}
+	if err := unpack(bytes.NewReader(pack(first, tar.Header{Name: "leases"}, tar.Header{Name: "vpn/peers"}, end)), filepath.Join(t.TempDir(), "staged")); err != nil {
+		t.Errorf("what is one: %v", err)
+	}
+	for name, archive := range map[string][]byte{
+		"nothing":    {},
+		"no end":     pack(first, tar.Header{Name: "leases"}),
+		"not tar":    []byte(strings.Repeat("x", 2000)),
+		"no word":    pack(tar.Header{Name: "leases"}, end),
+		"new format": pack(tar.Header{Name: manifestName, Linkname: `{"format": 2}`}, end),
+		"outside":    pack(first, tar.Header{Name: "vpn/../../x"}, end),
+		"root":       pack(first, tar.Header{Name: "/etc/passwd"}, end),
+		"unknown":    pack(first, tar.Header{Name: "bin/sh"}, end),
+		"link":       pack(first, tar.Header{Name: "vpn", Typeflag: tar.TypeSymlink, Linkname: "/etc"}, end),
+		"twice":      pack(first, tar.Header{Name: "leases"}, tar.Header{Name: "leases"}, end),
+	} {
+		dir := filepath.Join(t.TempDir(), "staged")
+		err := unpack(bytes.NewReader(archive), dir)
+		if err == nil {
+			t.Errorf("%s: it is taken", name)
+		}
+		if _, err := os.Stat(filepath.Join(dir, "..", "x")); err == nil {
+			t.Errorf("%s: it has written outside", name)
+		}
+	}
+}
