@@ -13,6 +13,7 @@ type reply struct {
 	mac   [6]byte
 	relay bool // to a relay's port
 	route bool // the kernel finds the way
+	asked time.Time
 }
 
 // change is what a message did to the table, and must be on disk before its
@@ -42,6 +43,11 @@ func (s *Server) handle(m *message, out *reply, text []byte) (change, []byte) {
 }
 
 func (s *Server) decide(m *message, out *reply) (c change) {
+	if int(m.kind) < len(s.count.Received) {
+		s.count.Received[m.kind]++
+	} else {
+		s.count.Received[0]++
+	}
 	p := s.subnet(m)
 	if p == nil {
 		s.note(s.c.Log.Warn, "no subnet is served there", "mac", m.card(), "relay", m.giaddr)

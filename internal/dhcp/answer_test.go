@@ -417,7 +417,8 @@ func TestFacts(t *testing.T) {
 	}
 	ack(t, s, 1)
 	ack(t, s, 9)
-	if f := s.Facts(); f.Active != 2 || f.Free != 99 || f.Acks != 2 || f.Offers != 2 {
+	if f := s.Facts(); f.Active != 2 || f.Free != 99 || f.Acks != 2 || f.Offers != 2 || f.Received[kindDiscover] != 2 || f.Received[kindRequest] != 2 ||
+		f.States[Active] != 2 || f.Kept != 1 {
 		t.Errorf("then: %+v", f)
 	}
 	if all := s.Leases(); len(all) != 2 || all[0].State != Active || all[1].State != Active {

@@ -114,6 +114,8 @@ type Server struct {
 	log   *journal
 	clean bool // the log on disk is ours, whole and free of old entries
 
+	latency latency
+
 	mu      sync.Mutex // guards all below
 	leases  map[addr4]*record
 	byMAC   map[[6]byte]*record // the newest lease of a card
@@ -136,7 +138,11 @@ type Counters struct {
 	Exhausted                                       uint64 // DISCOVERs for which no address was free
 	Conflicts                                       uint64 // addresses that ARP found with another card
 	Malformed                                       uint64
+	Received                                        [kindInform + 1]uint64 // by the number of the message's type; 0: others
 }
+
+// MessageTypes are the names of DHCP's messages, by their numbers.
+var MessageTypes = [...]string{"other", "discover", "offer", "request", "decline", "ack", "nak", "release", "inform"}
 
 // New prepares a server.
 func New(c Config) (*Server, error) {
@@ -421,8 +427,11 @@ type Facts struct {
 	Error   error
 	Active  int
 	Free    int
-	Foreign []Foreign // other DHCP servers on the segment
+	States  map[string]int // leases by state, also of those that ended
+	Kept    int            // reservations
+	Foreign []Foreign      // other DHCP servers on the segment
 	Counters
+	Latency
 	LastConflict, LastExhausted time.Time // zero: never
 	DefaultLease, MaxLease      time.Duration
 	Config                      string // the text of ConfigFile
@@ -435,19 +444,19 @@ func (s *Server) Facts() Facts {
 	f := Facts{
 		Serving: s.serving, Error: s.failure, Counters: s.count, Foreign: s.foreigners(), LastConflict: s.last.conflict,
 		LastExhausted: s.last.exhausted, DefaultLease: s.c.DefaultLease, MaxLease: s.c.MaxLease, Config: exportConfig(s.c),
+		States: map[string]int{}, Kept: len(s.booked.byIP), Latency: s.latency.read(),
 	}
 	for _, p := range s.pools {
 		f.Free += p.size()
 	}
 	for ip, r := range s.leases {
 		state := s.current(r)
-		if state == stateActive {
-			f.Active++
-		}
+		f.States[state.String()]++
 		if p := s.pool(ip); p != nil && p.dynamic(ip) && state != stateExpired && state != stateReleased {
 			f.Free--
 		}
 	}
+	f.Active = f.States[Active]
 	for ip := range s.booked.byIP {
 		r := s.leases[ip]
 		taken := r != nil && s.current(r) != stateExpired && s.current(r) != stateReleased

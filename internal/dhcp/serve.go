@@ -149,6 +149,7 @@ func (s *Server) receive(ctx context.Context, wire *sockets, j *journal) error {
 			return fmt.Errorf("receive DHCP: %w", err)
 		}
 		now = now[:0]
+		asked := time.Now()
 		for i := range messages[:n] {
 			m, err := parse(messages[i].Buffers[0][:messages[i].N])
 			if err != nil {
@@ -158,6 +159,7 @@ func (s *Server) receive(ctx context.Context, wire *sockets, j *journal) error {
 				continue
 			}
 			r := replyPool.Get().(*reply)
+			r.asked = asked
 			_, text = s.handle(&m, r, text[:0])
 			switch {
 			case len(text) > 0: // r is the journal's
@@ -179,7 +181,11 @@ func (s *Server) send(wire *sender, replies []*reply) {
 		s.note(s.c.Log.Warn, "send answer", "err", err)
 		s.unlock()
 	}
+	sent := time.Now()
 	for _, r := range replies {
+		if len(r.b) > 0 {
+			s.latency.note(sent.Sub(r.asked))
+		}
 		replyPool.Put(r)
 	}
 }
