@@ -8,6 +8,7 @@ import (
 
 	"ingot/internal/hub"
 	"ingot/internal/logline"
+	"ingot/internal/web"
 )
 
 // hubConfigFile is where a hub's configuration is, unless something else is said.
@@ -25,11 +26,16 @@ func hubCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			h, err := hub.New(c, logline.New(os.Stderr, logline.Text, slog.LevelInfo))
+			log := logline.New(os.Stderr, logline.Text, slog.LevelInfo)
+			h, err := hub.New(c, log)
 			if err != nil {
 				return err
 			}
-			return h.Run(cmd.Context())
+			if !c.Metrics.IsValid() {
+				return h.Run(cmd.Context())
+			}
+			b := buildInfo()
+			return h.Run(cmd.Context(), web.NewHub(b.Version, b.Revision, log).Serve(c.Metrics.String(), web.HubSource{Hub: h}))
 		},
 	}
 	cmd.Flags().StringVar(&file, "config", hubConfigFile, "configuration file")

@@ -144,7 +144,7 @@ func (u *up) hubConfig(ctx context.Context, m Machine) hub.Config {
 	c := hub.Default()
 	c.Address, c.Subnet, c.Trusted = m.Address, u.env.Subnet, u.env.Uplink
 	c.First, c.Last = u.env.DHCP.First, u.env.DHCP.Last
-	c.Domain = u.env.Name + ".internal"
+	c.Domain, c.Metrics = u.env.Name+".internal", netip.AddrPortFrom(m.Address, hub.OwnMetrics)
 	for _, other := range u.env.Machines {
 		c.Machines = append(c.Machines, hub.Machine{Name: other.Name, Address: other.Address, Host: other.Host})
 	}

@@ -66,7 +66,7 @@ func (m Machine) patient(l *lab.Lab, roles []lab.Role) doctor.Machine {
 	var ports []doctor.Port
 	if m.Hub {
 		ports = append(ports, doctor.Port{Protocol: "udp", Number: 67}, doctor.Port{Protocol: "udp", Number: 53}, doctor.Port{Protocol: "tcp", Number: 53},
-			doctor.Port{Protocol: "tcp", Number: hub.RegistryPort}, doctor.Port{Protocol: "tcp", Number: hub.GRPCPort})
+			doctor.Port{Protocol: "tcp", Number: hub.RegistryPort}, doctor.Port{Protocol: "tcp", Number: hub.GRPCPort}, doctor.Port{Protocol: "tcp", Number: hub.OwnMetrics})
 	}
 	if m.Host {
 		ports = append(ports, doctor.Port{Protocol: "tcp", Number: hub.HostPort}, doctor.Port{Protocol: "tcp", Number: hub.MetricsPort})

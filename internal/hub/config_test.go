@@ -1,10 +1,13 @@
 package hub_test
 
 import (
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/goccy/go-yaml"
 
 	"ingot/internal/hub"
 )
@@ -29,6 +32,31 @@ func TestConfigWantsIPv4(t *testing.T) {
 		_, err := hub.ReadConfig(path, "test")
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("%q: %v, want %q", text, err, want)
+		}
+	}
+}
+
+// What `ingot up` writes is what a hub reads: where it tells its metrics, or that it
+// does not.
+func TestConfigIsWrittenWhole(t *testing.T) {
+	for _, at := range []string{"192.168.10.2:9093", ""} {
+		c := hub.Default()
+		c.Address, c.Subnet = netip.MustParseAddr("192.168.10.2"), netip.MustParsePrefix("192.168.10.0/25")
+		c.First, c.Last = netip.MustParseAddr("192.168.10.26"), netip.MustParseAddr("192.168.10.126")
+		if at != "" {
+			c.Metrics = netip.MustParseAddrPort(at)
+		}
+		text, err := yaml.Marshal(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(t.TempDir(), "hub.yaml")
+		if err := os.WriteFile(path, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		got, err := hub.ReadConfig(path, "test")
+		if err != nil || got.Metrics != c.Metrics {
+			t.Errorf("%q becomes %v, %v, by\n%s", at, got.Metrics, err, text)
 		}
 	}
 }

@@ -31,6 +31,7 @@ const (
 	GRPCPort     = 9091
 	HostPort     = 9090 // of the hosts
 	MetricsPort  = 9092 // of the hosts
+	OwnMetrics   = 9093 // the hub's: one machine may be hub and host
 	RegistryPort = 5000
 )
 
@@ -52,7 +53,8 @@ type Config struct {
 	Registry  string       `yaml:"registry"` // directory
 	VPN       *VPN         `yaml:"vpn,omitempty"`
 
-	Reservations []Reservation `yaml:"reservations,omitempty"`
+	Reservations []Reservation  `yaml:"reservations,omitempty"`
+	Metrics      netip.AddrPort `yaml:"metrics-endpoint"` // where to tell Prometheus; zero: nowhere
 
 	file    string
 	version string
@@ -208,8 +210,8 @@ const (
 	vpnInterface = "vpn0"
 )
 
-// Run serves until ctx ends or a part fails.
-func (h *Hub) Run(ctx context.Context) error {
+// Run serves until ctx ends or a part fails, beside other tasks that are parts of it.
+func (h *Hub) Run(ctx context.Context, others ...run.Task) error {
 	for _, name := range []string{h.c.Interface, h.c.Uplink} {
 		if _, err := nat.SetForwarding(name, true); err != nil {
 			return err
@@ -228,7 +230,7 @@ func (h *Hub) Run(ctx context.Context) error {
 	} else if err := vpn.Forget(vpnDir, vpnInterface); err != nil {
 		return err
 	}
-	return run.All(ctx, h.log, tasks...)
+	return run.All(ctx, h.log, append(tasks, others...)...)
 }
 
 // dial is a new connection to a host's API.
@@ -240,6 +242,9 @@ func (h *Hub) rules() nat.Hub {
 	rules := nat.Hub{
 		Inside: h.c.Interface, Outside: h.c.Uplink, Trusted: h.c.Trusted,
 		Platform: h.platform(), Management: []uint16{GRPCPort},
+	}
+	if h.c.Metrics.IsValid() {
+		rules.Management = append(rules.Management, h.c.Metrics.Port())
 	}
 	if v := h.c.VPN; v != nil {
 		rules.VPN = nat.VPN{Interface: vpnInterface, Subnet: v.Subnet, Port: v.Port}

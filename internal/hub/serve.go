@@ -184,6 +184,9 @@ func (s *service) Facts(ctx context.Context, _ *emptypb.Empty) (*ingotv1.HubFact
 		Dhcp: s.dhcpFacts(), Nat: s.natFacts(), Registry: s.registryFacts(ctx), Vpn: s.vpnFacts(), Hosts: s.hostFacts(),
 	}
 	f.Hostname, _ = os.Hostname()
+	if s.c.Metrics.IsValid() {
+		f.Metrics = s.c.Metrics.String()
+	}
 	d := s.dns.Facts()
 	f.Dns = &ingotv1.DNSFacts{Serving: d.Serving, Upstreams: d.Upstreams, Names: int32(s.names())}
 	for _, at := range d.Listen {

@@ -38,6 +38,21 @@ func (f families) add(m *measure, value float64, labels ...*dto.LabelPair) {
 	family.Metric = append(family.Metric, one)
 }
 
+// histogram adds one, of how many there are in each bucket, whose upper ends in seconds
+// are bounds and then none; took is their sum.
+func (f families) histogram(m *measure, bounds []float64, buckets []uint64, took float64) {
+	h := &dto.Histogram{SampleSum: &took}
+	var total uint64
+	for i, n := range buckets {
+		total += n
+		if i < len(bounds) {
+			h.Bucket = append(h.Bucket, &dto.Bucket{UpperBound: &bounds[i], CumulativeCount: new(total)})
+		}
+	}
+	h.SampleCount = &total
+	f[m] = &dto.MetricFamily{Name: &m.name, Help: &m.help, Type: &m.kind, Metric: []*dto.Metric{{Histogram: h}}}
+}
+
 // count adds the number of each kind, also of those of which there are none.
 func count[T ~string](f families, m *measure, name string, kinds []T, numbers map[T]int) {
 	for _, kind := range kinds {

@@ -1,7 +1,7 @@
-// Package web shows how a host is, over HTTP: its metrics, in the form that Prometheus
-// reads. It owns what it has counted since the daemon's start, and the listener;
-// all else is measured when it is asked for, and never before. It changes nothing,
-// and has no profiles: those are not for who may read metrics.
+// Package web shows how a host or a hub is, over HTTP: its metrics, in the form that
+// Prometheus reads. It owns what it has counted since the daemon's start, and the
+// listener; all else is measured when it is asked for, and never before. It changes
+// nothing, and has no profiles: those are not for who may read metrics.
 package web
 
 import (
@@ -26,7 +26,7 @@ import (
 	"ingot/internal/vmm"
 )
 
-// Metrics are a host's. They count from New on.
+// Metrics are a daemon's. They count from New on.
 type Metrics struct {
 	log      *slog.Logger
 	registry *prometheus.Registry
@@ -37,7 +37,7 @@ type Metrics struct {
 	restarts      prometheus.Counter
 }
 
-// New makes the metrics of a daemon of this version.
+// New makes the metrics of a host's daemon of this version.
 func New(version, revision string, log *slog.Logger) *Metrics {
 	m := &Metrics{
 		log: log, registry: prometheus.NewRegistry(), calls: grpcprom.NewServerMetrics(grpcprom.WithServerHandlingTimeHistogram()),
@@ -50,13 +50,25 @@ func New(version, revision string, log *slog.Logger) *Metrics {
 	for _, cause := range []vmm.Cause{vmm.PowerOff, vmm.Reboot, vmm.Panic, vmm.Stopped, vmm.Killed, vmm.Error, vmm.Unknown} {
 		m.exits.WithLabelValues(string(cause))
 	}
+	m.registry.MustRegister(m.calls, m.works, m.steps, m.errors, m.exits, m.restarts)
+	m.process(version, revision)
+	return m
+}
+
+// NewHub makes the metrics of a hub's daemon of this version.
+func NewHub(version, revision string, log *slog.Logger) *Metrics {
+	m := &Metrics{log: log, registry: prometheus.NewRegistry()}
+	m.process(version, revision)
+	return m
+}
+
+// process registers what all daemons tell.
+func (m *Metrics) process(version, revision string) {
 	build := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "ingot_build_info", Help: "Always 1; the labels say which program this is.",
 		ConstLabels: prometheus.Labels{"version": version, "revision": revision, "goversion": runtime.Version()},
 	}, func() float64 { return 1 })
-	m.registry.MustRegister(m.calls, m.works, m.steps, m.errors, m.exits, m.restarts, build,
-		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	return m
+	m.registry.MustRegister(build, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 }
 
 // durations are the histograms' buckets, in seconds: from a clone of a volume to the
@@ -98,7 +110,13 @@ func (m *Metrics) Interceptors() (grpc.UnaryServerInterceptor, grpc.StreamServer
 	return m.calls.UnaryServerInterceptor(), m.calls.StreamServerInterceptor()
 }
 
-// Source is what is measured when somebody asks.
+// surveyed is what is measured when somebody asks, until ctx ends: a Source or a
+// HubSource. What could be is told of whatever the error is.
+type surveyed interface {
+	survey(ctx context.Context) (families, error)
+}
+
+// Source is what is measured of a host.
 type Source struct {
 	Host   *host.Host
 	Images *image.Store
@@ -114,7 +132,7 @@ const (
 )
 
 // Handler answers with the metrics.
-func (m *Metrics) Handler(s Source) http.Handler {
+func (m *Metrics) Handler(s surveyed) http.Handler {
 	places := make(chan struct{}, atOnce)
 	options := promhttp.HandlerOpts{
 		ErrorLog: slog.NewLogLogger(m.log.Handler(), slog.LevelWarn), ErrorHandling: promhttp.ContinueOnError,
@@ -136,7 +154,7 @@ func (m *Metrics) Handler(s Source) http.Handler {
 }
 
 // Serve is the task that serves /metrics, by plain HTTP, to whoever reaches the address.
-func (m *Metrics) Serve(address string, s Source) run.Task {
+func (m *Metrics) Serve(address string, s surveyed) run.Task {
 	return run.Func("metrics", func(ctx context.Context, ready func()) error {
 		l, err := run.Listen(ctx, net.ListenConfig{}, "tcp", address)
 		if err != nil {

@@ -1260,6 +1260,7 @@ type HubFacts struct {
 	ConfigFile    string                 `protobuf:"bytes,10,opt,name=config_file,json=configFile,proto3" json:"config_file,omitempty"`
 	Vpn           *VPNFacts              `protobuf:"bytes,11,opt,name=vpn,proto3" json:"vpn,omitempty"` // unset: the hub has none
 	Hosts         []*HeardHost           `protobuf:"bytes,12,rep,name=hosts,proto3" json:"hosts,omitempty"`
+	Metrics       string                 `protobuf:"bytes,14,opt,name=metrics,proto3" json:"metrics,omitempty"` // ADDRESS:PORT where Prometheus finds its metrics; empty: nowhere
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1376,6 +1377,13 @@ func (x *HubFacts) GetHosts() []*HeardHost {
 		return x.Hosts
 	}
 	return nil
+}
+
+func (x *HubFacts) GetMetrics() string {
+	if x != nil {
+		return x.Metrics
+	}
+	return ""
 }
 
 // HeardHost is a host whose microVMs the hub knows, because it watches them.
@@ -2190,7 +2198,7 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\atimeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\atimeout\"H\n" +
 	"\fPingResponse\x128\n" +
 	"\n" +
-	"round_trip\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\troundTrip\"\xe6\x03\n" +
+	"round_trip\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\troundTrip\"\x80\x04\n" +
 	"\bHubFacts\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x121\n" +
@@ -2207,7 +2215,8 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	" \x01(\tR\n" +
 	"configFile\x12$\n" +
 	"\x03vpn\x18\v \x01(\v2\x12.ingot.v1.VPNFactsR\x03vpn\x12)\n" +
-	"\x05hosts\x18\f \x03(\v2\x13.ingot.v1.HeardHostR\x05hosts\"\x9a\x01\n" +
+	"\x05hosts\x18\f \x03(\v2\x13.ingot.v1.HeardHostR\x05hosts\x12\x18\n" +
+	"\ametrics\x18\x0e \x01(\tR\ametrics\"\x9a\x01\n" +
 	"\tHeardHost\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05heard\x18\x02 \x01(\bR\x05heard\x121\n" +
