@@ -35,11 +35,14 @@ func (s *survey) hubStep() step {
 			check: func(ctx context.Context) finding { return s.checkOutside(ctx, host, facts()) },
 		})
 	}
-	more := func() []step {
+	more := func() (all []step) {
 		if v := facts().GetVpn(); v != nil {
-			return []step{vpnStep(v, facts().GetInterfaces())}
+			all = append(all, vpnStep(v, facts().GetInterfaces()))
 		}
-		return nil
+		if address := facts().GetMetrics(); address != "" {
+			all = append(all, metricsStep(address))
+		}
+		return all
 	}
 	return step{
 		name: h.Name,
