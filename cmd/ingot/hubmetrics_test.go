@@ -70,6 +70,11 @@ func TestHubMetrics(t *testing.T) {
 	if log := h.log.String(); strings.Count(log, "no free address is left") != 1 || !strings.Contains(log, "subnet=192.168.10.0/25") {
 		t.Errorf("its log says of that\n%s", log)
 	}
+	for range 2 {
+		sh(t, "ip netns exec g0 busybox nslookup -type=a box-1.lab.internal "+hubAddress)
+	}
+	is(2, "ingot_hub_dns_answers_total", "from", "environment")
+	is(0, "ingot_hub_dns_answers_total", "from", "upstream")
 	is(1, "ingot_hub_nat_forwarding")
 	is(0, "ingot_hub_nat_rules_missing")
 	is(0, "ingot_hub_dhcp_foreign_servers")

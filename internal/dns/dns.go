@@ -68,6 +68,7 @@ type Server struct {
 	forwarded *run.Quota
 	flight    singleflight.Group // of questions that are the same
 	asking    sync.WaitGroup     // questions that are being forwarded
+	count     counts
 
 	mu     sync.Mutex // guards all below
 	failed int        // questions that no line in the log tells of
@@ -92,11 +93,29 @@ type Facts struct {
 	Serving   bool
 	Listen    []netip.AddrPort
 	Upstreams []string
+	Answers   Answers
+}
+
+// Answers count since the server began, by where they came from. Together they are the
+// questions.
+type Answers struct {
+	Own       uint64 // names and addresses of the environment
+	Cached    uint64
+	Forwarded uint64 // to an upstream, or to one with others that asked the same
+	Failed    uint64 // no upstream had an answer, or the question was none
+	Refused   uint64 // who asks is not of the environment
+}
+
+// counts are Answers that are being counted.
+type counts struct{ own, cached, forwarded, failed, refused atomic.Uint64 }
+
+func (c *counts) read() Answers {
+	return Answers{c.own.Load(), c.cached.Load(), c.forwarded.Load(), c.failed.Load(), c.refused.Load()}
 }
 
 // Facts says how the server is.
 func (s *Server) Facts() Facts {
-	return Facts{Serving: s.serving.Load(), Listen: s.c.Listen, Upstreams: s.c.Upstreams}
+	return Facts{Serving: s.serving.Load(), Listen: s.c.Listen, Upstreams: s.c.Upstreams, Answers: s.count.read()}
 }
 
 // Run serves over UDP and TCP until ctx ends.
@@ -256,15 +275,19 @@ func (s *Server) stream(ctx context.Context, c net.Conn) {
 // quick appends the answer of a question to b, if it is known without asking anybody.
 func (s *Server) quick(q *question, b []byte, now time.Time) (answer []byte, ok bool) {
 	if !slices.ContainsFunc(s.c.Allow, func(p netip.Prefix) bool { return p.Contains(q.from.Addr()) }) {
+		s.count.refused.Add(1)
 		return q.fail(b, refused), true
 	}
 	if q.mistake != success {
+		s.count.failed.Add(1)
 		return q.fail(b, q.mistake), true
 	}
 	if a := s.cache.get(q, now); a != nil {
+		s.count.cached.Add(1)
 		return q.answer(b, a, now), true
 	}
 	if a, ok := s.zone.answer(q); ok {
+		s.count.own.Add(1)
 		return q.answer(b, &a, now), true
 	}
 	return nil, false
@@ -274,6 +297,7 @@ func (s *Server) quick(q *question, b []byte, now time.Time) (answer []byte, ok 
 func (s *Server) slow(ctx context.Context, q *question) []byte {
 	give, ok := s.forwarded.Take(net.UDPAddrFromAddrPort(q.from))
 	if !ok {
+		s.count.failed.Add(1)
 		s.warn("too many DNS questions at one time", "from", q.from.Addr())
 		return q.fail(nil, serverFailure)
 	}
@@ -291,11 +315,13 @@ func (s *Server) slow(ctx context.Context, q *question) []byte {
 		return a, err
 	})
 	if err != nil {
+		s.count.failed.Add(1)
 		if ctx.Err() == nil {
 			s.warn("forward DNS question", "name", q.text(), "err", err)
 		}
 		return q.fail(nil, serverFailure)
 	}
+	s.count.forwarded.Add(1)
 	return q.answer(nil, found.(*answer), time.Now())
 }
 

@@ -65,6 +65,13 @@ func upstream(t *testing.T, rcode int) (string, *atomic.Int32) {
 
 func serve(t *testing.T, c dns.Config) string {
 	t.Helper()
+	at, _ := serveCounted(t, c)
+	return at
+}
+
+// serveCounted is serve, and what the server counts.
+func serveCounted(t *testing.T, c dns.Config) (string, func() dns.Answers) {
+	t.Helper()
 	at := freePort(t)
 	c.Listen = []netip.AddrPort{at}
 	if c.Log == nil {
@@ -89,7 +96,7 @@ func serve(t *testing.T, c dns.Config) string {
 			t.Error(err)
 		}
 	})
-	return at.String()
+	return at.String(), func() dns.Answers { return s.Facts().Answers }
 }
 
 func ask(t *testing.T, server, network, name string, kind uint16) *mdns.Msg {
@@ -284,6 +291,33 @@ func TestRefusesStrangersAndFailsFast(t *testing.T) {
 	at = serve(t, dns.Config{})
 	if m := ask(t, at, "udp", "example.org.", mdns.TypeA); m.Rcode != mdns.RcodeServerFailure {
 		t.Errorf("got %v", m)
+	}
+}
+
+// Each question is counted once, by where its answer came from.
+func TestAnswersAreCounted(t *testing.T) {
+	up, _ := upstream(t, mdns.RcodeSuccess)
+	bad, _ := upstream(t, mdns.RcodeServerFailure)
+	at, counted := serveCounted(t, dns.Config{
+		Upstreams: []string{up}, Domain: "lab.internal",
+		Lookup: func(name string) (netip.Addr, bool) { return netip.MustParseAddr("192.168.10.3"), name == "host-0" },
+		NameOf: func(netip.Addr) (string, bool) { return "", false },
+	})
+	for _, name := range []string{"host-0.lab.internal.", "nobody.lab.internal.", "example.org.", "example.org.", "example.org."} {
+		ask(t, at, "udp", name, mdns.TypeA)
+	}
+	if got, want := counted(), (dns.Answers{Own: 2, Forwarded: 1, Cached: 2}); got != want {
+		t.Errorf("counted %+v, not %+v", got, want)
+	}
+	at, counted = serveCounted(t, dns.Config{Upstreams: []string{bad}})
+	ask(t, at, "tcp", "example.org.", mdns.TypeA)
+	if got, want := counted(), (dns.Answers{Failed: 1}); got != want {
+		t.Errorf("counted %+v, not %+v", got, want)
+	}
+	at, counted = serveCounted(t, dns.Config{Allow: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}})
+	ask(t, at, "udp", "example.org.", mdns.TypeA)
+	if got, want := counted(), (dns.Answers{Refused: 1}); got != want {
+		t.Errorf("counted %+v, not %+v", got, want)
 	}
 }
 

@@ -22,6 +22,7 @@ var (
 	dhcpNone     = total("ingot_hub_dhcp_exhausted_total", "Clients that asked when no address was free.")
 	dhcpTaken    = total("ingot_hub_dhcp_conflicts_total", "Addresses that were found in use by another card.")
 	dhcpForeign  = gauge("ingot_hub_dhcp_foreign_servers", "Other DHCP servers that were heard on the segment lately.")
+	dnsAnswers   = total("ingot_hub_dns_answers_total", "Answers to DNS questions, by where they came from: each question has one.")
 	natForwards  = gauge("ingot_hub_nat_forwarding", "Whether the kernel forwards between segment and uplink.")
 	natMissing   = gauge("ingot_hub_nat_rules_missing", "NAT rules that ought to be in force and are not.")
 	natOpen      = gauge("ingot_hub_nat_connections", "Connections that the kernel tracks.")
@@ -45,6 +46,10 @@ func (s HubSource) survey(ctx context.Context) (families, error) {
 		f.add(hubPart, number(serves), label("part", part))
 	}
 	f.dhcp(n)
+	d := n.DNS.Answers
+	for from, number := range map[string]uint64{"environment": d.Own, "cache": d.Cached, "upstream": d.Forwarded, "failed": d.Failed, "refused": d.Refused} {
+		f.add(dnsAnswers, float64(number), label("from", from))
+	}
 	f.add(natForwards, number(n.NAT.Forwarding))
 	f.add(natMissing, float64(n.NAT.Missing))
 	if n.NAT.Most > 0 { // or the kernel tracks none
