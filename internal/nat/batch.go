@@ -2,6 +2,7 @@ package nat
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -21,7 +22,7 @@ type batch struct {
 	table  *nftables.Table
 	chains []*nftables.Chain
 	rules  map[string][]string // the comments, by chain
-	sets   map[string][][]byte // the keys, by set; nil: the kernel changes them
+	sets   map[string][]entry  // nil: the kernel changes them
 	err    error
 }
 
@@ -33,7 +34,7 @@ func begin(family nftables.TableFamily, name string) (*batch, error) {
 	t := &nftables.Table{Family: family, Name: name}
 	c.AddTable(t) // so that there is one to delete
 	c.DelTable(t)
-	return &batch{conn: c, table: c.AddTable(t), rules: map[string][]string{}, sets: map[string][][]byte{}}, nil
+	return &batch{conn: c, table: c.AddTable(t), rules: map[string][]string{}, sets: map[string][]entry{}}, nil
 }
 
 func (b *batch) commit() error {
@@ -68,26 +69,58 @@ func (b *batch) addresses(name string, addrs []netip.Addr) *nftables.Set {
 }
 
 func (b *batch) set(set *nftables.Set, keys [][]byte) *nftables.Set {
-	slices.SortFunc(keys, bytes.Compare)
-	keys = slices.CompactFunc(keys, bytes.Equal)
-	var elements []nftables.SetElement
+	entries := []entry{}
 	for _, key := range keys {
-		elements = append(elements, nftables.SetElement{Key: key})
+		entries = append(entries, entry{key: key})
 	}
+	return b.mapOf(set, entries)
+}
+
+// entry is an element of a set, or of a map. One with a text is a rule of its own.
+type entry struct {
+	key, value []byte
+	text       string
+}
+
+// whole is all of it, as check reads it.
+func (e entry) whole() []byte { return slices.Concat(e.key, e.value) }
+
+// The length of a netlink attribute has 16 bits. The entries of one are far fewer than
+// those that it has room for.
+const entriesAtOnce = 256
+
+// mapOf makes a set of entries. Of some that are equal one is taken.
+func (b *batch) mapOf(set *nftables.Set, entries []entry) *nftables.Set {
+	slices.SortFunc(entries, func(x, y entry) int { return bytes.Compare(x.whole(), y.whole()) })
+	entries = slices.CompactFunc(entries, func(x, y entry) bool { return bytes.Equal(x.whole(), y.whole()) })
 	set.Table = b.table
-	b.addSet(set, elements)
+	elements := make([]nftables.SetElement, len(entries))
+	for i, e := range entries {
+		elements[i] = nftables.SetElement{Key: e.key, Val: e.value}
+	}
+	b.insert(set, append([]entry{}, entries...), elements)
 	return set
 }
 
-// addSet adds a set of this table with its elements.
+// addSet adds a set of this table with its elements, of which some may be ranges.
 func (b *batch) addSet(set *nftables.Set, elements []nftables.SetElement) {
-	b.sets[set.Name] = nil
-	if !set.Dynamic {
-		b.sets[set.Name] = keysOf(elements)
+	entries := []entry{}
+	for _, e := range elements {
+		entries = append(entries, entry{key: slices.Concat(e.Key, e.KeyEnd)})
 	}
-	if err := b.conn.AddSet(set, elements); err != nil && b.err == nil {
-		b.err = err
+	if set.Dynamic {
+		entries = nil
 	}
+	b.insert(set, entries, elements)
+}
+
+func (b *batch) insert(set *nftables.Set, entries []entry, elements []nftables.SetElement) {
+	b.sets[set.Name] = entries
+	err := b.conn.AddSet(set, nil)
+	for chunk := range slices.Chunk(elements, entriesAtOnce) {
+		err = errors.Join(err, b.conn.SetAddElements(set, chunk))
+	}
+	b.err = errors.Join(b.err, err)
 }
 
 // rule adds a rule of the given parts. Its text becomes its comment, by which
@@ -183,6 +216,12 @@ const (
 func source(p netip.Prefix) []expr.Any { return inPrefix(sourceOffset, p) }
 
 func destination(p netip.Prefix) []expr.Any { return inPrefix(destinationOffset, p) }
+
+func destinationOutside(p netip.Prefix) []expr.Any {
+	parts := destination(p)
+	parts[len(parts)-1].(*expr.Cmp).Op = expr.CmpOpNeq
+	return parts
+}
 
 func inPrefix(offset uint32, p netip.Prefix) []expr.Any {
 	return []expr.Any{

@@ -1,7 +1,6 @@
 package nat
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"slices"
@@ -9,6 +8,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/userdata"
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -56,7 +56,7 @@ func (b *batch) compare(c *nftables.Conn) ([]Rule, error) {
 	}
 	var rules []Rule
 	for _, want := range b.chains {
-		comments, err := comments(c, want)
+		comments, err := comments(want)
 		if err != nil {
 			return nil, err
 		}
@@ -75,7 +75,16 @@ func (b *batch) compare(c *nftables.Conn) ([]Rule, error) {
 		if err != nil {
 			return nil, err
 		}
-		rules = append(rules, Rule{"set " + name, there && (want == nil || slices.EqualFunc(keysOf(have), want, bytes.Equal))})
+		told, asked, all := wholes(have), map[string]bool{}, true
+		for _, e := range want {
+			is := awake && told[string(e.whole())]
+			all = all && is
+			asked[string(e.whole())] = true
+			if e.text != "" {
+				rules = append(rules, Rule{e.text, is})
+			}
+		}
+		rules = append(rules, Rule{"set " + name, there && (want == nil || all && len(told) == len(asked))})
 	}
 	return rules, nil
 }
@@ -87,18 +96,50 @@ func sameChain(have, want *nftables.Chain) bool {
 	return want.Hooknum == nil || *have.Hooknum == *want.Hooknum && have.Policy != nil && *have.Policy == *want.Policy
 }
 
-// comments are those of a chain's rules; a rule without one has an empty one.
-func comments(c *nftables.Conn, chain *nftables.Chain) ([]string, error) {
-	rules, err := c.GetRules(chain.Table, chain)
+// comments are those of a chain's rules, none if there is no such chain; a rule without
+// one has an empty one. The library would read all of each rule, and fails at some.
+func comments(chain *nftables.Chain) ([]string, error) {
+	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	which, err := netlink.MarshalAttributes([]netlink.Attribute{
+		{Type: unix.NFTA_RULE_TABLE, Data: []byte(chain.Table.Name + "\x00")}, {Type: unix.NFTA_RULE_CHAIN, Data: []byte(chain.Name + "\x00")},
+	})
+	if err != nil {
+		return nil, err
+	}
+	family := []byte{byte(chain.Table.Family), 0, 0, 0} // struct nfgenmsg
+	rules, err := c.Execute(netlink.Message{
+		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETRULE, Flags: netlink.Request | netlink.Dump},
+		Data:   append(family, which...),
+	})
 	if err != nil && !gone(err) {
 		return nil, err
 	}
 	var texts []string
 	for _, r := range rules {
-		text, _ := userdata.GetString(r.UserData, userdata.TypeComment)
+		text, err := comment(r.Data[len(family):])
+		if err != nil {
+			return nil, err
+		}
 		texts = append(texts, text)
 	}
 	return texts, nil
+}
+
+func comment(rule []byte) (text string, err error) {
+	attributes, err := netlink.NewAttributeDecoder(rule)
+	if err != nil {
+		return "", err
+	}
+	for attributes.Next() {
+		if attributes.Type() == unix.NFTA_RULE_USERDATA {
+			text, _ = userdata.GetString(attributes.Bytes(), userdata.TypeComment)
+		}
+	}
+	return text, attributes.Err()
 }
 
 // elements are a set's, and whether there is such a set.
@@ -110,15 +151,13 @@ func elements(c *nftables.Conn, set *nftables.Set) ([]nftables.SetElement, bool,
 	return all, err == nil, err
 }
 
-// keysOf are the elements' keys in order, with their ends where they are ranges;
-// never nil.
-func keysOf(elements []nftables.SetElement) [][]byte {
-	all := [][]byte{}
+// wholes are a set's or a map's elements, each as its entry's whole.
+func wholes(elements []nftables.SetElement) map[string]bool {
+	wholes := map[string]bool{}
 	for _, e := range elements {
-		all = append(all, slices.Concat(e.Key, e.KeyEnd))
+		wholes[string(slices.Concat(e.Key, e.KeyEnd, e.Val))] = true
 	}
-	slices.SortFunc(all, bytes.Compare)
-	return all
+	return wholes
 }
 
 // gone says whether the kernel does not know a table, chain or set. The library

@@ -29,6 +29,8 @@ type Hub struct {
 	Platform   []netip.Addr
 	Management []uint16 // TCP ports
 	VPN        VPN      // zero: there is none
+	Segment    netip.Prefix
+	Published  []Published // what leads from outside to microVMs
 }
 
 // VPN is by what peers, who are operators' devices, come to the hub. They reach the
@@ -58,8 +60,8 @@ func SetHub(h Hub) error {
 	return b.commit()
 }
 
-// CheckHub says of the rules that the environment's description shows which are in
-// force, and names all others that the hub ought to have and has not.
+// CheckHub says which are in force of the rules that the environment's description shows
+// and of the published ports, and names all others that the hub ought to have and has not.
 func CheckHub(h Hub) ([]Rule, error) {
 	b, err := h.table()
 	if err != nil {
@@ -74,7 +76,7 @@ func CheckHub(h Hub) ([]Rule, error) {
 	for _, r := range rules {
 		if text := described[r.Text]; text != "" {
 			told = append(told, Rule{text, r.Present})
-		} else if !r.Present {
+		} else if !r.Present || isPort(r.Text) {
 			told = append(told, r)
 		}
 	}
@@ -97,8 +99,12 @@ func (h Hub) table() (*batch, error) {
 	if h.VPN.Interface != "" {
 		b.rule(forward, "peers into the segment", iif(h.VPN.Interface), oif(h.Inside), source(h.VPN.Subnet), accept)
 	}
+	b.rule(forward, "published ports", oif(h.Inside), passedOn(), accept)
 	postrouting := b.chain("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, nftables.ChainPolicyAccept)
 	b.rule(postrouting, h.masqueradeText(), oif(h.Outside), []expr.Any{&expr.Masq{}})
+	// Who is on the segment too would be answered directly, by somebody it has not asked.
+	b.rule(postrouting, "the segment's own ways to published ports", oif(h.Inside), source(h.Segment), passedOn(), asAsked())
+	h.publish(b, platform)
 	input := b.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nftables.ChainPolicyAccept)
 	b.rule(input, "this machine", iif("lo"), accept)
 	b.rule(input, "machines", iif(h.Inside), sourceIn(platform), accept)

@@ -59,7 +59,7 @@ var (
 	platform = []netip.Addr{netip.MustParseAddr("192.168.10.3"), netip.MustParseAddr("192.168.10.2")}
 	hub      = nat.Hub{
 		Inside: "bond0.1000", Outside: "bond0", Trusted: netip.MustParsePrefix("100.64.0.0/30"),
-		Platform: platform, Management: []uint16{9091},
+		Platform: platform, Management: []uint16{9091}, Segment: netip.MustParsePrefix("192.168.10.0/25"),
 	}
 )
 
@@ -123,7 +123,7 @@ func TestCheckHubNamesWhatIsMissing(t *testing.T) {
 		want []nat.Rule
 	}{
 		{"add table ip other", in},
-		{"flush chain ip ingot postrouting", []nat.Rule{{Text: forward, Present: true}, {Text: masquerade}}},
+		{"flush chain ip ingot postrouting", []nat.Rule{{Text: forward, Present: true}, {Text: masquerade}, {Text: "postrouting: the segment's own ways to published ports"}}},
 		{"chain ip ingot forward { policy accept; }", append(in, nat.Rule{Text: "chain forward as it was made, with no other rules"})},
 		{"insert rule ip ingot input accept", append(in, nat.Rule{Text: "chain input as it was made, with no other rules"})},
 		{"add element ip ingot platform { 192.168.10.99 }", append(in, nat.Rule{Text: "set platform"})},
@@ -159,7 +159,7 @@ func TestCheckHubNamesWhatIsMissing(t *testing.T) {
 			}
 		}
 	}
-	if count != 3+8 {
+	if count != 4+8 {
 		t.Errorf("%d rules are said to be missing", count)
 	}
 	if err := nat.Remove(nat.Table); err != nil {

@@ -1,0 +1,208 @@
+package nat
+
+import (
+	"cmp"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"ingot/internal/link"
+)
+
+// Port is a port of the hub's that leads to one of a microVM's.
+type Port struct {
+	Protocol string     // tcp or udp
+	Address  netip.Addr // the hub's; zero: any that is not on the segment
+	Port     uint16
+	To       uint16
+}
+
+// ParsePort reads [ADDRESS:]PORT:TO[/tcp|/udp]. PORT alone is PORT:PORT.
+func ParsePort(text string) (Port, error) {
+	wrong := func(why string) (Port, error) {
+		return Port{}, fmt.Errorf("port %q: %s: it is [ADDRESS:]PORT[:TO][/tcp|/udp], like 8080:80", text, why)
+	}
+	rest, protocol, _ := strings.Cut(text, "/")
+	p := Port{Protocol: cmp.Or(protocol, "tcp")}
+	if strings.HasSuffix(text, "/") || protocolNumber(p.Protocol) == 0 {
+		return wrong("it is neither tcp nor udp")
+	}
+	parts := strings.Split(rest, ":")
+	if len(parts) == 3 {
+		var err error
+		if p.Address, err = netip.ParseAddr(parts[0]); err != nil || !p.Address.Is4() {
+			return wrong(fmt.Sprintf("%q is no IPv4 address", parts[0]))
+		}
+		if p.Address.IsUnspecified() {
+			p.Address = netip.Addr{}
+		}
+		parts = parts[1:]
+	}
+	if len(parts) > 2 {
+		return wrong("there are too many parts")
+	}
+	var err error
+	if p.Port, err = parseNumber(parts[0]); err != nil {
+		return wrong(err.Error())
+	}
+	if p.To, err = parseNumber(parts[len(parts)-1]); err != nil {
+		return wrong(err.Error())
+	}
+	return p, nil
+}
+
+// parseNumber reads a port's number.
+func parseNumber(text string) (uint16, error) {
+	n, err := strconv.ParseUint(text, 10, 16)
+	if err != nil || n == 0 {
+		return 0, fmt.Errorf("%q is no port", text)
+	}
+	return uint16(n), nil
+}
+
+// String is what ParsePort reads.
+func (p Port) String() string { return fmt.Sprintf("%s:%d/%s", p.Outside(), p.To, p.Protocol) }
+
+// Outside is the hub's side of it: [ADDRESS:]PORT.
+func (p Port) Outside() string {
+	if p.Address.IsValid() {
+		return netip.AddrPortFrom(p.Address, p.Port).String()
+	}
+	return strconv.Itoa(int(p.Port))
+}
+
+// Collides says whether two want the same of the hub: a port of any address is one of
+// each.
+func (p Port) Collides(q Port) bool {
+	return p.Protocol == q.Protocol && p.Port == q.Port && (p.Address == q.Address || !p.Address.IsValid() || !q.Address.IsValid())
+}
+
+func protocolNumber(name string) byte {
+	switch name {
+	case "tcp":
+		return unix.IPPROTO_TCP
+	case "udp":
+		return unix.IPPROTO_UDP
+	}
+	return 0
+}
+
+// Published is a port that leads to an address on the segment.
+type Published struct {
+	Port
+	Guest netip.Addr
+}
+
+func (p Published) to() netip.AddrPort { return netip.AddrPortFrom(p.Guest, p.To) }
+
+const portRule = "ipv4 nat PREROUTING 0"
+
+// isPort says whether a rule's text is that of a published port.
+func isPort(text string) bool { return strings.HasPrefix(text, portRule) }
+
+// rule says it in the form of iptables.
+func (p Published) rule() string {
+	to := ""
+	if p.Address.IsValid() {
+		to = " -d " + p.Address.String()
+	}
+	return fmt.Sprintf("%s%s -p %s --dport %d -j DNAT --to-destination %s", portRule, to, p.Protocol, p.Port.Port, p.to())
+}
+
+// publish adds what passes on to microVMs what comes to a port of the hub's, from
+// wherever it comes. A port is an element of a map.
+func (h Hub) publish(b *batch, platform *nftables.Set) {
+	anywhere := nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService)
+	somewhere := nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetProto, nftables.TypeInetService)
+	target := nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService)
+	var all, some []entry
+	for _, p := range h.Published {
+		key := append([]byte{protocolNumber(p.Protocol), 0, 0, 0}, register(p.Port.Port)...)
+		value := append(p.Guest.AsSlice(), register(p.To)...)
+		if p.Address.IsValid() {
+			some = append(some, entry{append(p.Address.AsSlice(), key...), value, p.rule()})
+		} else {
+			all = append(all, entry{key, value, p.rule()})
+		}
+	}
+	ports := b.mapOf(&nftables.Set{Name: "ports", IsMap: true, Concatenation: true, KeyType: anywhere, DataType: target}, all)
+	addressed := b.mapOf(&nftables.Set{Name: "addressed-ports", IsMap: true, Concatenation: true, KeyType: somewhere, DataType: target}, some)
+	// Of its own addresses those on the segment are the hub's services'. What the hub
+	// itself asks for by 127.0.0.1 could not be answered.
+	own := [][]expr.Any{toThisMachine(), destinationNotIn(platform), destinationOutside(netip.MustParsePrefix("127.0.0.0/8"))}
+	for _, c := range []*nftables.Chain{
+		b.chain("prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, nftables.ChainPriorityNATDest, nftables.ChainPolicyAccept),
+		b.chain("output", nftables.ChainTypeNAT, nftables.ChainHookOutput, nftables.ChainPriorityNATDest, nftables.ChainPolicyAccept),
+	} {
+		b.rule(c, "ports of an address", passOnBy(addressed, true))
+		b.rule(c, "ports of each address outside", append(own, passOnBy(ports, false))...)
+	}
+}
+
+// register is a number as it stands in a register of its own.
+func register(n uint16) []byte { return append(binary.BigEndian.AppendUint16(nil, n), 0, 0) }
+
+// The kernel's registers of 4 bytes (NFT_REG32_00 …), which a concatenation fills one
+// after another.
+const (
+	word0 = 8 + iota
+	word1
+)
+
+// passOnBy sends a packet where a map says, by its protocol and port, and its
+// destination address before them if wanted. Other protocols than the map's have no
+// element, whatever stands where they have no port.
+func passOnBy(m *nftables.Set, address bool) []expr.Any {
+	var parts []expr.Any
+	at := uint32(word0)
+	if address {
+		parts = append(parts, &expr.Payload{DestRegister: at, Base: expr.PayloadBaseNetworkHeader, Offset: destinationOffset, Len: 4})
+		at++
+	}
+	return append(parts,
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: at},
+		&expr.Payload{DestRegister: at + 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+		&expr.Lookup{SourceRegister: word0, DestRegister: word0, IsDestRegSet: true, SetName: m.Name, SetID: m.ID},
+		&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: word0, RegProtoMin: word1},
+	)
+}
+
+// passedOn matches what is of a connection that goes elsewhere than its client thinks.
+func passedOn() []expr.Any {
+	const statusDNAT = 1 << 5 // IPS_DST_NAT
+	return []expr.Any{
+		&expr.Ct{Key: expr.CtKeySTATUS, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(statusDNAT), Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
+	}
+}
+
+// asAsked gives a packet the source address that its connection was opened to. Who
+// answers sends to that, which is by way of the hub, and no machine's address on the
+// segment, to which a host lets guests send next to nothing.
+func asAsked() []expr.Any {
+	return []expr.Any{
+		&expr.Ct{Key: expr.CtKeyDST, Register: 1}, // of the original direction
+		&expr.NAT{Type: expr.NATTypeSourceNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1},
+	}
+}
+
+// Cut ends the connections that came by a port to a microVM's address. Without it
+// those of UDP, whose clients don't notice, would go on to where they did.
+func Cut(gone []Published) error {
+	var problems []error
+	for _, p := range gone {
+		if err := link.CutConnections(protocolNumber(p.Protocol), p.Address, p.Port.Port, p.to()); err != nil {
+			problems = append(problems, fmt.Errorf("cut the connections of port %s: %w", p.Port, err))
+		}
+	}
+	return errors.Join(problems...)
+}
