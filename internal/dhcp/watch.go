@@ -7,6 +7,17 @@ import (
 	"time"
 )
 
+// Changes has a value whenever leases may have changed since it was last read.
+func (s *Server) Changes() <-chan struct{} { return s.listen() }
+
+func (s *Server) listen() chan struct{} {
+	wake := make(chan struct{}, 1)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.watches[wake] = true
+	return wake
+}
+
 // changed tells those who watch that leases may have changed.
 func (s *Server) changed() {
 	for w := range s.watches {
@@ -26,10 +37,7 @@ const (
 // succession it sees the last. An address that is kept for nobody any more, and was
 // never given, is seen as released.
 func (s *Server) Watch(ctx context.Context, see func(l Lease, initial bool) error) error {
-	wake := make(chan struct{}, 1)
-	s.mu.Lock()
-	s.watches[wake] = true
-	s.mu.Unlock()
+	wake := s.listen()
 	defer func() {
 		s.mu.Lock()
 		delete(s.watches, wake)

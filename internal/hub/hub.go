@@ -146,7 +146,8 @@ type Hub struct {
 	dns      *dns.Server
 	registry *registry.Server
 	guests   *guests
-	heard    run.Task      // has the guests hear hosts
+	heard    run.Task // has the guests hear hosts
+	access   *accesses
 	vpn      *vpn.Server   // nil: nobody comes in
 	again    chan struct{} // a new configuration has come
 }
@@ -180,6 +181,7 @@ func New(c Config, log *slog.Logger) (*Hub, error) {
 		names = append(names, v.Subnet)
 		h.vpn = vpn.New(vpn.Settings{Dir: vpnDir, Interface: vpnInterface, Subnet: v.Subnet, Port: v.Port, Log: log})
 	}
+	h.access = h.newAccesses()
 	port := func(p uint16) netip.AddrPort { return netip.AddrPortFrom(c.Address, p) }
 	h.dns = dns.New(dns.Config{
 		Listen: []netip.AddrPort{port(53)}, Allow: names,
@@ -204,6 +206,9 @@ const (
 // The microVMs that the hub knows.
 const guestsFile = "/var/lib/ingot/guests.json"
 
+// What some of them have more than others.
+const accessFile = "/var/lib/ingot/access.json"
+
 // What the VPN keeps, and its interface.
 const (
 	vpnDir       = "/var/lib/ingot/vpn"
@@ -217,10 +222,13 @@ func (h *Hub) Run(ctx context.Context, others ...run.Task) error {
 			return err
 		}
 	}
-	if err := nat.SetHub(h.rules()); err != nil {
+	if err := h.access.load(); err != nil {
 		return err
 	}
-	tasks := []run.Task{h.heard, run.Func("leases of microvms", h.forget), h.dhcp, h.dns, h.registry, run.Func("grpc api", h.serve), run.Func("certificates", func(ctx context.Context, ready func()) error {
+	if err := h.access.change(func(all []access) ([]access, error) { return all, nil }); err != nil {
+		return err
+	}
+	tasks := []run.Task{h.heard, run.Func("published ports", h.access.follow), run.Func("leases of microvms", h.forget), h.dhcp, h.dns, h.registry, run.Func("grpc api", h.serve), run.Func("certificates", func(ctx context.Context, ready func()) error {
 		ready()
 		return h.shown.Run(ctx)
 	})}
@@ -238,10 +246,27 @@ func (h *Hub) dial(m Machine) (*grpc.ClientConn, error) {
 	return wire.Dial(wire.Target{Address: netip.AddrPortFrom(m.Address, HostPort).String(), TLS: pki.In(h.c.PKI), Token: h.token})
 }
 
-func (h *Hub) rules() nat.Hub {
+// newAccesses are those of the hub's microVMs.
+func (h *Hub) newAccesses() *accesses {
+	return &accesses{
+		file: accessFile, guests: h.guests, leases: h.dhcp.Changes(), log: h.log, failed: true,
+		address: func(g *guest) (netip.Addr, bool) {
+			select {
+			case <-h.dhcp.Ready():
+				return h.address(g), true
+			default:
+				return netip.Addr{}, false // the log of leases is not read yet
+			}
+		},
+		set: func(p []nat.Published) error { return nat.SetHub(h.rules(p)) },
+	}
+}
+
+func (h *Hub) rules(published []nat.Published) nat.Hub {
 	rules := nat.Hub{
 		Inside: h.c.Interface, Outside: h.c.Uplink, Trusted: h.c.Trusted,
 		Platform: h.platform(), Management: []uint16{GRPCPort},
+		Segment: h.c.Subnet, Published: published,
 	}
 	if h.c.Metrics.IsValid() {
 		rules.Management = append(rules.Management, h.c.Metrics.Port())

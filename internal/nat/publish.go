@@ -1,7 +1,6 @@
 package nat
 
 import (
-	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -25,38 +24,69 @@ type Port struct {
 	To       uint16
 }
 
-// ParsePort reads [ADDRESS:]PORT:TO[/tcp|/udp]. PORT alone is PORT:PORT.
+// ParsePort reads [ADDRESS:]PORT:TO[/tcp|/udp].
 func ParsePort(text string) (Port, error) {
-	wrong := func(why string) (Port, error) {
-		return Port{}, fmt.Errorf("port %q: %s: it is [ADDRESS:]PORT[:TO][/tcp|/udp], like 8080:80", text, why)
+	rest, protocol := cutProtocol(text)
+	outside, to := "", rest
+	if i := strings.LastIndexByte(rest, ':'); i >= 0 {
+		outside, to = rest[:i], rest[i+1:]
 	}
-	rest, protocol, _ := strings.Cut(text, "/")
-	p := Port{Protocol: cmp.Or(protocol, "tcp")}
-	if strings.HasSuffix(text, "/") || protocolNumber(p.Protocol) == 0 {
-		return wrong("it is neither tcp nor udp")
+	p, err := parseOutside(outside, protocol)
+	if err == nil {
+		p.To, err = parseNumber(to)
 	}
-	parts := strings.Split(rest, ":")
-	if len(parts) == 3 {
-		var err error
-		if p.Address, err = netip.ParseAddr(parts[0]); err != nil || !p.Address.Is4() {
-			return wrong(fmt.Sprintf("%q is no IPv4 address", parts[0]))
-		}
-		if p.Address.IsUnspecified() {
-			p.Address = netip.Addr{}
-		}
-		parts = parts[1:]
-	}
-	if len(parts) > 2 {
-		return wrong("there are too many parts")
-	}
-	var err error
-	if p.Port, err = parseNumber(parts[0]); err != nil {
-		return wrong(err.Error())
-	}
-	if p.To, err = parseNumber(parts[len(parts)-1]); err != nil {
-		return wrong(err.Error())
+	if err != nil {
+		return Port{}, fmt.Errorf("port %q: %w: it must be [ADDRESS:]PORT:TO[/tcp|/udp], like 8080:80", text, err)
 	}
 	return p, nil
+}
+
+// ParseOutside reads the hub's side of a port, [ADDRESS:]PORT[/tcp|/udp].
+func ParseOutside(text string) (Port, error) {
+	p, err := parseOutside(cutProtocol(text))
+	if err != nil {
+		return Port{}, fmt.Errorf("port %q: %w: it must be [ADDRESS:]PORT[/tcp|/udp], like 8080", text, err)
+	}
+	return p, nil
+}
+
+func cutProtocol(text string) (rest, protocol string) {
+	rest, protocol, found := strings.Cut(text, "/")
+	if !found {
+		protocol = "tcp"
+	}
+	return rest, protocol
+}
+
+func parseOutside(text, protocol string) (p Port, err error) {
+	if protocolNumber(protocol) == 0 {
+		return p, fmt.Errorf("%q is neither tcp nor udp", protocol)
+	}
+	p.Protocol = protocol
+	address, number, found := strings.Cut(text, ":")
+	if !found {
+		number = address
+	} else if p.Address, err = netip.ParseAddr(address); err != nil || !p.Address.Is4() {
+		return p, fmt.Errorf("%q is no IPv4 address", address)
+	}
+	if p.Address.IsUnspecified() {
+		p.Address = netip.Addr{}
+	}
+	p.Port, err = parseNumber(number)
+	return p, err
+}
+
+// Check says what is wrong with a port that nothing was parsed from.
+func (p Port) Check() error {
+	switch {
+	case protocolNumber(p.Protocol) == 0:
+		return fmt.Errorf("%q is neither tcp nor udp", p.Protocol)
+	case p.Address.IsValid() && (!p.Address.Is4() || p.Address.IsUnspecified()):
+		return fmt.Errorf("%s is no IPv4 address of the hub's", p.Address)
+	case p.Port == 0:
+		return errors.New("there is no port 0")
+	}
+	return nil
 }
 
 // parseNumber reads a port's number.
@@ -70,6 +100,15 @@ func parseNumber(text string) (uint16, error) {
 
 // String is what ParsePort reads.
 func (p Port) String() string { return fmt.Sprintf("%s:%d/%s", p.Outside(), p.To, p.Protocol) }
+
+// MarshalText writes String.
+func (p Port) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
+
+// UnmarshalText reads what ParsePort does.
+func (p *Port) UnmarshalText(b []byte) (err error) {
+	*p, err = ParsePort(string(b))
+	return err
+}
 
 // Outside is the hub's side of it: [ADDRESS:]PORT.
 func (p Port) Outside() string {

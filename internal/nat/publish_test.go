@@ -15,7 +15,7 @@ import (
 
 func TestParsePort(t *testing.T) {
 	for text, want := range map[string]string{
-		"8080:80": "8080:80/tcp", "8080:80/tcp": "8080:80/tcp", "53:53/udp": "53:53/udp", "80": "80:80/tcp", "80/udp": "80:80/udp",
+		"8080:80": "8080:80/tcp", "8080:80/tcp": "8080:80/tcp", "53:53/udp": "53:53/udp",
 		"203.0.113.2:8080:80": "203.0.113.2:8080:80/tcp", "0.0.0.0:8080:80": "8080:80/tcp", "65535:1": "65535:1/tcp",
 	} {
 		p, err := nat.ParsePort(text)
@@ -27,10 +27,23 @@ func TestParsePort(t *testing.T) {
 		}
 	}
 	for _, text := range []string{
-		"", ":", ":80", "80:", "0:80", "80:0", "65536:1", "-1:80", "80:80/", "80:80/icmp", "80:80/TCP", "a:80", "1:2:3", "x:1:2", "::1:80:80", "[::1]:80:80",
+		"", ":", "80", "80/udp", ":80", "80:", "0:80", "80:0", "65536:1", "-1:80", "80:80/", "80:80/icmp", "80:80/TCP", "a:80", "1:2:3", "x:1:2", "::1:80:80", "[::1]:80:80",
 		"1.2.3.4:80", "1.2.3.4:5:6:7", "80-81:80-81", " 80:80",
 	} {
 		if p, err := nat.ParsePort(text); err == nil {
+			t.Errorf("%q is read as %s", text, p)
+		}
+	}
+}
+
+func TestParseOutside(t *testing.T) {
+	for text, want := range map[string]string{"8080": "8080 tcp", "8080/udp": "8080 udp", "203.0.113.2:8080": "203.0.113.2:8080 tcp", "0.0.0.0:53/udp": "53 udp"} {
+		if p, err := nat.ParseOutside(text); err != nil || p.Outside()+" "+p.Protocol != want {
+			t.Errorf("%q: %s, %v, want %s", text, p, err, want)
+		}
+	}
+	for _, text := range []string{"", "0", "/", "8080/", "x:80", "8080:80", "203.0.113.2:8080:80", "203.0.113.2:"} {
+		if p, err := nat.ParseOutside(text); err == nil {
 			t.Errorf("%q is read as %s", text, p)
 		}
 	}

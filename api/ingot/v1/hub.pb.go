@@ -1149,6 +1149,395 @@ func (x *VPNPeer) GetOutside() bool {
 	return false
 }
 
+// Port is a port of the hub's that leads to one of a microVM's.
+type Port struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Protocol      string                 `protobuf:"bytes,1,opt,name=protocol,proto3" json:"protocol,omitempty"` // tcp or udp
+	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`   // the hub's; empty: any that is not on the segment
+	Port          uint32                 `protobuf:"varint,3,opt,name=port,proto3" json:"port,omitempty"`
+	To            uint32                 `protobuf:"varint,4,opt,name=to,proto3" json:"to,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Port) Reset() {
+	*x = Port{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Port) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Port) ProtoMessage() {}
+
+func (x *Port) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Port.ProtoReflect.Descriptor instead.
+func (*Port) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *Port) GetProtocol() string {
+	if x != nil {
+		return x.Protocol
+	}
+	return ""
+}
+
+func (x *Port) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Port) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *Port) GetTo() uint32 {
+	if x != nil {
+		return x.To
+	}
+	return 0
+}
+
+type PublishPortsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	Ports         []*Port                `protobuf:"bytes,2,rep,name=ports,proto3" json:"ports,omitempty"`
+	Replace       bool                   `protobuf:"varint,3,opt,name=replace,proto3" json:"replace,omitempty"` // these are all that it has
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PublishPortsRequest) Reset() {
+	*x = PublishPortsRequest{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PublishPortsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PublishPortsRequest) ProtoMessage() {}
+
+func (x *PublishPortsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PublishPortsRequest.ProtoReflect.Descriptor instead.
+func (*PublishPortsRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *PublishPortsRequest) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *PublishPortsRequest) GetPorts() []*Port {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
+func (x *PublishPortsRequest) GetReplace() bool {
+	if x != nil {
+		return x.Replace
+	}
+	return false
+}
+
+type PublishPortsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Addresses     []string               `protobuf:"bytes,1,rep,name=addresses,proto3" json:"addresses,omitempty"` // the hub's, at which they are reached
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PublishPortsResponse) Reset() {
+	*x = PublishPortsResponse{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PublishPortsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PublishPortsResponse) ProtoMessage() {}
+
+func (x *PublishPortsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PublishPortsResponse.ProtoReflect.Descriptor instead.
+func (*PublishPortsResponse) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *PublishPortsResponse) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+type UnpublishPortsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	Ports         []*Port                `protobuf:"bytes,2,rep,name=ports,proto3" json:"ports,omitempty"` // none: all that it has; `to` may be 0
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnpublishPortsRequest) Reset() {
+	*x = UnpublishPortsRequest{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnpublishPortsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnpublishPortsRequest) ProtoMessage() {}
+
+func (x *UnpublishPortsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnpublishPortsRequest.ProtoReflect.Descriptor instead.
+func (*UnpublishPortsRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *UnpublishPortsRequest) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *UnpublishPortsRequest) GetPorts() []*Port {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
+type ListPortsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListPortsRequest) Reset() {
+	*x = ListPortsRequest{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListPortsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListPortsRequest) ProtoMessage() {}
+
+func (x *ListPortsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListPortsRequest.ProtoReflect.Descriptor instead.
+func (*ListPortsRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{24}
+}
+
+type ListPortsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Ports         []*PublishedPort       `protobuf:"bytes,1,rep,name=ports,proto3" json:"ports,omitempty"`         // by number
+	Addresses     []string               `protobuf:"bytes,2,rep,name=addresses,proto3" json:"addresses,omitempty"` // the hub's, at which they are reached
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListPortsResponse) Reset() {
+	*x = ListPortsResponse{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListPortsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListPortsResponse) ProtoMessage() {}
+
+func (x *ListPortsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListPortsResponse.ProtoReflect.Descriptor instead.
+func (*ListPortsResponse) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ListPortsResponse) GetPorts() []*PublishedPort {
+	if x != nil {
+		return x.Ports
+	}
+	return nil
+}
+
+func (x *ListPortsResponse) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+type PublishedPort struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Port          *Port                  `protobuf:"bytes,1,opt,name=port,proto3" json:"port,omitempty"`
+	Uid           string                 `protobuf:"bytes,2,opt,name=uid,proto3" json:"uid,omitempty"`
+	Namespace     string                 `protobuf:"bytes,3,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Name          string                 `protobuf:"bytes,4,opt,name=name,proto3" json:"name,omitempty"`
+	GuestAddress  string                 `protobuf:"bytes,5,opt,name=guest_address,json=guestAddress,proto3" json:"guest_address,omitempty"` // empty: it has none now
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PublishedPort) Reset() {
+	*x = PublishedPort{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PublishedPort) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PublishedPort) ProtoMessage() {}
+
+func (x *PublishedPort) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PublishedPort.ProtoReflect.Descriptor instead.
+func (*PublishedPort) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *PublishedPort) GetPort() *Port {
+	if x != nil {
+		return x.Port
+	}
+	return nil
+}
+
+func (x *PublishedPort) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *PublishedPort) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *PublishedPort) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *PublishedPort) GetGuestAddress() string {
+	if x != nil {
+		return x.GuestAddress
+	}
+	return ""
+}
+
 type PingRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Address       string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
@@ -1159,7 +1548,7 @@ type PingRequest struct {
 
 func (x *PingRequest) Reset() {
 	*x = PingRequest{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[20]
+	mi := &file_ingot_v1_hub_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1171,7 +1560,7 @@ func (x *PingRequest) String() string {
 func (*PingRequest) ProtoMessage() {}
 
 func (x *PingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[20]
+	mi := &file_ingot_v1_hub_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1184,7 +1573,7 @@ func (x *PingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingRequest.ProtoReflect.Descriptor instead.
 func (*PingRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{20}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PingRequest) GetAddress() string {
@@ -1210,7 +1599,7 @@ type PingResponse struct {
 
 func (x *PingResponse) Reset() {
 	*x = PingResponse{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[21]
+	mi := &file_ingot_v1_hub_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1222,7 +1611,7 @@ func (x *PingResponse) String() string {
 func (*PingResponse) ProtoMessage() {}
 
 func (x *PingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[21]
+	mi := &file_ingot_v1_hub_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1235,7 +1624,7 @@ func (x *PingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingResponse.ProtoReflect.Descriptor instead.
 func (*PingResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{21}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *PingResponse) GetRoundTrip() *durationpb.Duration {
@@ -1267,7 +1656,7 @@ type HubFacts struct {
 
 func (x *HubFacts) Reset() {
 	*x = HubFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[22]
+	mi := &file_ingot_v1_hub_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1279,7 +1668,7 @@ func (x *HubFacts) String() string {
 func (*HubFacts) ProtoMessage() {}
 
 func (x *HubFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[22]
+	mi := &file_ingot_v1_hub_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1292,7 +1681,7 @@ func (x *HubFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HubFacts.ProtoReflect.Descriptor instead.
 func (*HubFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{22}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *HubFacts) GetHostname() string {
@@ -1401,7 +1790,7 @@ type HeardHost struct {
 
 func (x *HeardHost) Reset() {
 	*x = HeardHost{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[23]
+	mi := &file_ingot_v1_hub_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1413,7 +1802,7 @@ func (x *HeardHost) String() string {
 func (*HeardHost) ProtoMessage() {}
 
 func (x *HeardHost) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[23]
+	mi := &file_ingot_v1_hub_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1426,7 +1815,7 @@ func (x *HeardHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeardHost.ProtoReflect.Descriptor instead.
 func (*HeardHost) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{23}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *HeardHost) GetName() string {
@@ -1481,7 +1870,7 @@ type VPNFacts struct {
 
 func (x *VPNFacts) Reset() {
 	*x = VPNFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[24]
+	mi := &file_ingot_v1_hub_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1493,7 +1882,7 @@ func (x *VPNFacts) String() string {
 func (*VPNFacts) ProtoMessage() {}
 
 func (x *VPNFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[24]
+	mi := &file_ingot_v1_hub_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1506,7 +1895,7 @@ func (x *VPNFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VPNFacts.ProtoReflect.Descriptor instead.
 func (*VPNFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{24}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *VPNFacts) GetServing() bool {
@@ -1601,7 +1990,7 @@ type DHCPFacts struct {
 
 func (x *DHCPFacts) Reset() {
 	*x = DHCPFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[25]
+	mi := &file_ingot_v1_hub_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1613,7 +2002,7 @@ func (x *DHCPFacts) String() string {
 func (*DHCPFacts) ProtoMessage() {}
 
 func (x *DHCPFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[25]
+	mi := &file_ingot_v1_hub_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1626,7 +2015,7 @@ func (x *DHCPFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DHCPFacts.ProtoReflect.Descriptor instead.
 func (*DHCPFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{25}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *DHCPFacts) GetServing() bool {
@@ -1775,7 +2164,7 @@ type ForeignDHCP struct {
 
 func (x *ForeignDHCP) Reset() {
 	*x = ForeignDHCP{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[26]
+	mi := &file_ingot_v1_hub_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1787,7 +2176,7 @@ func (x *ForeignDHCP) String() string {
 func (*ForeignDHCP) ProtoMessage() {}
 
 func (x *ForeignDHCP) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[26]
+	mi := &file_ingot_v1_hub_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1800,7 +2189,7 @@ func (x *ForeignDHCP) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignDHCP.ProtoReflect.Descriptor instead.
 func (*ForeignDHCP) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{26}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ForeignDHCP) GetServer() string {
@@ -1844,7 +2233,7 @@ type DNSFacts struct {
 
 func (x *DNSFacts) Reset() {
 	*x = DNSFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[27]
+	mi := &file_ingot_v1_hub_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1856,7 +2245,7 @@ func (x *DNSFacts) String() string {
 func (*DNSFacts) ProtoMessage() {}
 
 func (x *DNSFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[27]
+	mi := &file_ingot_v1_hub_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1869,7 +2258,7 @@ func (x *DNSFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DNSFacts.ProtoReflect.Descriptor instead.
 func (*DNSFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{27}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *DNSFacts) GetServing() bool {
@@ -1920,7 +2309,7 @@ type NATFacts struct {
 
 func (x *NATFacts) Reset() {
 	*x = NATFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[28]
+	mi := &file_ingot_v1_hub_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1932,7 +2321,7 @@ func (x *NATFacts) String() string {
 func (*NATFacts) ProtoMessage() {}
 
 func (x *NATFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[28]
+	mi := &file_ingot_v1_hub_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1945,7 +2334,7 @@ func (x *NATFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NATFacts.ProtoReflect.Descriptor instead.
 func (*NATFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{28}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *NATFacts) GetForwarding() bool {
@@ -1994,7 +2383,7 @@ type NATRule struct {
 
 func (x *NATRule) Reset() {
 	*x = NATRule{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[29]
+	mi := &file_ingot_v1_hub_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2006,7 +2395,7 @@ func (x *NATRule) String() string {
 func (*NATRule) ProtoMessage() {}
 
 func (x *NATRule) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[29]
+	mi := &file_ingot_v1_hub_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2019,7 +2408,7 @@ func (x *NATRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NATRule.ProtoReflect.Descriptor instead.
 func (*NATRule) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{29}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *NATRule) GetRule() string {
@@ -2049,7 +2438,7 @@ type RegistryFacts struct {
 
 func (x *RegistryFacts) Reset() {
 	*x = RegistryFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[30]
+	mi := &file_ingot_v1_hub_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2061,7 +2450,7 @@ func (x *RegistryFacts) String() string {
 func (*RegistryFacts) ProtoMessage() {}
 
 func (x *RegistryFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[30]
+	mi := &file_ingot_v1_hub_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2074,7 +2463,7 @@ func (x *RegistryFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryFacts.ProtoReflect.Descriptor instead.
 func (*RegistryFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{30}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *RegistryFacts) GetServing() bool {
@@ -2192,7 +2581,31 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\x0ereceived_bytes\x18\a \x01(\x03R\rreceivedBytes\x12\x1d\n" +
 	"\n" +
 	"sent_bytes\x18\b \x01(\x03R\tsentBytes\x12\x18\n" +
-	"\aoutside\x18\t \x01(\bR\aoutside\"\\\n" +
+	"\aoutside\x18\t \x01(\bR\aoutside\"`\n" +
+	"\x04Port\x12\x1a\n" +
+	"\bprotocol\x18\x01 \x01(\tR\bprotocol\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x12\n" +
+	"\x04port\x18\x03 \x01(\rR\x04port\x12\x0e\n" +
+	"\x02to\x18\x04 \x01(\rR\x02to\"g\n" +
+	"\x13PublishPortsRequest\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x12$\n" +
+	"\x05ports\x18\x02 \x03(\v2\x0e.ingot.v1.PortR\x05ports\x12\x18\n" +
+	"\areplace\x18\x03 \x01(\bR\areplace\"4\n" +
+	"\x14PublishPortsResponse\x12\x1c\n" +
+	"\taddresses\x18\x01 \x03(\tR\taddresses\"O\n" +
+	"\x15UnpublishPortsRequest\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x12$\n" +
+	"\x05ports\x18\x02 \x03(\v2\x0e.ingot.v1.PortR\x05ports\"\x12\n" +
+	"\x10ListPortsRequest\"`\n" +
+	"\x11ListPortsResponse\x12-\n" +
+	"\x05ports\x18\x01 \x03(\v2\x17.ingot.v1.PublishedPortR\x05ports\x12\x1c\n" +
+	"\taddresses\x18\x02 \x03(\tR\taddresses\"\x9c\x01\n" +
+	"\rPublishedPort\x12\"\n" +
+	"\x04port\x18\x01 \x01(\v2\x0e.ingot.v1.PortR\x04port\x12\x10\n" +
+	"\x03uid\x18\x02 \x01(\tR\x03uid\x12\x1c\n" +
+	"\tnamespace\x18\x03 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04name\x18\x04 \x01(\tR\x04name\x12#\n" +
+	"\rguest_address\x18\x05 \x01(\tR\fguestAddress\"\\\n" +
 	"\vPingRequest\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x123\n" +
 	"\atimeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\atimeout\"H\n" +
@@ -2286,7 +2699,7 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12\x18\n" +
 	"\aaddress\x18\x03 \x01(\tR\aaddress\x12\"\n" +
 	"\frepositories\x18\x04 \x03(\tR\frepositories\x12\x10\n" +
-	"\x03dir\x18\x05 \x01(\tR\x03dir2\xbf\x06\n" +
+	"\x03dir\x18\x05 \x01(\tR\x03dir2\x9f\b\n" +
 	"\x03Hub\x12G\n" +
 	"\n" +
 	"ListLeases\x12\x1b.ingot.v1.ListLeasesRequest\x1a\x1c.ingot.v1.ListLeasesResponse\x12C\n" +
@@ -2300,7 +2713,10 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\n" +
 	"AddVPNPeer\x12\x1b.ingot.v1.AddVPNPeerRequest\x1a\x1c.ingot.v1.AddVPNPeerResponse\x12G\n" +
 	"\rRemoveVPNPeer\x12\x1e.ingot.v1.RemoveVPNPeerRequest\x1a\x16.google.protobuf.Empty\x12M\n" +
-	"\fListVPNPeers\x12\x1d.ingot.v1.ListVPNPeersRequest\x1a\x1e.ingot.v1.ListVPNPeersResponse\x125\n" +
+	"\fListVPNPeers\x12\x1d.ingot.v1.ListVPNPeersRequest\x1a\x1e.ingot.v1.ListVPNPeersResponse\x12M\n" +
+	"\fPublishPorts\x12\x1d.ingot.v1.PublishPortsRequest\x1a\x1e.ingot.v1.PublishPortsResponse\x12I\n" +
+	"\x0eUnpublishPorts\x12\x1f.ingot.v1.UnpublishPortsRequest\x1a\x16.google.protobuf.Empty\x12D\n" +
+	"\tListPorts\x12\x1a.ingot.v1.ListPortsRequest\x1a\x1b.ingot.v1.ListPortsResponse\x125\n" +
 	"\x04Ping\x12\x15.ingot.v1.PingRequest\x1a\x16.ingot.v1.PingResponseB\x1cZ\x1aingot/api/ingot/v1;ingotv1b\x06proto3"
 
 var (
@@ -2315,7 +2731,7 @@ func file_ingot_v1_hub_proto_rawDescGZIP() []byte {
 	return file_ingot_v1_hub_proto_rawDescData
 }
 
-var file_ingot_v1_hub_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_ingot_v1_hub_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_ingot_v1_hub_proto_goTypes = []any{
 	(*ListLeasesRequest)(nil),     // 0: ingot.v1.ListLeasesRequest
 	(*ListLeasesResponse)(nil),    // 1: ingot.v1.ListLeasesResponse
@@ -2337,82 +2753,99 @@ var file_ingot_v1_hub_proto_goTypes = []any{
 	(*ListVPNPeersRequest)(nil),   // 17: ingot.v1.ListVPNPeersRequest
 	(*ListVPNPeersResponse)(nil),  // 18: ingot.v1.ListVPNPeersResponse
 	(*VPNPeer)(nil),               // 19: ingot.v1.VPNPeer
-	(*PingRequest)(nil),           // 20: ingot.v1.PingRequest
-	(*PingResponse)(nil),          // 21: ingot.v1.PingResponse
-	(*HubFacts)(nil),              // 22: ingot.v1.HubFacts
-	(*HeardHost)(nil),             // 23: ingot.v1.HeardHost
-	(*VPNFacts)(nil),              // 24: ingot.v1.VPNFacts
-	(*DHCPFacts)(nil),             // 25: ingot.v1.DHCPFacts
-	(*ForeignDHCP)(nil),           // 26: ingot.v1.ForeignDHCP
-	(*DNSFacts)(nil),              // 27: ingot.v1.DNSFacts
-	(*NATFacts)(nil),              // 28: ingot.v1.NATFacts
-	(*NATRule)(nil),               // 29: ingot.v1.NATRule
-	(*RegistryFacts)(nil),         // 30: ingot.v1.RegistryFacts
-	(*timestamppb.Timestamp)(nil), // 31: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 32: google.protobuf.Duration
-	(*InterfaceFacts)(nil),        // 33: ingot.v1.InterfaceFacts
-	(*emptypb.Empty)(nil),         // 34: google.protobuf.Empty
+	(*Port)(nil),                  // 20: ingot.v1.Port
+	(*PublishPortsRequest)(nil),   // 21: ingot.v1.PublishPortsRequest
+	(*PublishPortsResponse)(nil),  // 22: ingot.v1.PublishPortsResponse
+	(*UnpublishPortsRequest)(nil), // 23: ingot.v1.UnpublishPortsRequest
+	(*ListPortsRequest)(nil),      // 24: ingot.v1.ListPortsRequest
+	(*ListPortsResponse)(nil),     // 25: ingot.v1.ListPortsResponse
+	(*PublishedPort)(nil),         // 26: ingot.v1.PublishedPort
+	(*PingRequest)(nil),           // 27: ingot.v1.PingRequest
+	(*PingResponse)(nil),          // 28: ingot.v1.PingResponse
+	(*HubFacts)(nil),              // 29: ingot.v1.HubFacts
+	(*HeardHost)(nil),             // 30: ingot.v1.HeardHost
+	(*VPNFacts)(nil),              // 31: ingot.v1.VPNFacts
+	(*DHCPFacts)(nil),             // 32: ingot.v1.DHCPFacts
+	(*ForeignDHCP)(nil),           // 33: ingot.v1.ForeignDHCP
+	(*DNSFacts)(nil),              // 34: ingot.v1.DNSFacts
+	(*NATFacts)(nil),              // 35: ingot.v1.NATFacts
+	(*NATRule)(nil),               // 36: ingot.v1.NATRule
+	(*RegistryFacts)(nil),         // 37: ingot.v1.RegistryFacts
+	(*timestamppb.Timestamp)(nil), // 38: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 39: google.protobuf.Duration
+	(*InterfaceFacts)(nil),        // 40: ingot.v1.InterfaceFacts
+	(*emptypb.Empty)(nil),         // 41: google.protobuf.Empty
 }
 var file_ingot_v1_hub_proto_depIdxs = []int32{
 	2,  // 0: ingot.v1.ListLeasesResponse.leases:type_name -> ingot.v1.Lease
-	31, // 1: ingot.v1.Lease.starts:type_name -> google.protobuf.Timestamp
-	31, // 2: ingot.v1.Lease.ends:type_name -> google.protobuf.Timestamp
+	38, // 1: ingot.v1.Lease.starts:type_name -> google.protobuf.Timestamp
+	38, // 2: ingot.v1.Lease.ends:type_name -> google.protobuf.Timestamp
 	2,  // 3: ingot.v1.LeaseEvent.lease:type_name -> ingot.v1.Lease
 	2,  // 4: ingot.v1.ImportLeasesRequest.leases:type_name -> ingot.v1.Lease
 	10, // 5: ingot.v1.ImportLeasesResponse.left:type_name -> ingot.v1.NotImported
 	13, // 6: ingot.v1.ConfigureDHCPResponse.left:type_name -> ingot.v1.LeftLine
 	19, // 7: ingot.v1.AddVPNPeerResponse.peer:type_name -> ingot.v1.VPNPeer
 	19, // 8: ingot.v1.ListVPNPeersResponse.peers:type_name -> ingot.v1.VPNPeer
-	31, // 9: ingot.v1.VPNPeer.added:type_name -> google.protobuf.Timestamp
-	31, // 10: ingot.v1.VPNPeer.handshake:type_name -> google.protobuf.Timestamp
-	32, // 11: ingot.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
-	32, // 12: ingot.v1.PingResponse.round_trip:type_name -> google.protobuf.Duration
-	32, // 13: ingot.v1.HubFacts.uptime:type_name -> google.protobuf.Duration
-	33, // 14: ingot.v1.HubFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
-	25, // 15: ingot.v1.HubFacts.dhcp:type_name -> ingot.v1.DHCPFacts
-	27, // 16: ingot.v1.HubFacts.dns:type_name -> ingot.v1.DNSFacts
-	28, // 17: ingot.v1.HubFacts.nat:type_name -> ingot.v1.NATFacts
-	30, // 18: ingot.v1.HubFacts.registry:type_name -> ingot.v1.RegistryFacts
-	24, // 19: ingot.v1.HubFacts.vpn:type_name -> ingot.v1.VPNFacts
-	23, // 20: ingot.v1.HubFacts.hosts:type_name -> ingot.v1.HeardHost
-	32, // 21: ingot.v1.HeardHost.silent:type_name -> google.protobuf.Duration
-	19, // 22: ingot.v1.VPNFacts.peers:type_name -> ingot.v1.VPNPeer
-	32, // 23: ingot.v1.DHCPFacts.default_lease:type_name -> google.protobuf.Duration
-	32, // 24: ingot.v1.DHCPFacts.max_lease:type_name -> google.protobuf.Duration
-	26, // 25: ingot.v1.DHCPFacts.foreign:type_name -> ingot.v1.ForeignDHCP
-	32, // 26: ingot.v1.DHCPFacts.since_conflict:type_name -> google.protobuf.Duration
-	32, // 27: ingot.v1.DHCPFacts.since_exhausted:type_name -> google.protobuf.Duration
-	32, // 28: ingot.v1.ForeignDHCP.since:type_name -> google.protobuf.Duration
-	29, // 29: ingot.v1.NATFacts.rules:type_name -> ingot.v1.NATRule
-	0,  // 30: ingot.v1.Hub.ListLeases:input_type -> ingot.v1.ListLeasesRequest
-	6,  // 31: ingot.v1.Hub.WatchLeases:input_type -> ingot.v1.WatchLeasesRequest
-	3,  // 32: ingot.v1.Hub.Reserve:input_type -> ingot.v1.ReserveRequest
-	4,  // 33: ingot.v1.Hub.Unreserve:input_type -> ingot.v1.UnreserveRequest
-	5,  // 34: ingot.v1.Hub.ReleaseLease:input_type -> ingot.v1.ReleaseLeaseRequest
-	8,  // 35: ingot.v1.Hub.ImportLeases:input_type -> ingot.v1.ImportLeasesRequest
-	11, // 36: ingot.v1.Hub.ConfigureDHCP:input_type -> ingot.v1.ConfigureDHCPRequest
-	34, // 37: ingot.v1.Hub.Facts:input_type -> google.protobuf.Empty
-	14, // 38: ingot.v1.Hub.AddVPNPeer:input_type -> ingot.v1.AddVPNPeerRequest
-	16, // 39: ingot.v1.Hub.RemoveVPNPeer:input_type -> ingot.v1.RemoveVPNPeerRequest
-	17, // 40: ingot.v1.Hub.ListVPNPeers:input_type -> ingot.v1.ListVPNPeersRequest
-	20, // 41: ingot.v1.Hub.Ping:input_type -> ingot.v1.PingRequest
-	1,  // 42: ingot.v1.Hub.ListLeases:output_type -> ingot.v1.ListLeasesResponse
-	7,  // 43: ingot.v1.Hub.WatchLeases:output_type -> ingot.v1.LeaseEvent
-	2,  // 44: ingot.v1.Hub.Reserve:output_type -> ingot.v1.Lease
-	34, // 45: ingot.v1.Hub.Unreserve:output_type -> google.protobuf.Empty
-	34, // 46: ingot.v1.Hub.ReleaseLease:output_type -> google.protobuf.Empty
-	9,  // 47: ingot.v1.Hub.ImportLeases:output_type -> ingot.v1.ImportLeasesResponse
-	12, // 48: ingot.v1.Hub.ConfigureDHCP:output_type -> ingot.v1.ConfigureDHCPResponse
-	22, // 49: ingot.v1.Hub.Facts:output_type -> ingot.v1.HubFacts
-	15, // 50: ingot.v1.Hub.AddVPNPeer:output_type -> ingot.v1.AddVPNPeerResponse
-	34, // 51: ingot.v1.Hub.RemoveVPNPeer:output_type -> google.protobuf.Empty
-	18, // 52: ingot.v1.Hub.ListVPNPeers:output_type -> ingot.v1.ListVPNPeersResponse
-	21, // 53: ingot.v1.Hub.Ping:output_type -> ingot.v1.PingResponse
-	42, // [42:54] is the sub-list for method output_type
-	30, // [30:42] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	38, // 9: ingot.v1.VPNPeer.added:type_name -> google.protobuf.Timestamp
+	38, // 10: ingot.v1.VPNPeer.handshake:type_name -> google.protobuf.Timestamp
+	20, // 11: ingot.v1.PublishPortsRequest.ports:type_name -> ingot.v1.Port
+	20, // 12: ingot.v1.UnpublishPortsRequest.ports:type_name -> ingot.v1.Port
+	26, // 13: ingot.v1.ListPortsResponse.ports:type_name -> ingot.v1.PublishedPort
+	20, // 14: ingot.v1.PublishedPort.port:type_name -> ingot.v1.Port
+	39, // 15: ingot.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
+	39, // 16: ingot.v1.PingResponse.round_trip:type_name -> google.protobuf.Duration
+	39, // 17: ingot.v1.HubFacts.uptime:type_name -> google.protobuf.Duration
+	40, // 18: ingot.v1.HubFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
+	32, // 19: ingot.v1.HubFacts.dhcp:type_name -> ingot.v1.DHCPFacts
+	34, // 20: ingot.v1.HubFacts.dns:type_name -> ingot.v1.DNSFacts
+	35, // 21: ingot.v1.HubFacts.nat:type_name -> ingot.v1.NATFacts
+	37, // 22: ingot.v1.HubFacts.registry:type_name -> ingot.v1.RegistryFacts
+	31, // 23: ingot.v1.HubFacts.vpn:type_name -> ingot.v1.VPNFacts
+	30, // 24: ingot.v1.HubFacts.hosts:type_name -> ingot.v1.HeardHost
+	39, // 25: ingot.v1.HeardHost.silent:type_name -> google.protobuf.Duration
+	19, // 26: ingot.v1.VPNFacts.peers:type_name -> ingot.v1.VPNPeer
+	39, // 27: ingot.v1.DHCPFacts.default_lease:type_name -> google.protobuf.Duration
+	39, // 28: ingot.v1.DHCPFacts.max_lease:type_name -> google.protobuf.Duration
+	33, // 29: ingot.v1.DHCPFacts.foreign:type_name -> ingot.v1.ForeignDHCP
+	39, // 30: ingot.v1.DHCPFacts.since_conflict:type_name -> google.protobuf.Duration
+	39, // 31: ingot.v1.DHCPFacts.since_exhausted:type_name -> google.protobuf.Duration
+	39, // 32: ingot.v1.ForeignDHCP.since:type_name -> google.protobuf.Duration
+	36, // 33: ingot.v1.NATFacts.rules:type_name -> ingot.v1.NATRule
+	0,  // 34: ingot.v1.Hub.ListLeases:input_type -> ingot.v1.ListLeasesRequest
+	6,  // 35: ingot.v1.Hub.WatchLeases:input_type -> ingot.v1.WatchLeasesRequest
+	3,  // 36: ingot.v1.Hub.Reserve:input_type -> ingot.v1.ReserveRequest
+	4,  // 37: ingot.v1.Hub.Unreserve:input_type -> ingot.v1.UnreserveRequest
+	5,  // 38: ingot.v1.Hub.ReleaseLease:input_type -> ingot.v1.ReleaseLeaseRequest
+	8,  // 39: ingot.v1.Hub.ImportLeases:input_type -> ingot.v1.ImportLeasesRequest
+	11, // 40: ingot.v1.Hub.ConfigureDHCP:input_type -> ingot.v1.ConfigureDHCPRequest
+	41, // 41: ingot.v1.Hub.Facts:input_type -> google.protobuf.Empty
+	14, // 42: ingot.v1.Hub.AddVPNPeer:input_type -> ingot.v1.AddVPNPeerRequest
+	16, // 43: ingot.v1.Hub.RemoveVPNPeer:input_type -> ingot.v1.RemoveVPNPeerRequest
+	17, // 44: ingot.v1.Hub.ListVPNPeers:input_type -> ingot.v1.ListVPNPeersRequest
+	21, // 45: ingot.v1.Hub.PublishPorts:input_type -> ingot.v1.PublishPortsRequest
+	23, // 46: ingot.v1.Hub.UnpublishPorts:input_type -> ingot.v1.UnpublishPortsRequest
+	24, // 47: ingot.v1.Hub.ListPorts:input_type -> ingot.v1.ListPortsRequest
+	27, // 48: ingot.v1.Hub.Ping:input_type -> ingot.v1.PingRequest
+	1,  // 49: ingot.v1.Hub.ListLeases:output_type -> ingot.v1.ListLeasesResponse
+	7,  // 50: ingot.v1.Hub.WatchLeases:output_type -> ingot.v1.LeaseEvent
+	2,  // 51: ingot.v1.Hub.Reserve:output_type -> ingot.v1.Lease
+	41, // 52: ingot.v1.Hub.Unreserve:output_type -> google.protobuf.Empty
+	41, // 53: ingot.v1.Hub.ReleaseLease:output_type -> google.protobuf.Empty
+	9,  // 54: ingot.v1.Hub.ImportLeases:output_type -> ingot.v1.ImportLeasesResponse
+	12, // 55: ingot.v1.Hub.ConfigureDHCP:output_type -> ingot.v1.ConfigureDHCPResponse
+	29, // 56: ingot.v1.Hub.Facts:output_type -> ingot.v1.HubFacts
+	15, // 57: ingot.v1.Hub.AddVPNPeer:output_type -> ingot.v1.AddVPNPeerResponse
+	41, // 58: ingot.v1.Hub.RemoveVPNPeer:output_type -> google.protobuf.Empty
+	18, // 59: ingot.v1.Hub.ListVPNPeers:output_type -> ingot.v1.ListVPNPeersResponse
+	22, // 60: ingot.v1.Hub.PublishPorts:output_type -> ingot.v1.PublishPortsResponse
+	41, // 61: ingot.v1.Hub.UnpublishPorts:output_type -> google.protobuf.Empty
+	25, // 62: ingot.v1.Hub.ListPorts:output_type -> ingot.v1.ListPortsResponse
+	28, // 63: ingot.v1.Hub.Ping:output_type -> ingot.v1.PingResponse
+	49, // [49:64] is the sub-list for method output_type
+	34, // [34:49] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_ingot_v1_hub_proto_init() }
@@ -2427,7 +2860,7 @@ func file_ingot_v1_hub_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ingot_v1_hub_proto_rawDesc), len(file_ingot_v1_hub_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   31,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -20,18 +20,21 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Hub_ListLeases_FullMethodName    = "/ingot.v1.Hub/ListLeases"
-	Hub_WatchLeases_FullMethodName   = "/ingot.v1.Hub/WatchLeases"
-	Hub_Reserve_FullMethodName       = "/ingot.v1.Hub/Reserve"
-	Hub_Unreserve_FullMethodName     = "/ingot.v1.Hub/Unreserve"
-	Hub_ReleaseLease_FullMethodName  = "/ingot.v1.Hub/ReleaseLease"
-	Hub_ImportLeases_FullMethodName  = "/ingot.v1.Hub/ImportLeases"
-	Hub_ConfigureDHCP_FullMethodName = "/ingot.v1.Hub/ConfigureDHCP"
-	Hub_Facts_FullMethodName         = "/ingot.v1.Hub/Facts"
-	Hub_AddVPNPeer_FullMethodName    = "/ingot.v1.Hub/AddVPNPeer"
-	Hub_RemoveVPNPeer_FullMethodName = "/ingot.v1.Hub/RemoveVPNPeer"
-	Hub_ListVPNPeers_FullMethodName  = "/ingot.v1.Hub/ListVPNPeers"
-	Hub_Ping_FullMethodName          = "/ingot.v1.Hub/Ping"
+	Hub_ListLeases_FullMethodName     = "/ingot.v1.Hub/ListLeases"
+	Hub_WatchLeases_FullMethodName    = "/ingot.v1.Hub/WatchLeases"
+	Hub_Reserve_FullMethodName        = "/ingot.v1.Hub/Reserve"
+	Hub_Unreserve_FullMethodName      = "/ingot.v1.Hub/Unreserve"
+	Hub_ReleaseLease_FullMethodName   = "/ingot.v1.Hub/ReleaseLease"
+	Hub_ImportLeases_FullMethodName   = "/ingot.v1.Hub/ImportLeases"
+	Hub_ConfigureDHCP_FullMethodName  = "/ingot.v1.Hub/ConfigureDHCP"
+	Hub_Facts_FullMethodName          = "/ingot.v1.Hub/Facts"
+	Hub_AddVPNPeer_FullMethodName     = "/ingot.v1.Hub/AddVPNPeer"
+	Hub_RemoveVPNPeer_FullMethodName  = "/ingot.v1.Hub/RemoveVPNPeer"
+	Hub_ListVPNPeers_FullMethodName   = "/ingot.v1.Hub/ListVPNPeers"
+	Hub_PublishPorts_FullMethodName   = "/ingot.v1.Hub/PublishPorts"
+	Hub_UnpublishPorts_FullMethodName = "/ingot.v1.Hub/UnpublishPorts"
+	Hub_ListPorts_FullMethodName      = "/ingot.v1.Hub/ListPorts"
+	Hub_Ping_FullMethodName           = "/ingot.v1.Hub/Ping"
 )
 
 // HubClient is the client API for Hub service.
@@ -64,6 +67,16 @@ type HubClient interface {
 	// RemoveVPNPeer cuts a device off, at once.
 	RemoveVPNPeer(ctx context.Context, in *RemoveVPNPeerRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
 	ListVPNPeers(ctx context.Context, in *ListVPNPeersRequest, opts ...grpc.CallOption) (*ListVPNPeersResponse, error)
+	// PublishPorts leads ports of the hub's to a microVM, and keeps them there until it is
+	// deleted. All are published or none. To publish one again changes nothing;
+	// AlreadyExists says that another one is in its place, FailedPrecondition that the hub
+	// needs the port itself. Without a uid nothing is published: the answer is whether it
+	// could be.
+	PublishPorts(ctx context.Context, in *PublishPortsRequest, opts ...grpc.CallOption) (*PublishPortsResponse, error)
+	// UnpublishPorts takes ports away, and ends the connections that came by them. NotFound
+	// says that one is not published.
+	UnpublishPorts(ctx context.Context, in *UnpublishPortsRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
+	ListPorts(ctx context.Context, in *ListPortsRequest, opts ...grpc.CallOption) (*ListPortsResponse, error)
 	// Ping sends an ICMP echo from the hub and answers when the reply is there.
 	Ping(ctx context.Context, in *PingRequest, opts ...grpc.CallOption) (*PingResponse, error)
 }
@@ -195,6 +208,36 @@ func (c *hubClient) ListVPNPeers(ctx context.Context, in *ListVPNPeersRequest, o
 	return out, nil
 }
 
+func (c *hubClient) PublishPorts(ctx context.Context, in *PublishPortsRequest, opts ...grpc.CallOption) (*PublishPortsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PublishPortsResponse)
+	err := c.cc.Invoke(ctx, Hub_PublishPorts_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hubClient) UnpublishPorts(ctx context.Context, in *UnpublishPortsRequest, opts ...grpc.CallOption) (*emptypb.Empty, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(emptypb.Empty)
+	err := c.cc.Invoke(ctx, Hub_UnpublishPorts_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hubClient) ListPorts(ctx context.Context, in *ListPortsRequest, opts ...grpc.CallOption) (*ListPortsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListPortsResponse)
+	err := c.cc.Invoke(ctx, Hub_ListPorts_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *hubClient) Ping(ctx context.Context, in *PingRequest, opts ...grpc.CallOption) (*PingResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(PingResponse)
@@ -235,6 +278,16 @@ type HubServer interface {
 	// RemoveVPNPeer cuts a device off, at once.
 	RemoveVPNPeer(context.Context, *RemoveVPNPeerRequest) (*emptypb.Empty, error)
 	ListVPNPeers(context.Context, *ListVPNPeersRequest) (*ListVPNPeersResponse, error)
+	// PublishPorts leads ports of the hub's to a microVM, and keeps them there until it is
+	// deleted. All are published or none. To publish one again changes nothing;
+	// AlreadyExists says that another one is in its place, FailedPrecondition that the hub
+	// needs the port itself. Without a uid nothing is published: the answer is whether it
+	// could be.
+	PublishPorts(context.Context, *PublishPortsRequest) (*PublishPortsResponse, error)
+	// UnpublishPorts takes ports away, and ends the connections that came by them. NotFound
+	// says that one is not published.
+	UnpublishPorts(context.Context, *UnpublishPortsRequest) (*emptypb.Empty, error)
+	ListPorts(context.Context, *ListPortsRequest) (*ListPortsResponse, error)
 	// Ping sends an ICMP echo from the hub and answers when the reply is there.
 	Ping(context.Context, *PingRequest) (*PingResponse, error)
 	mustEmbedUnimplementedHubServer()
@@ -279,6 +332,15 @@ func (UnimplementedHubServer) RemoveVPNPeer(context.Context, *RemoveVPNPeerReque
 }
 func (UnimplementedHubServer) ListVPNPeers(context.Context, *ListVPNPeersRequest) (*ListVPNPeersResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListVPNPeers not implemented")
+}
+func (UnimplementedHubServer) PublishPorts(context.Context, *PublishPortsRequest) (*PublishPortsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PublishPorts not implemented")
+}
+func (UnimplementedHubServer) UnpublishPorts(context.Context, *UnpublishPortsRequest) (*emptypb.Empty, error) {
+	return nil, status.Error(codes.Unimplemented, "method UnpublishPorts not implemented")
+}
+func (UnimplementedHubServer) ListPorts(context.Context, *ListPortsRequest) (*ListPortsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListPorts not implemented")
 }
 func (UnimplementedHubServer) Ping(context.Context, *PingRequest) (*PingResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Ping not implemented")
@@ -495,6 +557,60 @@ func _Hub_ListVPNPeers_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Hub_PublishPorts_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PublishPortsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HubServer).PublishPorts(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Hub_PublishPorts_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HubServer).PublishPorts(ctx, req.(*PublishPortsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Hub_UnpublishPorts_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UnpublishPortsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HubServer).UnpublishPorts(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Hub_UnpublishPorts_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HubServer).UnpublishPorts(ctx, req.(*UnpublishPortsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Hub_ListPorts_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListPortsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HubServer).ListPorts(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Hub_ListPorts_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HubServer).ListPorts(ctx, req.(*ListPortsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Hub_Ping_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(PingRequest)
 	if err := dec(in); err != nil {
@@ -559,6 +675,18 @@ var Hub_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListVPNPeers",
 			Handler:    _Hub_ListVPNPeers_Handler,
+		},
+		{
+			MethodName: "PublishPorts",
+			Handler:    _Hub_PublishPorts_Handler,
+		},
+		{
+			MethodName: "UnpublishPorts",
+			Handler:    _Hub_UnpublishPorts_Handler,
+		},
+		{
+			MethodName: "ListPorts",
+			Handler:    _Hub_ListPorts_Handler,
 		},
 		{
 			MethodName: "Ping",

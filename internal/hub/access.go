@@ -1,0 +1,331 @@
+package hub
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"ingot/internal/nat"
+)
+
+// access is what a microVM has more than others: ports of the hub's that lead to it.
+type access struct {
+	Guest   *guest     `json:"guest"`
+	Address netip.Addr `json:"address,omitzero"` // the last that it had
+	Ports   []nat.Port `json:"ports,omitempty"`
+}
+
+// accesses keep what microVMs have, in a file, until their hosts say that they are gone,
+// and have the hub's rules follow their addresses.
+type accesses struct {
+	file   string
+	guests *guests
+	// address is a microVM's now; false: that is not known yet.
+	address func(*guest) (netip.Addr, bool)
+	leases  <-chan struct{} // has a value when addresses may have changed
+	set     func([]nat.Published) error
+	log     *slog.Logger
+
+	// changing is held over the writing, too: one change comes after another.
+	changing sync.Mutex
+	inForce  []nat.Published
+	failed   bool // what is in force is not known
+
+	mu  sync.Mutex // guards all
+	all []access   // by uid; who has one may keep it: it does not change
+}
+
+// accessForm is the file.
+type accessForm struct {
+	Format int      `json:"format"`
+	Access []access `json:"access"`
+}
+
+// load reads what an earlier hub has kept. Nobody is let in whom it does not mean, and
+// nothing is forgotten: what can't be read is an error.
+func (a *accesses) load() error {
+	b, err := os.ReadFile(a.file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read published ports: %w", err)
+	}
+	var f accessForm
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&f); err != nil {
+		return fmt.Errorf("read published ports: %s: %w", a.file, err)
+	}
+	if f.Format != 1 || slices.ContainsFunc(f.Access, func(x access) bool { return x.Guest == nil }) {
+		return fmt.Errorf("read published ports: %s: format %d is not known to this version", a.file, f.Format)
+	}
+	a.all = f.Access
+	return nil
+}
+
+// save writes a whole file in the place of another, also after a power cut.
+func (a *accesses) save(all []access) error {
+	b, err := json.MarshalIndent(accessForm{1, all}, "", " ")
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(a.file), 0o700); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(a.file+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(append(b, '\n'))
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(f.Name(), a.file); err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(a.file))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}
+
+func (a *accesses) list() []access {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.all)
+}
+
+// change has f make another list of what there is, which is kept before it is in force.
+func (a *accesses) change(f func([]access) ([]access, error)) error {
+	a.changing.Lock()
+	defer a.changing.Unlock()
+	old := a.list()
+	all, err := f(slices.Clone(old))
+	if err != nil {
+		return err
+	}
+	same := slices.EqualFunc(all, old, func(x, y access) bool {
+		return x.Guest.UID == y.Guest.UID && x.Guest.equal(y.Guest) && x.Address == y.Address && slices.Equal(x.Ports, y.Ports)
+	})
+	if !same {
+		if err := a.save(all); err != nil {
+			return fmt.Errorf("keep published ports: %w", err)
+		}
+		a.mu.Lock()
+		a.all = all
+		a.mu.Unlock()
+	}
+	return a.enforce()
+}
+
+// published is what the hub's rules ought to have.
+func (a *accesses) published() []nat.Published {
+	var all []nat.Published
+	for _, one := range a.list() {
+		for _, p := range one.Ports {
+			if one.Address.IsValid() {
+				all = append(all, nat.Published{Port: p, Guest: one.Address})
+			}
+		}
+	}
+	return all
+}
+
+// enforce sets the rules, if they are others than before.
+func (a *accesses) enforce() error {
+	want := a.published()
+	if !a.failed && slices.Equal(want, a.inForce) {
+		return nil
+	}
+	gone := slices.DeleteFunc(slices.Clone(a.inForce), func(p nat.Published) bool { return slices.Contains(want, p) })
+	a.failed = true
+	if err := a.set(want); err != nil {
+		return err
+	}
+	a.failed, a.inForce = false, want
+	return nat.Cut(gone)
+}
+
+// follow has the rules follow what changes, until ctx ends.
+func (a *accesses) follow(ctx context.Context, ready func()) error {
+	ready()
+	for {
+		changed := a.guests.changes()
+		if err := a.change(func(all []access) ([]access, error) { return a.refresh(all), nil }); err != nil {
+			a.log.Error("the rules of microVMs are not as they should be", "err", err)
+		}
+		if !wait(ctx, together, nil, nil) || !wait(ctx, sweep, changed, a.leases) {
+			return nil
+		}
+	}
+}
+
+const (
+	together = 10 * time.Millisecond // what changes in this time is done together
+	sweep    = 10 * time.Second      // until then it is noticed that a silent host is heard
+)
+
+// wait is for one of two events or some time; false: ctx ended.
+func wait(ctx context.Context, d time.Duration, a, b <-chan struct{}) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-a:
+	case <-b:
+	case <-timer.C:
+	case <-ctx.Done():
+		return false
+	}
+	return true
+}
+
+// refresh takes in what is known of microVMs now.
+func (a *accesses) refresh(all []access) []access {
+	if len(all) == 0 {
+		return nil
+	}
+	// In this order: of a host that is heard all are known.
+	hosts := a.guests.facts()
+	known := map[string]*guest{}
+	for _, g := range a.guests.all() {
+		known[g.UID] = g
+	}
+	var kept []access
+	for _, one := range all {
+		g := known[one.Guest.UID]
+		silent := slices.ContainsFunc(hosts, func(h hearingFacts) bool { return h.Host == one.Guest.Host && !h.Heard })
+		if g == nil && !silent {
+			a.log.Info("a microVM is gone, and its ports with it", "vm", one.Guest.String(), "uid", one.Guest.UID)
+			continue
+		}
+		if g != nil {
+			one.Guest = g
+		}
+		if ip, ok := a.address(one.Guest); ok {
+			one.Address = ip
+		}
+		kept = append(kept, one)
+	}
+	return kept
+}
+
+// How long a microVM may take to be heard of.
+const guestPatience = 5 * time.Second
+
+// guest is a microVM, which may be so new that its host has not told of it yet.
+func (a *accesses) guest(ctx context.Context, uid string) (*guest, error) {
+	ctx, cancel := context.WithTimeout(ctx, guestPatience)
+	defer cancel()
+	for {
+		changed := a.guests.changes()
+		all := a.guests.all()
+		if i := slices.IndexFunc(all, func(g *guest) bool { return g.UID == uid }); i >= 0 {
+			return all[i], nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("find microVM %s: no host has told the hub of it: %w", uid, errdefs.ErrNotFound)
+		}
+	}
+}
+
+// publish leads ports to a microVM, beside those that it has or in their place.
+func (a *accesses) publish(ctx context.Context, uid string, ports []nat.Port, replace bool) error {
+	g, err := a.guest(ctx, uid)
+	if err != nil {
+		return err
+	}
+	return a.change(func(all []access) ([]access, error) {
+		all = a.refresh(all) // who is gone has no port any more
+		i := slices.IndexFunc(all, func(x access) bool { return x.Guest.UID == uid })
+		if i < 0 {
+			i = len(all)
+			all = append(all, access{Guest: g})
+		}
+		one := all[i]
+		one.Ports = slices.Clone(one.Ports)
+		if replace {
+			one.Ports = nil
+		}
+		for _, p := range ports {
+			if !slices.Contains(one.Ports, p) {
+				one.Ports = append(one.Ports, p)
+			}
+		}
+		if ip, ok := a.address(g); ok {
+			one.Address = ip
+		}
+		all[i] = one
+		return tidy(all), collisions(all)
+	})
+}
+
+// tidy leaves out who has nothing.
+func tidy(all []access) []access {
+	all = slices.DeleteFunc(all, func(x access) bool { return len(x.Ports) == 0 })
+	slices.SortFunc(all, func(x, y access) int { return cmp.Compare(x.Guest.UID, y.Guest.UID) })
+	return all
+}
+
+// collisions says which ports two have.
+func collisions(all []access) error {
+	type owned struct {
+		nat.Port
+		guest *guest
+	}
+	seen := map[string][]owned{}
+	for _, one := range all {
+		for _, p := range one.Ports {
+			key := fmt.Sprintf("%s %d", p.Protocol, p.Port)
+			for _, other := range seen[key] {
+				if p.Collides(other.Port) {
+					return fmt.Errorf("publish %s: %s is published for %s: %w", p, other.Port, other.guest, errdefs.ErrAlreadyExists)
+				}
+			}
+			seen[key] = append(seen[key], owned{p, one.Guest})
+		}
+	}
+	return nil
+}
+
+// unpublish takes ports of a microVM away, or all. Where they lead does not matter if it
+// is not said.
+func (a *accesses) unpublish(uid string, ports []nat.Port) error {
+	return a.change(func(all []access) ([]access, error) {
+		i := slices.IndexFunc(all, func(x access) bool { return x.Guest.UID == uid })
+		if i < 0 {
+			return nil, fmt.Errorf("unpublish: microVM %s has no published port: %w", uid, errdefs.ErrNotFound)
+		}
+		left := slices.Clone(all[i].Ports)
+		for _, p := range ports {
+			at := slices.IndexFunc(left, func(x nat.Port) bool {
+				return x.Protocol == p.Protocol && x.Address == p.Address && x.Port == p.Port && (p.To == 0 || p.To == x.To)
+			})
+			if at < 0 {
+				return nil, fmt.Errorf("unpublish %s/%s: %s has no such port: %w", p.Outside(), p.Protocol, all[i].Guest, errdefs.ErrNotFound)
+			}
+			left = slices.Delete(left, at, at+1)
+		}
+		if len(ports) == 0 {
+			left = nil
+		}
+		all[i].Ports = left
+		return tidy(all), nil
+	})
+}
