@@ -49,6 +49,7 @@ func (d *Declaration) check(m *mistakes) {
 	d.checkMachines(m)
 	d.checkMicroVMs(m)
 	d.checkReserved(m)
+	d.checkPorts(m)
 }
 
 func (d *Declaration) checkNetwork(m *mistakes) {

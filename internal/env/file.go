@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	"go.yaml.in/yaml/v3"
+
+	"ingot/internal/nat"
 )
 
 // format is the version of the file's form. Format 1 was written by `up` alone,
@@ -204,7 +206,18 @@ func (r *reader) microVM(n *yaml.Node, key string) MicroVM {
 				m.Command = append(m.Command, n.Value)
 			})
 		},
-		"env":    func(n *yaml.Node, key string) { m.Env = r.texts(n, key) },
+		"env": func(n *yaml.Node, key string) { m.Env = r.texts(n, key) },
+		"ports": func(n *yaml.Node, key string) {
+			r.list(n, key, func(n *yaml.Node, key string) {
+				r.scalar(n, key)
+				p, err := nat.ParsePort(n.Value)
+				if err != nil {
+					r.add(key, "%v", err)
+					return
+				}
+				m.Ports = append(m.Ports, p)
+			})
+		},
 		"labels": func(n *yaml.Node, key string) { m.Labels = r.texts(n, key) },
 		"allowed_addresses": func(n *yaml.Node, key string) {
 			r.list(n, key, func(n *yaml.Node, key string) {

@@ -147,6 +147,10 @@ func TestMistakes(t *testing.T) {
 			"5: microvms[2].name: default/a is there already in line 3",
 			"6: microvms[3]: it has no image",
 			`7: microvms[4].name: "c/d" is not a name: letters, digits, '.', '_' and '-', 63 at most, a letter or digit first and last`}},
+		{"ports", vms + "- {name: a, image: busybox, ports: [\"8080:80\", \"80\", \"8080:81/udp\"]}\n- {name: b, image: busybox, ports: [\"203.0.113.2:8080:80\"]}\n", []string{
+			`3: microvms[0].ports[1]: port "80": "" is no port: it must be [ADDRESS:]PORT:TO[/tcp|/udp], like 8080:80`,
+			"4: microvms[1].ports[0]: 203.0.113.2:8080 is published already in line 3"}},
+		{"the VPN's port", "format: 2\nmachines: [{name: m, roles: [hub, host]}]\nvpn: {port: 5353}\nmicrovms:\n- {name: a, image: busybox, ports: [\"5353:53/udp\"]}\n", []string{"5: microvms[0].ports[0]: 5353 is the VPN's"}},
 		{"the hub is no host", vms + "- {name: a, image: busybox, host: network-hub}\n", []string{"3: microvms[0].host: network-hub is not a host of this environment"}},
 		{"limits", vms + "- {name: a, image: busybox, cpus: 99, memory: 1}\n- {name: b, image: 'a b'}\n", []string{
 			"3: microvms[0].cpus: 99 is not between 1 and 64",

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"ingot/api/types"
+	"ingot/internal/nat"
 )
 
 // MicroVM is a microVM that a file declares, or the flags of `ingot run`.
@@ -34,6 +35,8 @@ type MicroVM struct {
 	Restart   string            `yaml:"restart,omitempty" json:"restart,omitempty"`
 	// AllowedAddresses are what it may use beside its own: addresses and prefixes.
 	AllowedAddresses []string `yaml:"allowed_addresses,omitempty" json:"allowed_addresses,omitempty"`
+	// Ports are those of the hub that lead to it, and no part of the microVM itself.
+	Ports []nat.Port `yaml:"ports,omitempty" json:"-"`
 	// Spec is all of it in the words of flintlock's API, instead of what is above
 	// from Image on.
 	Spec map[string]any `yaml:"spec,omitempty" json:"spec,omitempty"`

@@ -86,6 +86,7 @@ func Up(ctx context.Context, name string, o Options) (Env, error) {
 		{"images", u.provideImages},
 		{"hosts", u.awaitHosts},
 		{"microVMs", u.startMicroVMs},
+		{"ports", u.publishPorts},
 		{"inspect", u.awaitGreen},
 	} {
 		start := time.Now()
