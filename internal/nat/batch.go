@@ -76,14 +76,22 @@ func (b *batch) set(set *nftables.Set, keys [][]byte) *nftables.Set {
 	return b.mapOf(set, entries)
 }
 
-// entry is an element of a set, or of a map. One with a text is a rule of its own.
+// entry is an element of a set, or of a map to values, or of one to chains. One with a
+// text is a rule of its own.
 type entry struct {
-	key, value []byte
-	text       string
+	key, value  []byte
+	chain, text string
 }
 
 // whole is all of it, as check reads it.
-func (e entry) whole() []byte { return slices.Concat(e.key, e.value) }
+func (e entry) whole() []byte { return slices.Concat(e.key, e.value, []byte(e.chain)) }
+
+func (e entry) element() nftables.SetElement {
+	if e.chain == "" {
+		return nftables.SetElement{Key: e.key, Val: e.value}
+	}
+	return nftables.SetElement{Key: e.key, VerdictData: &expr.Verdict{Kind: expr.VerdictJump, Chain: e.chain}}
+}
 
 // The length of a netlink attribute has 16 bits. The entries of one are far fewer than
 // those that it has room for.
@@ -96,7 +104,7 @@ func (b *batch) mapOf(set *nftables.Set, entries []entry) *nftables.Set {
 	set.Table = b.table
 	elements := make([]nftables.SetElement, len(entries))
 	for i, e := range entries {
-		elements[i] = nftables.SetElement{Key: e.key, Val: e.value}
+		elements[i] = e.element()
 	}
 	b.insert(set, append([]entry{}, entries...), elements)
 	return set

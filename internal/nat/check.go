@@ -1,12 +1,14 @@
 package nat
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/userdata"
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
@@ -75,7 +77,8 @@ func (b *batch) compare(c *nftables.Conn) ([]Rule, error) {
 		if err != nil {
 			return nil, err
 		}
-		told, asked, all := wholes(have), map[string]bool{}, true
+		verdicts := slices.ContainsFunc(want, func(e entry) bool { return e.chain != "" })
+		told, asked, all := wholes(have, verdicts), map[string]bool{}, true
 		for _, e := range want {
 			is := awake && told[string(e.whole())]
 			all = all && is
@@ -152,12 +155,32 @@ func elements(c *nftables.Conn, set *nftables.Set) ([]nftables.SetElement, bool,
 }
 
 // wholes are a set's or a map's elements, each as its entry's whole.
-func wholes(elements []nftables.SetElement) map[string]bool {
+func wholes(elements []nftables.SetElement, verdicts bool) map[string]bool {
 	wholes := map[string]bool{}
 	for _, e := range elements {
-		wholes[string(slices.Concat(e.Key, e.KeyEnd, e.Val))] = true
+		value := e.Val
+		if verdicts {
+			value = verdictChain(e.Val)
+		}
+		wholes[string(slices.Concat(e.Key, e.KeyEnd, value))] = true
 	}
 	return wholes
+}
+
+// verdictChain is the chain that a verdict leads to. The library leaves its attributes
+// as the kernel writes them.
+func verdictChain(attributes []byte) []byte {
+	for len(attributes) >= unix.SizeofNlAttr {
+		size := int(binaryutil.NativeEndian.Uint16(attributes))
+		if size < unix.SizeofNlAttr || size > len(attributes) {
+			return nil
+		}
+		if binaryutil.NativeEndian.Uint16(attributes[2:])&0x3fff == unix.NFTA_VERDICT_CHAIN {
+			return bytes.TrimRight(attributes[unix.SizeofNlAttr:size], "\x00")
+		}
+		attributes = attributes[min((size+3)&^3, len(attributes)):]
+	}
+	return nil
 }
 
 // gone says whether the kernel does not know a table, chain or set. The library

@@ -31,6 +31,7 @@ type Hub struct {
 	VPN        VPN      // zero: there is none
 	Segment    netip.Prefix
 	Published  []Published // what leads from outside to microVMs
+	Restricted []Restricted
 }
 
 // VPN is by what peers, who are operators' devices, come to the hub. They reach the
@@ -61,7 +62,7 @@ func SetHub(h Hub) error {
 }
 
 // CheckHub says which are in force of the rules that the environment's description shows
-// and of the published ports, and names all others that the hub ought to have and has not.
+// and of what is about one microVM, and names all others that the hub ought to have and has not.
 func CheckHub(h Hub) ([]Rule, error) {
 	b, err := h.table()
 	if err != nil {
@@ -76,7 +77,7 @@ func CheckHub(h Hub) ([]Rule, error) {
 	for _, r := range rules {
 		if text := described[r.Text]; text != "" {
 			told = append(told, Rule{text, r.Present})
-		} else if !r.Present || isPort(r.Text) {
+		} else if !r.Present || aboutGuest(r.Text) {
 			told = append(told, r)
 		}
 	}
@@ -91,6 +92,7 @@ func (h Hub) table() (*batch, error) {
 	accept, drop := verdict(expr.VerdictAccept), verdict(expr.VerdictDrop)
 	platform := b.addresses("platform", h.Platform)
 	forward := b.chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, nftables.ChainPolicyDrop)
+	h.restrict(b, forward)
 	b.rule(forward, h.forwardText(), iif(h.Inside), oif(h.Outside), accept)
 	b.rule(forward, "answers", established(), accept)
 	if h.Trusted.IsValid() {

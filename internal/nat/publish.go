@@ -144,8 +144,11 @@ func (p Published) to() netip.AddrPort { return netip.AddrPortFrom(p.Guest, p.To
 
 const portRule = "ipv4 nat PREROUTING 0"
 
-// isPort says whether a rule's text is that of a published port.
-func isPort(text string) bool { return strings.HasPrefix(text, portRule) }
+// aboutGuest says whether a rule's text is that of one microVM's: of a published port, or
+// of what it may open.
+func aboutGuest(text string) bool {
+	return strings.HasPrefix(text, portRule) || strings.HasPrefix(text, egressRule)
+}
 
 // rule says it in the form of iptables.
 func (p Published) rule() string {
@@ -167,9 +170,9 @@ func (h Hub) publish(b *batch, platform *nftables.Set) {
 		key := append([]byte{protocolNumber(p.Protocol), 0, 0, 0}, register(p.Port.Port)...)
 		value := append(p.Guest.AsSlice(), register(p.To)...)
 		if p.Address.IsValid() {
-			some = append(some, entry{append(p.Address.AsSlice(), key...), value, p.rule()})
+			some = append(some, entry{key: append(p.Address.AsSlice(), key...), value: value, text: p.rule()})
 		} else {
-			all = append(all, entry{key, value, p.rule()})
+			all = append(all, entry{key: key, value: value, text: p.rule()})
 		}
 	}
 	ports := b.mapOf(&nftables.Set{Name: "ports", IsMap: true, Concatenation: true, KeyType: anywhere, DataType: target}, all)
