@@ -21,11 +21,13 @@ import (
 	"ingot/internal/nat"
 )
 
-// access is what a microVM has more than others: ports of the hub's that lead to it.
+// access is what a microVM has more than others: ports of the hub's that lead to it, and
+// limits of what it may open outside.
 type access struct {
 	Guest   *guest     `json:"guest"`
 	Address netip.Addr `json:"address,omitzero"` // the last that it had
 	Ports   []nat.Port `json:"ports,omitempty"`
+	Egress  nat.Egress `json:"egress,omitempty"`
 }
 
 // accesses keep what microVMs have, in a file, until their hosts say that they are gone,
@@ -36,16 +38,28 @@ type accesses struct {
 	// address is a microVM's now; false: that is not known yet.
 	address func(*guest) (netip.Addr, bool)
 	leases  <-chan struct{} // has a value when addresses may have changed
-	set     func([]nat.Published) error
+	set     func(inForce) error
 	log     *slog.Logger
 
 	// changing is held over the writing, too: one change comes after another.
 	changing sync.Mutex
-	inForce  []nat.Published
-	failed   bool // what is in force is not known
+	are      inForce // what the rules are
+	failed   bool    // what is in force is not known
 
 	mu  sync.Mutex // guards all
 	all []access   // by uid; who has one may keep it: it does not change
+}
+
+// inForce is what the rules have of all of it.
+type inForce struct {
+	published  []nat.Published
+	restricted []nat.Restricted
+}
+
+func (x inForce) equal(y inForce) bool {
+	return slices.Equal(x.published, y.published) && slices.EqualFunc(x.restricted, y.restricted, func(x, y nat.Restricted) bool {
+		return x.Guest == y.Guest && x.Egress.String() == y.Egress.String()
+	})
 }
 
 // accessForm is the file.
@@ -120,7 +134,7 @@ func (a *accesses) change(f func([]access) ([]access, error)) error {
 		return err
 	}
 	same := slices.EqualFunc(all, old, func(x, y access) bool {
-		return x.Guest.UID == y.Guest.UID && x.Guest.equal(y.Guest) && x.Address == y.Address && slices.Equal(x.Ports, y.Ports)
+		return x.Guest.UID == y.Guest.UID && x.Guest.equal(y.Guest) && x.Address == y.Address && slices.Equal(x.Ports, y.Ports) && x.Egress.String() == y.Egress.String()
 	})
 	if !same {
 		if err := a.save(all); err != nil {
@@ -133,14 +147,18 @@ func (a *accesses) change(f func([]access) ([]access, error)) error {
 	return a.enforce()
 }
 
-// published is what the hub's rules ought to have.
-func (a *accesses) published() []nat.Published {
-	var all []nat.Published
+// wanted is what the hub's rules ought to have.
+func (a *accesses) wanted() inForce {
+	var all inForce
 	for _, one := range a.list() {
+		if !one.Address.IsValid() {
+			continue
+		}
 		for _, p := range one.Ports {
-			if one.Address.IsValid() {
-				all = append(all, nat.Published{Port: p, Guest: one.Address})
-			}
+			all.published = append(all.published, nat.Published{Port: p, Guest: one.Address})
+		}
+		if len(one.Egress) > 0 {
+			all.restricted = append(all.restricted, nat.Restricted{Guest: one.Address, Egress: one.Egress})
 		}
 	}
 	return all
@@ -148,16 +166,16 @@ func (a *accesses) published() []nat.Published {
 
 // enforce sets the rules, if they are others than before.
 func (a *accesses) enforce() error {
-	want := a.published()
-	if !a.failed && slices.Equal(want, a.inForce) {
+	want := a.wanted()
+	if !a.failed && want.equal(a.are) {
 		return nil
 	}
-	gone := slices.DeleteFunc(slices.Clone(a.inForce), func(p nat.Published) bool { return slices.Contains(want, p) })
+	gone := slices.DeleteFunc(slices.Clone(a.are.published), func(p nat.Published) bool { return slices.Contains(want.published, p) })
 	a.failed = true
 	if err := a.set(want); err != nil {
 		return err
 	}
-	a.failed, a.inForce = false, want
+	a.failed, a.are = false, want
 	return nat.Cut(gone)
 }
 
@@ -210,7 +228,7 @@ func (a *accesses) refresh(all []access) []access {
 		g := known[one.Guest.UID]
 		silent := slices.ContainsFunc(hosts, func(h hearingFacts) bool { return h.Host == one.Guest.Host && !h.Heard })
 		if g == nil && !silent {
-			a.log.Info("a microVM is gone, and its ports with it", "vm", one.Guest.String(), "uid", one.Guest.UID)
+			a.log.Info("a microVM is gone, and what it had with it", "vm", one.Guest.String(), "uid", one.Guest.UID)
 			continue
 		}
 		if g != nil {
@@ -251,14 +269,7 @@ func (a *accesses) publish(ctx context.Context, uid string, ports []nat.Port, re
 	if err != nil {
 		return err
 	}
-	return a.change(func(all []access) ([]access, error) {
-		all = a.refresh(all) // who is gone has no port any more
-		i := slices.IndexFunc(all, func(x access) bool { return x.Guest.UID == uid })
-		if i < 0 {
-			i = len(all)
-			all = append(all, access{Guest: g})
-		}
-		one := all[i]
+	return a.grant(g, func(one *access) {
 		one.Ports = slices.Clone(one.Ports)
 		if replace {
 			one.Ports = nil
@@ -268,17 +279,38 @@ func (a *accesses) publish(ctx context.Context, uid string, ports []nat.Port, re
 				one.Ports = append(one.Ports, p)
 			}
 		}
-		if ip, ok := a.address(g); ok {
-			one.Address = ip
+	})
+}
+
+// restrict says what a microVM may open outside.
+func (a *accesses) restrict(ctx context.Context, uid string, e nat.Egress) error {
+	g, err := a.guest(ctx, uid)
+	if err != nil {
+		return err
+	}
+	return a.grant(g, func(one *access) { one.Egress = e })
+}
+
+// grant changes what a microVM has.
+func (a *accesses) grant(g *guest, f func(*access)) error {
+	return a.change(func(all []access) ([]access, error) {
+		all = a.refresh(all) // who is gone has no port any more
+		i := slices.IndexFunc(all, func(x access) bool { return x.Guest.UID == g.UID })
+		if i < 0 {
+			i = len(all)
+			all = append(all, access{Guest: g})
 		}
-		all[i] = one
+		if ip, ok := a.address(g); ok {
+			all[i].Address = ip
+		}
+		f(&all[i])
 		return tidy(all), collisions(all)
 	})
 }
 
 // tidy leaves out who has nothing.
 func tidy(all []access) []access {
-	all = slices.DeleteFunc(all, func(x access) bool { return len(x.Ports) == 0 })
+	all = slices.DeleteFunc(all, func(x access) bool { return len(x.Ports)+len(x.Egress) == 0 })
 	slices.SortFunc(all, func(x, y access) int { return cmp.Compare(x.Guest.UID, y.Guest.UID) })
 	return all
 }

@@ -228,7 +228,7 @@ func (h *Hub) Run(ctx context.Context, others ...run.Task) error {
 	if err := h.access.change(func(all []access) ([]access, error) { return all, nil }); err != nil {
 		return err
 	}
-	tasks := []run.Task{h.heard, run.Func("published ports", h.access.follow), run.Func("leases of microvms", h.forget), h.dhcp, h.dns, h.registry, run.Func("grpc api", h.serve), run.Func("certificates", func(ctx context.Context, ready func()) error {
+	tasks := []run.Task{h.heard, run.Func("access", h.access.follow), run.Func("leases of microvms", h.forget), h.dhcp, h.dns, h.registry, run.Func("grpc api", h.serve), run.Func("certificates", func(ctx context.Context, ready func()) error {
 		ready()
 		return h.shown.Run(ctx)
 	})}
@@ -258,15 +258,15 @@ func (h *Hub) newAccesses() *accesses {
 				return netip.Addr{}, false // the log of leases is not read yet
 			}
 		},
-		set: func(p []nat.Published) error { return nat.SetHub(h.rules(p)) },
+		set: func(x inForce) error { return nat.SetHub(h.rules(x)) },
 	}
 }
 
-func (h *Hub) rules(published []nat.Published) nat.Hub {
+func (h *Hub) rules(x inForce) nat.Hub {
 	rules := nat.Hub{
 		Inside: h.c.Interface, Outside: h.c.Uplink, Trusted: h.c.Trusted,
 		Platform: h.platform(), Management: []uint16{GRPCPort},
-		Segment: h.c.Subnet, Published: published,
+		Segment: h.c.Subnet, Published: x.published, Restricted: x.restricted,
 	}
 	if h.c.Metrics.IsValid() {
 		rules.Management = append(rules.Management, h.c.Metrics.Port())

@@ -181,3 +181,60 @@ func TestPorts(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestEgress: what a microVM may open is what was said, over a crash of the hub and with
+// another address.
+func TestEgress(t *testing.T) {
+	n := newPublisher(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	web := microVM(1, "team", "web")
+	n.host.tell(ingotv1.WatchResponse_CREATED, web)
+	n.serve(t)
+	kill := start(t, n.config)
+	n.heard(t, true)
+	n.lease(t)
+	serveIn(t, "outside", "80")
+	serveIn(t, "outside", "81")
+	set := func(rules ...string) error {
+		_, err := n.hub.SetEgress(ctx, &ingotv1.SetEgressRequest{Uid: web.GetSpec().GetUid(), Rules: rules}, grpc.WaitForReady(true))
+		return err
+	}
+	so := func(first, second bool) {
+		t.Helper()
+		gets(t, "guest", "203.0.113.9", "80", first)
+		gets(t, "guest", "203.0.113.9", "81", second)
+	}
+	so(true, true)
+	if err := set("allow 203.0.113.9 81/tcp", "deny all"); err != nil {
+		t.Fatal(err)
+	}
+	so(false, true)
+	for _, rules := range [][]string{{"deny"}, {"allow all"}, {"deny all", "allow 10.0.0.1"}} {
+		if err := set(rules...); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("%q: %v", rules, err)
+		}
+	}
+	kill()
+	so(false, true)
+	start(t, n.config)
+	n.heard(t, true)
+	so(false, true)
+	if _, err := n.hub.Reserve(ctx, &ingotv1.ReserveRequest{Mac: mac(1).String(), Ip: "192.168.10.50"}); err != nil {
+		t.Fatal(err)
+	}
+	n.lease(t)
+	gets(t, "guest", "203.0.113.9", "80", false)
+	so(false, true)
+	l, err := n.hub.ListEgress(ctx, &ingotv1.ListEgressRequest{})
+	if err != nil || len(l.GetEgress()) != 1 || l.GetEgress()[0].GetGuestAddress() != "192.168.10.50" || strings.Join(l.GetEgress()[0].GetRules(), ", ") != "allow 203.0.113.9 81/tcp, deny all" {
+		t.Errorf("list: %v, %v", l, err)
+	}
+	if f := n.heard(t, true); len(f.GetNat().GetRules()) != 3 || len(f.GetNat().GetMissing()) != 0 {
+		t.Errorf("rules: %v", f.GetNat())
+	}
+	if err := set(); err != nil {
+		t.Error(err)
+	}
+	so(true, true)
+}

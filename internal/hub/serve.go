@@ -242,7 +242,7 @@ func (s *service) natFacts() *ingotv1.NATFacts {
 	in, err := nat.Forwarding(s.c.Interface)
 	out, err2 := nat.Forwarding(s.c.Uplink)
 	f.Forwarding = in && out && errors.Join(err, err2) == nil
-	rules, err := nat.CheckHub(s.rules(s.access.published()))
+	rules, err := nat.CheckHub(s.rules(s.access.wanted()))
 	if err != nil {
 		s.log.Error("read NAT rules", "err", err)
 	}

@@ -1,6 +1,7 @@
 package nat
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -152,6 +153,19 @@ func (e Egress) Texts() []string {
 		texts = append(texts, r.String())
 	}
 	return texts
+}
+
+// MarshalJSON writes the texts.
+func (e Egress) MarshalJSON() ([]byte, error) { return json.Marshal(e.Texts()) }
+
+// UnmarshalJSON reads what ParseEgress does.
+func (e *Egress) UnmarshalJSON(b []byte) error {
+	var texts []string
+	err := json.Unmarshal(b, &texts)
+	if err == nil {
+		*e, err = ParseEgress(texts)
+	}
+	return err
 }
 
 func (e Egress) String() string { return strings.Join(e.Texts(), ", ") }

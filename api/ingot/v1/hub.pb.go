@@ -1538,6 +1538,216 @@ func (x *PublishedPort) GetGuestAddress() string {
 	return ""
 }
 
+type SetEgressRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Uid   string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	// `allow|deny DESTINATION [SERVICE]`, as docs/environment.md has it. The first that
+	// matches counts; what none matches is allowed. None: everything is.
+	Rules         []string `protobuf:"bytes,2,rep,name=rules,proto3" json:"rules,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetEgressRequest) Reset() {
+	*x = SetEgressRequest{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetEgressRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetEgressRequest) ProtoMessage() {}
+
+func (x *SetEgressRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetEgressRequest.ProtoReflect.Descriptor instead.
+func (*SetEgressRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *SetEgressRequest) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *SetEgressRequest) GetRules() []string {
+	if x != nil {
+		return x.Rules
+	}
+	return nil
+}
+
+type ListEgressRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListEgressRequest) Reset() {
+	*x = ListEgressRequest{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListEgressRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListEgressRequest) ProtoMessage() {}
+
+func (x *ListEgressRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListEgressRequest.ProtoReflect.Descriptor instead.
+func (*ListEgressRequest) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{28}
+}
+
+type ListEgressResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Egress        []*Egress              `protobuf:"bytes,1,rep,name=egress,proto3" json:"egress,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListEgressResponse) Reset() {
+	*x = ListEgressResponse{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListEgressResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListEgressResponse) ProtoMessage() {}
+
+func (x *ListEgressResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListEgressResponse.ProtoReflect.Descriptor instead.
+func (*ListEgressResponse) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *ListEgressResponse) GetEgress() []*Egress {
+	if x != nil {
+		return x.Egress
+	}
+	return nil
+}
+
+type Egress struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	Namespace     string                 `protobuf:"bytes,2,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Name          string                 `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	GuestAddress  string                 `protobuf:"bytes,4,opt,name=guest_address,json=guestAddress,proto3" json:"guest_address,omitempty"` // empty: it has none now
+	Rules         []string               `protobuf:"bytes,5,rep,name=rules,proto3" json:"rules,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Egress) Reset() {
+	*x = Egress{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Egress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Egress) ProtoMessage() {}
+
+func (x *Egress) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Egress.ProtoReflect.Descriptor instead.
+func (*Egress) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *Egress) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *Egress) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *Egress) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Egress) GetGuestAddress() string {
+	if x != nil {
+		return x.GuestAddress
+	}
+	return ""
+}
+
+func (x *Egress) GetRules() []string {
+	if x != nil {
+		return x.Rules
+	}
+	return nil
+}
+
 type PingRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Address       string                 `protobuf:"bytes,1,opt,name=address,proto3" json:"address,omitempty"`
@@ -1548,7 +1758,7 @@ type PingRequest struct {
 
 func (x *PingRequest) Reset() {
 	*x = PingRequest{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[27]
+	mi := &file_ingot_v1_hub_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1560,7 +1770,7 @@ func (x *PingRequest) String() string {
 func (*PingRequest) ProtoMessage() {}
 
 func (x *PingRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[27]
+	mi := &file_ingot_v1_hub_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1573,7 +1783,7 @@ func (x *PingRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingRequest.ProtoReflect.Descriptor instead.
 func (*PingRequest) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{27}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *PingRequest) GetAddress() string {
@@ -1599,7 +1809,7 @@ type PingResponse struct {
 
 func (x *PingResponse) Reset() {
 	*x = PingResponse{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[28]
+	mi := &file_ingot_v1_hub_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1611,7 +1821,7 @@ func (x *PingResponse) String() string {
 func (*PingResponse) ProtoMessage() {}
 
 func (x *PingResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[28]
+	mi := &file_ingot_v1_hub_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1624,7 +1834,7 @@ func (x *PingResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingResponse.ProtoReflect.Descriptor instead.
 func (*PingResponse) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{28}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *PingResponse) GetRoundTrip() *durationpb.Duration {
@@ -1656,7 +1866,7 @@ type HubFacts struct {
 
 func (x *HubFacts) Reset() {
 	*x = HubFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[29]
+	mi := &file_ingot_v1_hub_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1668,7 +1878,7 @@ func (x *HubFacts) String() string {
 func (*HubFacts) ProtoMessage() {}
 
 func (x *HubFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[29]
+	mi := &file_ingot_v1_hub_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1681,7 +1891,7 @@ func (x *HubFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HubFacts.ProtoReflect.Descriptor instead.
 func (*HubFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{29}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *HubFacts) GetHostname() string {
@@ -1790,7 +2000,7 @@ type HeardHost struct {
 
 func (x *HeardHost) Reset() {
 	*x = HeardHost{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[30]
+	mi := &file_ingot_v1_hub_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1802,7 +2012,7 @@ func (x *HeardHost) String() string {
 func (*HeardHost) ProtoMessage() {}
 
 func (x *HeardHost) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[30]
+	mi := &file_ingot_v1_hub_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1815,7 +2025,7 @@ func (x *HeardHost) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeardHost.ProtoReflect.Descriptor instead.
 func (*HeardHost) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{30}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *HeardHost) GetName() string {
@@ -1870,7 +2080,7 @@ type VPNFacts struct {
 
 func (x *VPNFacts) Reset() {
 	*x = VPNFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[31]
+	mi := &file_ingot_v1_hub_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1882,7 +2092,7 @@ func (x *VPNFacts) String() string {
 func (*VPNFacts) ProtoMessage() {}
 
 func (x *VPNFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[31]
+	mi := &file_ingot_v1_hub_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1895,7 +2105,7 @@ func (x *VPNFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VPNFacts.ProtoReflect.Descriptor instead.
 func (*VPNFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{31}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *VPNFacts) GetServing() bool {
@@ -1990,7 +2200,7 @@ type DHCPFacts struct {
 
 func (x *DHCPFacts) Reset() {
 	*x = DHCPFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[32]
+	mi := &file_ingot_v1_hub_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2002,7 +2212,7 @@ func (x *DHCPFacts) String() string {
 func (*DHCPFacts) ProtoMessage() {}
 
 func (x *DHCPFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[32]
+	mi := &file_ingot_v1_hub_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2015,7 +2225,7 @@ func (x *DHCPFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DHCPFacts.ProtoReflect.Descriptor instead.
 func (*DHCPFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{32}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DHCPFacts) GetServing() bool {
@@ -2164,7 +2374,7 @@ type ForeignDHCP struct {
 
 func (x *ForeignDHCP) Reset() {
 	*x = ForeignDHCP{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[33]
+	mi := &file_ingot_v1_hub_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2176,7 +2386,7 @@ func (x *ForeignDHCP) String() string {
 func (*ForeignDHCP) ProtoMessage() {}
 
 func (x *ForeignDHCP) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[33]
+	mi := &file_ingot_v1_hub_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2189,7 +2399,7 @@ func (x *ForeignDHCP) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignDHCP.ProtoReflect.Descriptor instead.
 func (*ForeignDHCP) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{33}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ForeignDHCP) GetServer() string {
@@ -2233,7 +2443,7 @@ type DNSFacts struct {
 
 func (x *DNSFacts) Reset() {
 	*x = DNSFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[34]
+	mi := &file_ingot_v1_hub_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2245,7 +2455,7 @@ func (x *DNSFacts) String() string {
 func (*DNSFacts) ProtoMessage() {}
 
 func (x *DNSFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[34]
+	mi := &file_ingot_v1_hub_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2258,7 +2468,7 @@ func (x *DNSFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DNSFacts.ProtoReflect.Descriptor instead.
 func (*DNSFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{34}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *DNSFacts) GetServing() bool {
@@ -2309,7 +2519,7 @@ type NATFacts struct {
 
 func (x *NATFacts) Reset() {
 	*x = NATFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[35]
+	mi := &file_ingot_v1_hub_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2321,7 +2531,7 @@ func (x *NATFacts) String() string {
 func (*NATFacts) ProtoMessage() {}
 
 func (x *NATFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[35]
+	mi := &file_ingot_v1_hub_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2334,7 +2544,7 @@ func (x *NATFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NATFacts.ProtoReflect.Descriptor instead.
 func (*NATFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{35}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *NATFacts) GetForwarding() bool {
@@ -2383,7 +2593,7 @@ type NATRule struct {
 
 func (x *NATRule) Reset() {
 	*x = NATRule{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[36]
+	mi := &file_ingot_v1_hub_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2395,7 +2605,7 @@ func (x *NATRule) String() string {
 func (*NATRule) ProtoMessage() {}
 
 func (x *NATRule) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[36]
+	mi := &file_ingot_v1_hub_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2408,7 +2618,7 @@ func (x *NATRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NATRule.ProtoReflect.Descriptor instead.
 func (*NATRule) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{36}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *NATRule) GetRule() string {
@@ -2438,7 +2648,7 @@ type RegistryFacts struct {
 
 func (x *RegistryFacts) Reset() {
 	*x = RegistryFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[37]
+	mi := &file_ingot_v1_hub_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2450,7 +2660,7 @@ func (x *RegistryFacts) String() string {
 func (*RegistryFacts) ProtoMessage() {}
 
 func (x *RegistryFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[37]
+	mi := &file_ingot_v1_hub_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2463,7 +2673,7 @@ func (x *RegistryFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryFacts.ProtoReflect.Descriptor instead.
 func (*RegistryFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{37}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *RegistryFacts) GetServing() bool {
@@ -2605,7 +2815,19 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\x12\x1c\n" +
 	"\tnamespace\x18\x03 \x01(\tR\tnamespace\x12\x12\n" +
 	"\x04name\x18\x04 \x01(\tR\x04name\x12#\n" +
-	"\rguest_address\x18\x05 \x01(\tR\fguestAddress\"\\\n" +
+	"\rguest_address\x18\x05 \x01(\tR\fguestAddress\":\n" +
+	"\x10SetEgressRequest\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x14\n" +
+	"\x05rules\x18\x02 \x03(\tR\x05rules\"\x13\n" +
+	"\x11ListEgressRequest\">\n" +
+	"\x12ListEgressResponse\x12(\n" +
+	"\x06egress\x18\x01 \x03(\v2\x10.ingot.v1.EgressR\x06egress\"\x87\x01\n" +
+	"\x06Egress\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x1c\n" +
+	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x12#\n" +
+	"\rguest_address\x18\x04 \x01(\tR\fguestAddress\x12\x14\n" +
+	"\x05rules\x18\x05 \x03(\tR\x05rules\"\\\n" +
 	"\vPingRequest\x12\x18\n" +
 	"\aaddress\x18\x01 \x01(\tR\aaddress\x123\n" +
 	"\atimeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\atimeout\"H\n" +
@@ -2699,7 +2921,7 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12\x18\n" +
 	"\aaddress\x18\x03 \x01(\tR\aaddress\x12\"\n" +
 	"\frepositories\x18\x04 \x03(\tR\frepositories\x12\x10\n" +
-	"\x03dir\x18\x05 \x01(\tR\x03dir2\x9f\b\n" +
+	"\x03dir\x18\x05 \x01(\tR\x03dir2\xa9\t\n" +
 	"\x03Hub\x12G\n" +
 	"\n" +
 	"ListLeases\x12\x1b.ingot.v1.ListLeasesRequest\x1a\x1c.ingot.v1.ListLeasesResponse\x12C\n" +
@@ -2716,7 +2938,10 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\fListVPNPeers\x12\x1d.ingot.v1.ListVPNPeersRequest\x1a\x1e.ingot.v1.ListVPNPeersResponse\x12M\n" +
 	"\fPublishPorts\x12\x1d.ingot.v1.PublishPortsRequest\x1a\x1e.ingot.v1.PublishPortsResponse\x12I\n" +
 	"\x0eUnpublishPorts\x12\x1f.ingot.v1.UnpublishPortsRequest\x1a\x16.google.protobuf.Empty\x12D\n" +
-	"\tListPorts\x12\x1a.ingot.v1.ListPortsRequest\x1a\x1b.ingot.v1.ListPortsResponse\x125\n" +
+	"\tListPorts\x12\x1a.ingot.v1.ListPortsRequest\x1a\x1b.ingot.v1.ListPortsResponse\x12?\n" +
+	"\tSetEgress\x12\x1a.ingot.v1.SetEgressRequest\x1a\x16.google.protobuf.Empty\x12G\n" +
+	"\n" +
+	"ListEgress\x12\x1b.ingot.v1.ListEgressRequest\x1a\x1c.ingot.v1.ListEgressResponse\x125\n" +
 	"\x04Ping\x12\x15.ingot.v1.PingRequest\x1a\x16.ingot.v1.PingResponseB\x1cZ\x1aingot/api/ingot/v1;ingotv1b\x06proto3"
 
 var (
@@ -2731,7 +2956,7 @@ func file_ingot_v1_hub_proto_rawDescGZIP() []byte {
 	return file_ingot_v1_hub_proto_rawDescData
 }
 
-var file_ingot_v1_hub_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_ingot_v1_hub_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_ingot_v1_hub_proto_goTypes = []any{
 	(*ListLeasesRequest)(nil),     // 0: ingot.v1.ListLeasesRequest
 	(*ListLeasesResponse)(nil),    // 1: ingot.v1.ListLeasesResponse
@@ -2760,92 +2985,101 @@ var file_ingot_v1_hub_proto_goTypes = []any{
 	(*ListPortsRequest)(nil),      // 24: ingot.v1.ListPortsRequest
 	(*ListPortsResponse)(nil),     // 25: ingot.v1.ListPortsResponse
 	(*PublishedPort)(nil),         // 26: ingot.v1.PublishedPort
-	(*PingRequest)(nil),           // 27: ingot.v1.PingRequest
-	(*PingResponse)(nil),          // 28: ingot.v1.PingResponse
-	(*HubFacts)(nil),              // 29: ingot.v1.HubFacts
-	(*HeardHost)(nil),             // 30: ingot.v1.HeardHost
-	(*VPNFacts)(nil),              // 31: ingot.v1.VPNFacts
-	(*DHCPFacts)(nil),             // 32: ingot.v1.DHCPFacts
-	(*ForeignDHCP)(nil),           // 33: ingot.v1.ForeignDHCP
-	(*DNSFacts)(nil),              // 34: ingot.v1.DNSFacts
-	(*NATFacts)(nil),              // 35: ingot.v1.NATFacts
-	(*NATRule)(nil),               // 36: ingot.v1.NATRule
-	(*RegistryFacts)(nil),         // 37: ingot.v1.RegistryFacts
-	(*timestamppb.Timestamp)(nil), // 38: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 39: google.protobuf.Duration
-	(*InterfaceFacts)(nil),        // 40: ingot.v1.InterfaceFacts
-	(*emptypb.Empty)(nil),         // 41: google.protobuf.Empty
+	(*SetEgressRequest)(nil),      // 27: ingot.v1.SetEgressRequest
+	(*ListEgressRequest)(nil),     // 28: ingot.v1.ListEgressRequest
+	(*ListEgressResponse)(nil),    // 29: ingot.v1.ListEgressResponse
+	(*Egress)(nil),                // 30: ingot.v1.Egress
+	(*PingRequest)(nil),           // 31: ingot.v1.PingRequest
+	(*PingResponse)(nil),          // 32: ingot.v1.PingResponse
+	(*HubFacts)(nil),              // 33: ingot.v1.HubFacts
+	(*HeardHost)(nil),             // 34: ingot.v1.HeardHost
+	(*VPNFacts)(nil),              // 35: ingot.v1.VPNFacts
+	(*DHCPFacts)(nil),             // 36: ingot.v1.DHCPFacts
+	(*ForeignDHCP)(nil),           // 37: ingot.v1.ForeignDHCP
+	(*DNSFacts)(nil),              // 38: ingot.v1.DNSFacts
+	(*NATFacts)(nil),              // 39: ingot.v1.NATFacts
+	(*NATRule)(nil),               // 40: ingot.v1.NATRule
+	(*RegistryFacts)(nil),         // 41: ingot.v1.RegistryFacts
+	(*timestamppb.Timestamp)(nil), // 42: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 43: google.protobuf.Duration
+	(*InterfaceFacts)(nil),        // 44: ingot.v1.InterfaceFacts
+	(*emptypb.Empty)(nil),         // 45: google.protobuf.Empty
 }
 var file_ingot_v1_hub_proto_depIdxs = []int32{
 	2,  // 0: ingot.v1.ListLeasesResponse.leases:type_name -> ingot.v1.Lease
-	38, // 1: ingot.v1.Lease.starts:type_name -> google.protobuf.Timestamp
-	38, // 2: ingot.v1.Lease.ends:type_name -> google.protobuf.Timestamp
+	42, // 1: ingot.v1.Lease.starts:type_name -> google.protobuf.Timestamp
+	42, // 2: ingot.v1.Lease.ends:type_name -> google.protobuf.Timestamp
 	2,  // 3: ingot.v1.LeaseEvent.lease:type_name -> ingot.v1.Lease
 	2,  // 4: ingot.v1.ImportLeasesRequest.leases:type_name -> ingot.v1.Lease
 	10, // 5: ingot.v1.ImportLeasesResponse.left:type_name -> ingot.v1.NotImported
 	13, // 6: ingot.v1.ConfigureDHCPResponse.left:type_name -> ingot.v1.LeftLine
 	19, // 7: ingot.v1.AddVPNPeerResponse.peer:type_name -> ingot.v1.VPNPeer
 	19, // 8: ingot.v1.ListVPNPeersResponse.peers:type_name -> ingot.v1.VPNPeer
-	38, // 9: ingot.v1.VPNPeer.added:type_name -> google.protobuf.Timestamp
-	38, // 10: ingot.v1.VPNPeer.handshake:type_name -> google.protobuf.Timestamp
+	42, // 9: ingot.v1.VPNPeer.added:type_name -> google.protobuf.Timestamp
+	42, // 10: ingot.v1.VPNPeer.handshake:type_name -> google.protobuf.Timestamp
 	20, // 11: ingot.v1.PublishPortsRequest.ports:type_name -> ingot.v1.Port
 	20, // 12: ingot.v1.UnpublishPortsRequest.ports:type_name -> ingot.v1.Port
 	26, // 13: ingot.v1.ListPortsResponse.ports:type_name -> ingot.v1.PublishedPort
 	20, // 14: ingot.v1.PublishedPort.port:type_name -> ingot.v1.Port
-	39, // 15: ingot.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
-	39, // 16: ingot.v1.PingResponse.round_trip:type_name -> google.protobuf.Duration
-	39, // 17: ingot.v1.HubFacts.uptime:type_name -> google.protobuf.Duration
-	40, // 18: ingot.v1.HubFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
-	32, // 19: ingot.v1.HubFacts.dhcp:type_name -> ingot.v1.DHCPFacts
-	34, // 20: ingot.v1.HubFacts.dns:type_name -> ingot.v1.DNSFacts
-	35, // 21: ingot.v1.HubFacts.nat:type_name -> ingot.v1.NATFacts
-	37, // 22: ingot.v1.HubFacts.registry:type_name -> ingot.v1.RegistryFacts
-	31, // 23: ingot.v1.HubFacts.vpn:type_name -> ingot.v1.VPNFacts
-	30, // 24: ingot.v1.HubFacts.hosts:type_name -> ingot.v1.HeardHost
-	39, // 25: ingot.v1.HeardHost.silent:type_name -> google.protobuf.Duration
-	19, // 26: ingot.v1.VPNFacts.peers:type_name -> ingot.v1.VPNPeer
-	39, // 27: ingot.v1.DHCPFacts.default_lease:type_name -> google.protobuf.Duration
-	39, // 28: ingot.v1.DHCPFacts.max_lease:type_name -> google.protobuf.Duration
-	33, // 29: ingot.v1.DHCPFacts.foreign:type_name -> ingot.v1.ForeignDHCP
-	39, // 30: ingot.v1.DHCPFacts.since_conflict:type_name -> google.protobuf.Duration
-	39, // 31: ingot.v1.DHCPFacts.since_exhausted:type_name -> google.protobuf.Duration
-	39, // 32: ingot.v1.ForeignDHCP.since:type_name -> google.protobuf.Duration
-	36, // 33: ingot.v1.NATFacts.rules:type_name -> ingot.v1.NATRule
-	0,  // 34: ingot.v1.Hub.ListLeases:input_type -> ingot.v1.ListLeasesRequest
-	6,  // 35: ingot.v1.Hub.WatchLeases:input_type -> ingot.v1.WatchLeasesRequest
-	3,  // 36: ingot.v1.Hub.Reserve:input_type -> ingot.v1.ReserveRequest
-	4,  // 37: ingot.v1.Hub.Unreserve:input_type -> ingot.v1.UnreserveRequest
-	5,  // 38: ingot.v1.Hub.ReleaseLease:input_type -> ingot.v1.ReleaseLeaseRequest
-	8,  // 39: ingot.v1.Hub.ImportLeases:input_type -> ingot.v1.ImportLeasesRequest
-	11, // 40: ingot.v1.Hub.ConfigureDHCP:input_type -> ingot.v1.ConfigureDHCPRequest
-	41, // 41: ingot.v1.Hub.Facts:input_type -> google.protobuf.Empty
-	14, // 42: ingot.v1.Hub.AddVPNPeer:input_type -> ingot.v1.AddVPNPeerRequest
-	16, // 43: ingot.v1.Hub.RemoveVPNPeer:input_type -> ingot.v1.RemoveVPNPeerRequest
-	17, // 44: ingot.v1.Hub.ListVPNPeers:input_type -> ingot.v1.ListVPNPeersRequest
-	21, // 45: ingot.v1.Hub.PublishPorts:input_type -> ingot.v1.PublishPortsRequest
-	23, // 46: ingot.v1.Hub.UnpublishPorts:input_type -> ingot.v1.UnpublishPortsRequest
-	24, // 47: ingot.v1.Hub.ListPorts:input_type -> ingot.v1.ListPortsRequest
-	27, // 48: ingot.v1.Hub.Ping:input_type -> ingot.v1.PingRequest
-	1,  // 49: ingot.v1.Hub.ListLeases:output_type -> ingot.v1.ListLeasesResponse
-	7,  // 50: ingot.v1.Hub.WatchLeases:output_type -> ingot.v1.LeaseEvent
-	2,  // 51: ingot.v1.Hub.Reserve:output_type -> ingot.v1.Lease
-	41, // 52: ingot.v1.Hub.Unreserve:output_type -> google.protobuf.Empty
-	41, // 53: ingot.v1.Hub.ReleaseLease:output_type -> google.protobuf.Empty
-	9,  // 54: ingot.v1.Hub.ImportLeases:output_type -> ingot.v1.ImportLeasesResponse
-	12, // 55: ingot.v1.Hub.ConfigureDHCP:output_type -> ingot.v1.ConfigureDHCPResponse
-	29, // 56: ingot.v1.Hub.Facts:output_type -> ingot.v1.HubFacts
-	15, // 57: ingot.v1.Hub.AddVPNPeer:output_type -> ingot.v1.AddVPNPeerResponse
-	41, // 58: ingot.v1.Hub.RemoveVPNPeer:output_type -> google.protobuf.Empty
-	18, // 59: ingot.v1.Hub.ListVPNPeers:output_type -> ingot.v1.ListVPNPeersResponse
-	22, // 60: ingot.v1.Hub.PublishPorts:output_type -> ingot.v1.PublishPortsResponse
-	41, // 61: ingot.v1.Hub.UnpublishPorts:output_type -> google.protobuf.Empty
-	25, // 62: ingot.v1.Hub.ListPorts:output_type -> ingot.v1.ListPortsResponse
-	28, // 63: ingot.v1.Hub.Ping:output_type -> ingot.v1.PingResponse
-	49, // [49:64] is the sub-list for method output_type
-	34, // [34:49] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	30, // 15: ingot.v1.ListEgressResponse.egress:type_name -> ingot.v1.Egress
+	43, // 16: ingot.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
+	43, // 17: ingot.v1.PingResponse.round_trip:type_name -> google.protobuf.Duration
+	43, // 18: ingot.v1.HubFacts.uptime:type_name -> google.protobuf.Duration
+	44, // 19: ingot.v1.HubFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
+	36, // 20: ingot.v1.HubFacts.dhcp:type_name -> ingot.v1.DHCPFacts
+	38, // 21: ingot.v1.HubFacts.dns:type_name -> ingot.v1.DNSFacts
+	39, // 22: ingot.v1.HubFacts.nat:type_name -> ingot.v1.NATFacts
+	41, // 23: ingot.v1.HubFacts.registry:type_name -> ingot.v1.RegistryFacts
+	35, // 24: ingot.v1.HubFacts.vpn:type_name -> ingot.v1.VPNFacts
+	34, // 25: ingot.v1.HubFacts.hosts:type_name -> ingot.v1.HeardHost
+	43, // 26: ingot.v1.HeardHost.silent:type_name -> google.protobuf.Duration
+	19, // 27: ingot.v1.VPNFacts.peers:type_name -> ingot.v1.VPNPeer
+	43, // 28: ingot.v1.DHCPFacts.default_lease:type_name -> google.protobuf.Duration
+	43, // 29: ingot.v1.DHCPFacts.max_lease:type_name -> google.protobuf.Duration
+	37, // 30: ingot.v1.DHCPFacts.foreign:type_name -> ingot.v1.ForeignDHCP
+	43, // 31: ingot.v1.DHCPFacts.since_conflict:type_name -> google.protobuf.Duration
+	43, // 32: ingot.v1.DHCPFacts.since_exhausted:type_name -> google.protobuf.Duration
+	43, // 33: ingot.v1.ForeignDHCP.since:type_name -> google.protobuf.Duration
+	40, // 34: ingot.v1.NATFacts.rules:type_name -> ingot.v1.NATRule
+	0,  // 35: ingot.v1.Hub.ListLeases:input_type -> ingot.v1.ListLeasesRequest
+	6,  // 36: ingot.v1.Hub.WatchLeases:input_type -> ingot.v1.WatchLeasesRequest
+	3,  // 37: ingot.v1.Hub.Reserve:input_type -> ingot.v1.ReserveRequest
+	4,  // 38: ingot.v1.Hub.Unreserve:input_type -> ingot.v1.UnreserveRequest
+	5,  // 39: ingot.v1.Hub.ReleaseLease:input_type -> ingot.v1.ReleaseLeaseRequest
+	8,  // 40: ingot.v1.Hub.ImportLeases:input_type -> ingot.v1.ImportLeasesRequest
+	11, // 41: ingot.v1.Hub.ConfigureDHCP:input_type -> ingot.v1.ConfigureDHCPRequest
+	45, // 42: ingot.v1.Hub.Facts:input_type -> google.protobuf.Empty
+	14, // 43: ingot.v1.Hub.AddVPNPeer:input_type -> ingot.v1.AddVPNPeerRequest
+	16, // 44: ingot.v1.Hub.RemoveVPNPeer:input_type -> ingot.v1.RemoveVPNPeerRequest
+	17, // 45: ingot.v1.Hub.ListVPNPeers:input_type -> ingot.v1.ListVPNPeersRequest
+	21, // 46: ingot.v1.Hub.PublishPorts:input_type -> ingot.v1.PublishPortsRequest
+	23, // 47: ingot.v1.Hub.UnpublishPorts:input_type -> ingot.v1.UnpublishPortsRequest
+	24, // 48: ingot.v1.Hub.ListPorts:input_type -> ingot.v1.ListPortsRequest
+	27, // 49: ingot.v1.Hub.SetEgress:input_type -> ingot.v1.SetEgressRequest
+	28, // 50: ingot.v1.Hub.ListEgress:input_type -> ingot.v1.ListEgressRequest
+	31, // 51: ingot.v1.Hub.Ping:input_type -> ingot.v1.PingRequest
+	1,  // 52: ingot.v1.Hub.ListLeases:output_type -> ingot.v1.ListLeasesResponse
+	7,  // 53: ingot.v1.Hub.WatchLeases:output_type -> ingot.v1.LeaseEvent
+	2,  // 54: ingot.v1.Hub.Reserve:output_type -> ingot.v1.Lease
+	45, // 55: ingot.v1.Hub.Unreserve:output_type -> google.protobuf.Empty
+	45, // 56: ingot.v1.Hub.ReleaseLease:output_type -> google.protobuf.Empty
+	9,  // 57: ingot.v1.Hub.ImportLeases:output_type -> ingot.v1.ImportLeasesResponse
+	12, // 58: ingot.v1.Hub.ConfigureDHCP:output_type -> ingot.v1.ConfigureDHCPResponse
+	33, // 59: ingot.v1.Hub.Facts:output_type -> ingot.v1.HubFacts
+	15, // 60: ingot.v1.Hub.AddVPNPeer:output_type -> ingot.v1.AddVPNPeerResponse
+	45, // 61: ingot.v1.Hub.RemoveVPNPeer:output_type -> google.protobuf.Empty
+	18, // 62: ingot.v1.Hub.ListVPNPeers:output_type -> ingot.v1.ListVPNPeersResponse
+	22, // 63: ingot.v1.Hub.PublishPorts:output_type -> ingot.v1.PublishPortsResponse
+	45, // 64: ingot.v1.Hub.UnpublishPorts:output_type -> google.protobuf.Empty
+	25, // 65: ingot.v1.Hub.ListPorts:output_type -> ingot.v1.ListPortsResponse
+	45, // 66: ingot.v1.Hub.SetEgress:output_type -> google.protobuf.Empty
+	29, // 67: ingot.v1.Hub.ListEgress:output_type -> ingot.v1.ListEgressResponse
+	32, // 68: ingot.v1.Hub.Ping:output_type -> ingot.v1.PingResponse
+	52, // [52:69] is the sub-list for method output_type
+	35, // [35:52] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_ingot_v1_hub_proto_init() }
@@ -2860,7 +3094,7 @@ func file_ingot_v1_hub_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ingot_v1_hub_proto_rawDesc), len(file_ingot_v1_hub_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   38,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

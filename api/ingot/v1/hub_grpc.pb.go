@@ -34,6 +34,8 @@ const (
 	Hub_PublishPorts_FullMethodName   = "/ingot.v1.Hub/PublishPorts"
 	Hub_UnpublishPorts_FullMethodName = "/ingot.v1.Hub/UnpublishPorts"
 	Hub_ListPorts_FullMethodName      = "/ingot.v1.Hub/ListPorts"
+	Hub_SetEgress_FullMethodName      = "/ingot.v1.Hub/SetEgress"
+	Hub_ListEgress_FullMethodName     = "/ingot.v1.Hub/ListEgress"
 	Hub_Ping_FullMethodName           = "/ingot.v1.Hub/Ping"
 )
 
@@ -77,6 +79,11 @@ type HubClient interface {
 	// says that one is not published.
 	UnpublishPorts(ctx context.Context, in *UnpublishPortsRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
 	ListPorts(ctx context.Context, in *ListPortsRequest, opts ...grpc.CallOption) (*ListPortsResponse, error)
+	// SetEgress says what a microVM may open connections to, outside the segment, until it
+	// is deleted.
+	SetEgress(ctx context.Context, in *SetEgressRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
+	// ListEgress tells of the microVMs that may not open all of them.
+	ListEgress(ctx context.Context, in *ListEgressRequest, opts ...grpc.CallOption) (*ListEgressResponse, error)
 	// Ping sends an ICMP echo from the hub and answers when the reply is there.
 	Ping(ctx context.Context, in *PingRequest, opts ...grpc.CallOption) (*PingResponse, error)
 }
@@ -238,6 +245,26 @@ func (c *hubClient) ListPorts(ctx context.Context, in *ListPortsRequest, opts ..
 	return out, nil
 }
 
+func (c *hubClient) SetEgress(ctx context.Context, in *SetEgressRequest, opts ...grpc.CallOption) (*emptypb.Empty, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(emptypb.Empty)
+	err := c.cc.Invoke(ctx, Hub_SetEgress_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *hubClient) ListEgress(ctx context.Context, in *ListEgressRequest, opts ...grpc.CallOption) (*ListEgressResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListEgressResponse)
+	err := c.cc.Invoke(ctx, Hub_ListEgress_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *hubClient) Ping(ctx context.Context, in *PingRequest, opts ...grpc.CallOption) (*PingResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(PingResponse)
@@ -288,6 +315,11 @@ type HubServer interface {
 	// says that one is not published.
 	UnpublishPorts(context.Context, *UnpublishPortsRequest) (*emptypb.Empty, error)
 	ListPorts(context.Context, *ListPortsRequest) (*ListPortsResponse, error)
+	// SetEgress says what a microVM may open connections to, outside the segment, until it
+	// is deleted.
+	SetEgress(context.Context, *SetEgressRequest) (*emptypb.Empty, error)
+	// ListEgress tells of the microVMs that may not open all of them.
+	ListEgress(context.Context, *ListEgressRequest) (*ListEgressResponse, error)
 	// Ping sends an ICMP echo from the hub and answers when the reply is there.
 	Ping(context.Context, *PingRequest) (*PingResponse, error)
 	mustEmbedUnimplementedHubServer()
@@ -341,6 +373,12 @@ func (UnimplementedHubServer) UnpublishPorts(context.Context, *UnpublishPortsReq
 }
 func (UnimplementedHubServer) ListPorts(context.Context, *ListPortsRequest) (*ListPortsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListPorts not implemented")
+}
+func (UnimplementedHubServer) SetEgress(context.Context, *SetEgressRequest) (*emptypb.Empty, error) {
+	return nil, status.Error(codes.Unimplemented, "method SetEgress not implemented")
+}
+func (UnimplementedHubServer) ListEgress(context.Context, *ListEgressRequest) (*ListEgressResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListEgress not implemented")
 }
 func (UnimplementedHubServer) Ping(context.Context, *PingRequest) (*PingResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Ping not implemented")
@@ -611,6 +649,42 @@ func _Hub_ListPorts_Handler(srv interface{}, ctx context.Context, dec func(inter
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Hub_SetEgress_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SetEgressRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HubServer).SetEgress(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Hub_SetEgress_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HubServer).SetEgress(ctx, req.(*SetEgressRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Hub_ListEgress_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListEgressRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(HubServer).ListEgress(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Hub_ListEgress_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(HubServer).ListEgress(ctx, req.(*ListEgressRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Hub_Ping_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(PingRequest)
 	if err := dec(in); err != nil {
@@ -687,6 +761,14 @@ var Hub_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListPorts",
 			Handler:    _Hub_ListPorts_Handler,
+		},
+		{
+			MethodName: "SetEgress",
+			Handler:    _Hub_SetEgress_Handler,
+		},
+		{
+			MethodName: "ListEgress",
+			Handler:    _Hub_ListEgress_Handler,
 		},
 		{
 			MethodName: "Ping",
