@@ -207,6 +207,17 @@ func (r *reader) microVM(n *yaml.Node, key string) MicroVM {
 			})
 		},
 		"env": func(n *yaml.Node, key string) { m.Env = r.texts(n, key) },
+		"egress": func(n *yaml.Node, key string) {
+			r.list(n, key, func(n *yaml.Node, key string) {
+				r.scalar(n, key)
+				m.Egress = append(m.Egress, n.Value)
+			})
+			e, err := nat.ParseEgress(m.Egress)
+			if err != nil {
+				r.add(key, "%v", err)
+			}
+			m.Egress = e.Texts()
+		},
 		"ports": func(n *yaml.Node, key string) {
 			r.list(n, key, func(n *yaml.Node, key string) {
 				r.scalar(n, key)

@@ -150,6 +150,9 @@ func TestMistakes(t *testing.T) {
 		{"ports", vms + "- {name: a, image: busybox, ports: [\"8080:80\", \"80\", \"8080:81/udp\"]}\n- {name: b, image: busybox, ports: [\"203.0.113.2:8080:80\"]}\n", []string{
 			`3: microvms[0].ports[1]: port "80": "" is no port: it must be [ADDRESS:]PORT:TO[/tcp|/udp], like 8080:80`,
 			"4: microvms[1].ports[0]: 203.0.113.2:8080 is published already in line 3"}},
+		{"egress", vms + "- {name: a, image: busybox, egress: [deny private, deny everything]}\n- {name: b, image: busybox, egress: [allow all]}\n", []string{
+			`3: microvms[0].egress: egress "deny everything": "everything" is no IPv4 prefix or address, nor private or all: it must be allow|deny PREFIX|private|all [tcp|udp|icmp|PORT[-PORT]/tcp|/udp]`,
+			"4: microvms[1].egress: egress: no rule denies anything: what none matches is allowed, end with `deny all` if it is not to be"}},
 		{"the VPN's port", "format: 2\nmachines: [{name: m, roles: [hub, host]}]\nvpn: {port: 5353}\nmicrovms:\n- {name: a, image: busybox, ports: [\"5353:53/udp\"]}\n", []string{"5: microvms[0].ports[0]: 5353 is the VPN's"}},
 		{"the hub is no host", vms + "- {name: a, image: busybox, host: network-hub}\n", []string{"3: microvms[0].host: network-hub is not a host of this environment"}},
 		{"limits", vms + "- {name: a, image: busybox, cpus: 99, memory: 1}\n- {name: b, image: 'a b'}\n", []string{

@@ -36,7 +36,8 @@ type MicroVM struct {
 	// AllowedAddresses are what it may use beside its own: addresses and prefixes.
 	AllowedAddresses []string `yaml:"allowed_addresses,omitempty" json:"allowed_addresses,omitempty"`
 	// Ports are those of the hub that lead to it, and no part of the microVM itself.
-	Ports []nat.Port `yaml:"ports,omitempty" json:"-"`
+	Ports  []nat.Port `yaml:"ports,omitempty" json:"-"`
+	Egress []string   `yaml:"egress,omitempty" json:"-"` // likewise: what it may open outside
 	// Spec is all of it in the words of flintlock's API, instead of what is above
 	// from Image on.
 	Spec map[string]any `yaml:"spec,omitempty" json:"spec,omitempty"`

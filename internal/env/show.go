@@ -11,7 +11,7 @@ func (u *up) showPlan(ctx context.Context) (string, error) {
 	lines := changes(u.was, u.env)
 	lines = append(lines, u.roleChanges(ctx)...)
 	lines = append(lines, u.vmPlan().lines()...)
-	lines = append(lines, u.showPorts(ctx)...)
+	lines = append(lines, u.showAccess(ctx)...)
 	if u.firstVMs() {
 		for _, m := range u.first() {
 			lines = append(lines, fmt.Sprintf("+ microVM %s on %s", m, m.Host))

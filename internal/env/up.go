@@ -86,7 +86,7 @@ func Up(ctx context.Context, name string, o Options) (Env, error) {
 		{"images", u.provideImages},
 		{"hosts", u.awaitHosts},
 		{"microVMs", u.startMicroVMs},
-		{"ports", u.publishPorts},
+		{"access", u.giveAccess},
 		{"inspect", u.awaitGreen},
 	} {
 		start := time.Now()

@@ -10,7 +10,7 @@ import (
 	"ingot/internal/nat"
 )
 
-func TestPortChanges(t *testing.T) {
+func TestAccessChanges(t *testing.T) {
 	have := func(name, uid string) placed {
 		return placed{"host-0", &types.MicroVM{Spec: &types.MicroVMSpec{Namespace: "default", Id: name, Uid: &uid}}}
 	}
@@ -32,13 +32,15 @@ func TestPortChanges(t *testing.T) {
 		declared("same", "2:2", "1:1"), declared("new", "3:3", "203.0.113.2:4:4/udp"), declared("less"), declared("other", "6:60"), declared("none"), declared("absent", "7:7"),
 	}
 	there := []placed{have("same", "A"), have("new", "B"), have("less", "C"), have("other", "D"), have("none", "E"), have("by-hand", "F")}
+	all[0].Egress, all[4].Egress = []string{"deny private"}, []string{"deny all"}
 	ports := map[string][]*ingotv1.Port{"A": {port(1, 1), port(2, 2)}, "C": {port(5, 5)}, "D": {port(6, 6)}, "F": {port(8, 8)}}
 	var got []string
-	for _, c := range portChanges(all, there, ports) {
-		got = append(got, c.String())
+	for _, c := range accessChanges(all, there, access{ports, map[string][]string{"A": {"deny private"}, "D": {"deny all"}}}) {
+		got = append(got, c.lines()...)
 	}
 	want := []string{
-		"~ microVM default/new: ports 203.0.113.2:4:4/udp, 3:3/tcp", "~ microVM default/less: no ports", "~ microVM default/other: ports 6:60/tcp",
+		"~ microVM default/new: ports: 203.0.113.2:4:4/udp, 3:3/tcp", "~ microVM default/less: ports: none", "~ microVM default/other: ports: 6:60/tcp",
+		"~ microVM default/other: egress: everything", "~ microVM default/none: egress: deny all",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Error(diff)
