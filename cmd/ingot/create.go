@@ -27,6 +27,10 @@ YAML or JSON; - is standard input.`,
 			if err != nil {
 				return err
 			}
+			access, err := f.access(cmd)
+			if err != nil {
+				return err
+			}
 			return withCloud(cmd, func(c *cloud) error {
 				ctx := cmd.Context()
 				host, err := c.choose(ctx, f.host, spec)
@@ -38,8 +42,14 @@ YAML or JSON; - is standard input.`,
 						return err
 					}
 				}
+				if err := c.publishable(ctx, access.ports); err != nil {
+					return err
+				}
 				vm, err := c.create(ctx, host, spec)
 				if err != nil {
+					return err
+				}
+				if _, err := c.give(ctx, vm, access); err != nil {
 					return err
 				}
 				return out.write(cmd.OutOrStdout(), view(vm, nil), func(w io.Writer) error {

@@ -26,6 +26,8 @@ func TestJSONDocs(t *testing.T) {
 		"ingot lease list":   &[]leaseView{},
 		"ingot lease show":   &leaseView{},
 		"ingot nat list":     &natView{},
+		"ingot port list":    &[]portView{},
+		"ingot vm egress":    &egressView{},
 		"ingot vpn list":     &[]peerView{},
 		"ingot machine list": &[]machineView{},
 		"ingot image list":   &[]imageRow{},

@@ -28,7 +28,7 @@ const e2eEnv, debianEnv = "e2e", "e2e-debian"
 
 // e2eScripts are the scripts of testdata/e2e in the order in which they run:
 // the first brings the environment up, the last takes it down.
-var e2eScripts = []string{"up", "ps", "run", "resize", "exec", "terminal", "image", "logs", "isolation", "vpn", "faults", "upgrade", "rm", "declare", "down"}
+var e2eScripts = []string{"up", "ps", "run", "resize", "exec", "terminal", "image", "logs", "isolation", "ports", "vpn", "faults", "upgrade", "rm", "declare", "down"}
 
 // TestE2E runs the program that `make build` makes, on an environment of its own.
 func TestE2E(t *testing.T) {

@@ -119,6 +119,7 @@ func rootCommand() *cobra.Command {
 		imageCommand(),
 		leaseCommand(),
 		natCommand(),
+		portCommand(),
 		vpnCommand(),
 		// The roles.
 		hostCommand(),

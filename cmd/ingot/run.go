@@ -42,6 +42,7 @@ type runOptions struct {
 	rm         bool
 	stdin, tty bool
 	timeout    time.Duration
+	access     access
 }
 
 func runCommand() *cobra.Command {
@@ -58,6 +59,7 @@ the microVM's; --rm then deletes that, unless this ingot is killed. An image wit
 init of its own gets COMMAND beside that.`,
 		Example: `  ingot run busybox
   ingot run busybox --rm -it -- sh
+  ingot run -p 8080:80 busybox -- httpd -f
   ingot run --rm -e LANG=C -u nobody --entrypoint env busybox`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
@@ -66,6 +68,9 @@ init of its own gets COMMAND beside that.`,
 				return err
 			}
 			spec, err := o.spec(cmd, o.image, o.command)
+			if err == nil {
+				o.access, err = o.specFlags.access(cmd)
+			}
 			if err == nil {
 				err = errors.Join(checkPolicy(cmd, o.pull), checkTerminal(cmd, o.stdin, o.tty))
 			}
@@ -107,13 +112,17 @@ func (c *cloud) run(cmd *cobra.Command, o runOptions, spec *types.MicroVMSpec) (
 	}
 	boot, cancel := context.WithTimeoutCause(ctx, o.timeout, fmt.Errorf("not up after %s", o.timeout))
 	defer cancel()
-	if err := c.addKey(ctx, spec); err != nil {
+	if err := errors.Join(c.addKey(ctx, spec), c.publishable(ctx, o.access.ports)); err != nil {
 		return err
 	}
 	if err := pull(boot, host, p, o.pull, spec); err != nil {
 		return err
 	}
 	vm, err := c.create(ctx, host, spec)
+	if err != nil {
+		return err
+	}
+	at, err := c.give(ctx, vm, o.access)
 	if err != nil {
 		return err
 	}
@@ -133,6 +142,9 @@ func (c *cloud) run(cmd *cobra.Command, o runOptions, spec *types.MicroVMSpec) (
 		return fmt.Errorf("boot %s on %s: %w (%s)", vm, host.Name, err, c.afterFailure(ctx, vm, o.rm))
 	}
 	ip := address(vm.MicroVM, nil)
+	for _, line := range at {
+		p.line("%s", line)
+	}
 	switch {
 	case o.attached():
 		p.line("%s is up on %s at %s", vm, host.Name, ip)

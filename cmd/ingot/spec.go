@@ -28,6 +28,7 @@ type specFlags struct {
 	restart, disk                         string
 	entrypoint, user, dir, stopSignal     string
 	userData                              string // a file
+	publish, egress                       []string
 	file                                  string // of `vm create -f`
 }
 
@@ -50,6 +51,8 @@ func (f *specFlags) register(cmd *cobra.Command) {
 	flags.StringVarP(&f.dir, "workdir", "w", "", "directory in the guest (default: the image's)")
 	flags.StringVar(&f.stopSignal, "stop-signal", "", "signal that ends the process (default: the image's, else SIGTERM)")
 	flags.StringVar(&f.userData, "user-data", "", "file with what cloud-init does in the guest: #cloud-config, or a script")
+	flags.StringArrayVarP(&f.publish, "publish", "p", nil, "have a port of the hub lead to it: [ADDRESS:]PORT:TO[/udp]")
+	flags.StringArrayVar(&f.egress, "egress", nil, "what it may open outside: 'allow|deny PREFIX|private|all [PORT/tcp]' (ingot vm egress --help)")
 	flags.SetInterspersed(false)
 	_ = cmd.RegisterFlagCompletionFunc("restart", cobra.FixedCompletions([]string{"always", "on-failure", "never"}, cobra.ShellCompDirectiveNoFileComp))
 }

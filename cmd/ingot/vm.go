@@ -31,7 +31,7 @@ func vmCommand() *cobra.Command {
 	remove := rmCommand()
 	remove.Use, remove.Aliases = "delete NAME…", []string{"rm"}
 	cmd.AddCommand(vmCreateCommand(), list, vmGetCommand(), vmStartCommand(), vmStopCommand(), vmRestartCommand(),
-		vmPauseCommand(), vmResumeCommand(), vmLabelCommand(), vmAllowCommand(), vmResizeCommand(), remove,
+		vmPauseCommand(), vmResumeCommand(), vmLabelCommand(), vmAllowCommand(), vmEgressCommand(), vmResizeCommand(), remove,
 		logsCommand(), consoleCommand(), execCommand())
 	return cmd
 }
