@@ -41,7 +41,7 @@ type manifest struct {
 // kept is what a hub has beside its configuration: files and directories, by their
 // names in an archive. What else a hub learns to keep is added here.
 func (c Config) kept(images bool) map[string]string {
-	all := map[string]string{leasesName: leasesFile, "dhcp": filepath.Dir(importedFile), "vpn": vpnDir, "guests": guestsFile}
+	all := map[string]string{leasesName: leasesFile, "dhcp": filepath.Dir(importedFile), "vpn": vpnDir, "guests": guestsFile, "access": accessFile}
 	if images {
 		all["registry"] = c.Registry
 	}

@@ -66,6 +66,9 @@ func TestMove(t *testing.T) {
 	}
 	was := state()
 	write(t, mkdir(t, dir+"/registry")+"/image", "layers")
+	if err := (&accesses{file: accessFile}).save(nil); err != nil { // published ports
+		t.Fatal(err)
+	}
 
 	// While it runs, with its last word.
 	c, err := ReadConfig(config, "test")
@@ -107,7 +110,7 @@ func TestMove(t *testing.T) {
 	if stays, err := Import(ctx, bytes.NewReader(whole.Bytes()), config, "test", false); err != nil || len(stays) != 0 {
 		t.Fatalf("stays: %v, %v", stays, err)
 	}
-	for path, mode := range map[string]os.FileMode{dir + "/hub/key.pem": 0o600, vpnDir: os.ModeDir | 0o700, dir + "/registry/image": 0o755} {
+	for path, mode := range map[string]os.FileMode{dir + "/hub/key.pem": 0o600, accessFile: 0o600, vpnDir: os.ModeDir | 0o700, dir + "/registry/image": 0o755} {
 		if info, err := os.Stat(path); err != nil || info.Mode() != mode {
 			t.Errorf("%s: %v, %v, want %s", path, info.Mode(), err, mode)
 		}

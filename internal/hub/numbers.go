@@ -53,7 +53,7 @@ func (h *Hub) Numbers(ctx context.Context) (Numbers, error) {
 	in, err := nat.Forwarding(h.c.Interface)
 	out, err2 := nat.Forwarding(h.c.Uplink)
 	n.NAT.Forwarding = in && out
-	rules, err3 := nat.CheckHub(h.rules(h.access.published()))
+	rules, err3 := nat.CheckHub(h.rules(h.access.wanted()))
 	for _, r := range rules {
 		if !r.Present {
 			n.NAT.Missing++
