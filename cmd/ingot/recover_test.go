@@ -103,7 +103,7 @@ func brokenRecord(t *testing.T, m *testMachine) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.restart(t, func() { os.Truncate(path, 20) })
+	m.restart(t, func() { os.WriteFile(path, []byte("{\"format\": 1, no"), 0o600) }) // a torn one would come back
 	m.await(t, good, "running")
 	if all := m.list(t); len(all) != 1 {
 		t.Errorf("%d microVMs", len(all))

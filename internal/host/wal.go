@@ -151,11 +151,15 @@ func (w *wal) recoverOne(e walEntry) error {
 	}
 	dir := filepath.Join(w.root, e.dir)
 	there, err := os.ReadFile(filepath.Join(dir, recordName))
-	if len(e.data) == 0 || err == nil && json.Valid(there) {
-		return settle(dir) // the removal of one that is gone may have to go on, by its record
+	// What else is in it somebody has changed.
+	torn := err == nil && len(there) <= len(e.data) && !bytes.Equal(there, e.data) && bytes.HasPrefix(e.data, bytes.TrimRight(there, "\x00"))
+	if len(e.data) > 0 && (torn || errors.Is(err, os.ErrNotExist)) {
+		w.log.Info("a microVM's record is back", "path", dir)
+		if err := (record{Dir: dir}).lay(e.data); err != nil {
+			return err
+		}
 	}
-	w.log.Info("a microVM's record is back", "path", dir)
-	return errors.Join(record{Dir: dir}.lay(e.data), settle(dir))
+	return settle(dir) // the removal of one that is gone may have to go on, by its record
 }
 
 // empty begins the log anew. The later half may say that what the earlier one has is gone:

@@ -40,7 +40,7 @@ func TestWALGivesBack(t *testing.T) {
 	root := filepath.Join(state, "vm")
 	w := testWAL(t, state)
 	at := func(name string) string { return testRecord(root, name).Dir }
-	for _, name := range []string{"whole", "lost", "empty", "torn", "zeros", "removed", "half-removed"} {
+	for _, name := range []string{"whole", "lost", "empty", "torn", "zeros", "changed", "removed", "half-removed"} {
 		if err := w.create(testRecord(root, name)); err != nil {
 			t.Fatal(err)
 		}
@@ -53,12 +53,18 @@ func TestWALGivesBack(t *testing.T) {
 	if err := w.close(); err != nil {
 		t.Fatal(err)
 	}
-	whole, err := os.ReadFile(filepath.Join(at("whole"), recordName))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, is := range map[string]string{"empty": "", "torn": string(whole[:len(whole)/2]), "zeros": strings.Repeat("\x00", len(whole))} {
-		if err := os.WriteFile(filepath.Join(at(name), recordName), []byte(is), 0o600); err != nil {
+	for name, change := range map[string]func(text string) string{
+		"empty":   func(string) string { return "" },
+		"torn":    func(text string) string { return text[:len(text)/2] },
+		"zeros":   func(text string) string { return text[:9] + strings.Repeat("\x00", len(text)-9) },
+		"changed": func(text string) string { return "{" + text },
+	} {
+		path := filepath.Join(at(name), recordName)
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(change(string(text))), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -68,13 +74,15 @@ func TestWALGivesBack(t *testing.T) {
 	if err := testRecord(root, "half-removed").create(); err != nil { // the removal is lost
 		t.Fatal(err)
 	}
-	for range 2 {
-		if err := testWAL(t, state).close(); err != nil {
-			t.Fatal(err)
-		}
-		if got := found(t, state); len(got) != 6 || got["removed"] || !got["half-removed"] {
-			t.Errorf("there are %v", got)
-		}
+	if err := testWAL(t, state).close(); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := os.ReadFile(filepath.Join(at("changed"), recordName)); err != nil || !strings.HasPrefix(string(text), "{{") {
+		t.Errorf("what somebody has written is %q, %v", text, err)
+	}
+	os.RemoveAll(at("changed")) // it can't be read
+	if got := found(t, state); len(got) != 6 || got["removed"] || !got["half-removed"] {
+		t.Errorf("there are %v", got)
 	}
 	// It forgets what is in its place.
 	if err := os.RemoveAll(at("whole")); err != nil {
