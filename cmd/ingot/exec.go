@@ -10,7 +10,6 @@ import (
 	"github.com/spf13/cobra"
 
 	ingotv1 "ingot/api/ingot/v1"
-	"ingot/api/types"
 )
 
 func execCommand() *cobra.Command {
@@ -67,22 +66,29 @@ With a terminal at both ends, -it is as if given.`,
 	return cmd
 }
 
-// bootPatience is how long after its start a guest's agent is waited for.
+// bootPatience is how long a guest's agent is waited for, after its start if that has been.
 const bootPatience = 2 * time.Minute
 
 // booted waits for the agent of a microVM that was just started, and says so if it takes a
 // moment. It returns without it too: the call that needs the agent then says what is wrong.
 func booted(ctx context.Context, vm microVM) error {
-	boots := func(st *types.MicroVMStatus) bool { return state(st) == "running" && !st.GetAgentReady() }
-	left := time.Until(vm.GetStatus().GetStartedAt().AsTime().Add(bootPatience))
-	if !boots(vm.GetStatus()) || left <= 0 {
+	boots := func(vm microVM) bool {
+		switch st := vm.GetStatus(); state(st) {
+		case "pending", "starting":
+			return true
+		case "running":
+			return !st.GetAgentReady() && time.Since(st.GetStartedAt().AsTime()) < bootPatience
+		}
+		return false
+	}
+	if !boots(vm) {
 		return nil
 	}
 	notice := time.AfterFunc(silence, func() { fmt.Fprintf(os.Stderr, "ingot: %s boots: waiting for its agent\n", vm) })
 	defer notice.Stop()
-	patience, cancel := context.WithTimeout(ctx, min(left, bootPatience))
+	patience, cancel := context.WithTimeout(ctx, bootPatience)
 	defer cancel()
-	_, err := observe(patience, vm, func() {}, func(vm microVM) (bool, error) { return !boots(vm.GetStatus()), nil })
+	_, err := observe(patience, vm, func() {}, func(vm microVM) (bool, error) { return !boots(vm), nil })
 	if err != nil && ctx.Err() == nil && patience.Err() != nil {
 		return nil
 	}
