@@ -17,10 +17,10 @@ RACING = CGO_ENABLED=1 GORACE=atexit_sleep_ms=0
 FUZZTIME = 10s
 
 .DEFAULT_GOAL = help
-.PHONY: help build up test check bench fuzz e2e
+.PHONY: help build up test check bench bench-hub fuzz e2e
 
 help: ## list these words
-	@sed -n 's/^\([a-z0-9]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
 
 build: guest/bin/init ## build bin/ingot
 	@$(GO) build -ldflags '-s -w -X main.version=$(VERSION) -X main.revision=$(REVISION) -X main.date=$(DATE)' -o bin/ingot ./cmd/ingot
@@ -57,6 +57,11 @@ check: ## format, vet, staticcheck, layout, arm64
 bench: build ## measure what docs/benchmarks.md shows
 	@scripts/packages run test
 	PATH="$$PATH:$$($(GO) env GOROOT)/bin" $(GO) run ./bench
+	@$(MAKE) --no-print-directory bench-hub
+
+bench-hub: build ## of it the network hub, beside the programs that it replaces
+	@scripts/packages bench
+	$(GO) run ./bench/hub
 
 fuzz: ## run every fuzz target for FUZZTIME
 	@for target in $$(grep -rl 'func Fuzz' --include='*_test.go' . | xargs -n1 dirname | sort -u); do \
