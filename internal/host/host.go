@@ -114,7 +114,7 @@ func (h *Host) Run(ctx context.Context) error {
 			h.c.Log.Error("logs are not bounded any more", "err", err)
 		}
 	})
-	if h.wal, err = openWAL(h.c.StateDir, h.root(), h.c.Log); err != nil {
+	if h.wal, err = openWAL(ctx, h.c.StateDir, h.root(), h.c.Log); err != nil {
 		return err
 	}
 	defer h.wal.close()
@@ -124,6 +124,9 @@ func (h *Host) Run(ctx context.Context) error {
 	records, broken, err := readRecords(h.root())
 	if err != nil {
 		return err
+	}
+	if h.wal != nil {
+		broken = append(broken, h.wal.lost...)
 	}
 	last, err := h.events.open()
 	if err != nil {

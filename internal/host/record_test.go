@@ -106,7 +106,7 @@ func TestPowerCut(t *testing.T) {
 				t.Fatalf("ordered: %v, %v", ok, err)
 			}
 			told, untold := testRecord(root, "told"), testRecord(root, "untold")
-			w, err := openWAL(mnt, root, slog.New(slog.DiscardHandler))
+			w, err := openWAL(t.Context(), mnt, root, slog.New(slog.DiscardHandler))
 			if err != nil || (w == nil) != (kind == "btrfs") {
 				t.Fatalf("a write-ahead log: %v, %v", w, err)
 			}
@@ -132,7 +132,7 @@ func TestPowerCut(t *testing.T) {
 				if _, err := os.Stat(told.Dir); err == nil {
 					t.Error("its place is on disk: that shows nothing of the log")
 				}
-				if w, err = openWAL(mnt, root, slog.New(slog.DiscardHandler)); err != nil {
+				if w, err = openWAL(t.Context(), mnt, root, slog.New(slog.DiscardHandler)); err != nil {
 					t.Fatal(err)
 				}
 				defer w.close()

@@ -3,6 +3,7 @@ package host
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -15,7 +16,9 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
@@ -31,6 +34,9 @@ type wal struct {
 	root string // of the microVMs' directories
 	log  *slog.Logger
 	file *os.File
+	lost []Broken // what could not be given back
+
+	working sync.WaitGroup // who writes and who clears
 
 	mu      sync.Mutex // guards what follows
 	halves  [2]walHalf
@@ -68,36 +74,48 @@ var walMagic = [4]byte{'I', 'W', 'A', '1'}
 var errTooLarge = errors.New("too large for the write-ahead log")
 
 // openWAL gives back what a power failure took, and begins an empty log. There is none, and
-// it is nil, on a file system that it would not help, or where there is no room.
-func openWAL(stateDir, root string, log *slog.Logger) (*wal, error) {
+// it is nil, on a file system that it would not help, or where there is no room. What
+// could not be given back is in lost.
+func openWAL(ctx context.Context, stateDir, root string, log *slog.Logger) (*wal, error) {
 	path := filepath.Join(stateDir, walName)
 	if ok, err := overwrites(stateDir); !ok || err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(path, os.O_RDWR, 0o600)
+	if errors.Is(err, os.ErrNotExist) {
+		f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+		if err != nil {
+			log.Warn("there is no write-ahead log", "err", err)
+			return nil, nil
+		}
+	}
 	if err != nil {
-		log.Warn("there is no write-ahead log", "err", err)
-		return nil, nil
+		return nil, err
 	}
 	w := &wal{root: root, log: log, file: f, puts: map[string]int{}}
 	for i := range w.halves {
 		w.halves[i].clear = make(chan struct{})
 		close(w.halves[i].clear)
 	}
-	halves, err := w.read()
-	if err == nil {
-		err = w.recover(halves)
+	if err := w.hold(ctx); err != nil {
+		return nil, errors.Join(err, f.Close())
 	}
-	if err == nil {
+	halves, err := w.read()
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	w.recover(halves)
+	if len(w.lost) > 0 {
+		err = errors.New("it has records that could not be put in their place")
+	} else {
 		err = w.empty(halves)
 	}
-	if err != nil && len(halves[0])+len(halves[1]) == 0 { // no room
+	switch {
+	case err != nil && len(halves[0])+len(halves[1]) == 0: // no room
 		log.Warn("there is no write-ahead log", "err", errors.Join(err, f.Close()))
 		return nil, nil
-	}
-	if err != nil { // what may still come back from it must not be removed
-		w.failed = fmt.Errorf("recover from %s: %w", path, err)
-		log.Error("what the write-ahead log has is not all in its place", "err", w.failed)
+	case err != nil: // what may still come back from it must not be removed
+		w.fail(fmt.Errorf("empty %s: %w", path, err))
 		for i, h := range halves {
 			for _, e := range h {
 				w.puts[e.dir] = i
@@ -105,6 +123,36 @@ func openWAL(stateDir, root string, log *slog.Logger) (*wal, error) {
 		}
 	}
 	return w, nil
+}
+
+// holdTime is how long the daemon before may take to end.
+const holdTime = 5 * time.Second
+
+// hold has the log for this daemon alone: one that was started by mistake beside another
+// would empty what that has acknowledged.
+func (w *wal) hold(ctx context.Context) error {
+	for deadline := time.Now().Add(holdTime); ; {
+		err := unix.Flock(int(w.file.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return err
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("another daemon keeps the microVMs of %s: %w", filepath.Dir(w.file.Name()), errdefs.ErrFailedPrecondition)
+		}
+		select {
+		case <-time.After(holdTime / 100):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// fail has nothing more written. The caller holds w.mu, or is alone.
+func (w *wal) fail(err error) {
+	if w.failed == nil {
+		w.failed = err
+		w.log.Error("the write-ahead log is not used any more: what it has can't be deleted before a new daemon has read it", "err", err)
+	}
 }
 
 // overwrites says whether bytes of a file are written where they were before, and take
@@ -131,18 +179,18 @@ func (w *wal) read() (halves [2][]walEntry, err error) {
 }
 
 // recover puts those records in their place that are not there.
-func (w *wal) recover(halves [2][]walEntry) error {
+func (w *wal) recover(halves [2][]walEntry) {
 	all := slices.Concat(halves[:]...)
 	slices.SortFunc(all, func(a, b walEntry) int { return cmp.Compare(a.seq, b.seq) })
 	last := map[string]walEntry{}
 	for _, e := range all {
 		last[e.dir] = e
 	}
-	var problems []error
 	for _, e := range last {
-		problems = append(problems, w.recoverOne(e))
+		if err := w.recoverOne(e); err != nil {
+			w.lost = append(w.lost, Broken{filepath.Join(w.root, e.dir, recordName), fmt.Errorf("put it back from %s: %w", walName, err)})
+		}
 	}
-	return errors.Join(problems...)
 }
 
 func (w *wal) recoverOne(e walEntry) error {
@@ -169,25 +217,32 @@ func (w *wal) empty(halves [2][]walEntry) error {
 	if a, b := halves[0], halves[1]; len(a) > 0 && len(b) > 0 && a[0].seq > b[0].seq {
 		order = []int{1, 0}
 	}
-	for _, i := range order {
-		if _, err := w.file.WriteAt(make([]byte, walSize), int64(i*walSize)); err != nil {
-			return err
-		}
-		if err := w.file.Sync(); err != nil {
-			return err
+	// Nothing is read after the first bytes, which are gone before others are.
+	for _, size := range []int{walHead, walSize} {
+		for _, i := range order {
+			if _, err := w.file.WriteAt(make([]byte, size), int64(i*walSize)); err != nil {
+				return err
+			}
+			if err := w.file.Sync(); err != nil {
+				return err
+			}
 		}
 	}
 	return syncFile(filepath.Dir(w.file.Name()))
 }
 
+// close brings what the log has to disk in its place, and leaves it empty: the next daemon
+// may be an older one, which does not read it.
 func (w *wal) close() error {
 	if w == nil {
 		return nil
 	}
-	for i := range w.halves {
-		<-w.halves[i].clear
+	w.working.Wait()
+	if w.failed == nil {
+		w.halves[w.current].clear = make(chan struct{})
+		w.clear(w.current)
 	}
-	return w.file.Close()
+	return errors.Join(w.failed, w.file.Close())
 }
 
 // create puts a new record on disk, by the log, and in its place.
@@ -312,8 +367,8 @@ func (w *wal) write(p *walPut) error {
 	lead := !w.writing
 	w.writing = true
 	w.mu.Unlock()
-	if lead {
-		w.lead()
+	if lead { // not here: whoever leads waits for those who place their records
+		w.working.Go(w.lead)
 	}
 	return <-p.done
 }
@@ -363,14 +418,19 @@ func (w *wal) flush(batch []*walPut) (n int, err error) {
 		w.turn()
 		return 0, nil
 	}
-	_, err = w.file.WriteAt(text, int64(w.current*walSize+h.used))
+	written, err := w.file.WriteAt(text, int64(w.current*walSize+h.used))
 	if err == nil {
 		err = unix.Fdatasync(int(w.file.Fd()))
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if err != nil {
-		w.failed = fmt.Errorf("write %s: %w", w.file.Name(), err)
+		w.fail(fmt.Errorf("write %s: %w", w.file.Name(), err))
+		for _, p := range batch[:n] { // it may be there all the same
+			if p.data != nil && written > 0 {
+				w.puts[p.dir] = w.current
+			}
+		}
 		return n, w.failed
 	}
 	h.used += len(text)
@@ -392,7 +452,7 @@ func (w *wal) turn() {
 	defer w.mu.Unlock()
 	w.current = 1 - full
 	w.halves[full].clear = make(chan struct{})
-	go w.clear(full)
+	w.working.Go(func() { w.clear(full) })
 }
 
 // clear brings what a half has to disk in its place, and forgets it.
@@ -412,8 +472,7 @@ func (w *wal) clear(i int) {
 	defer w.mu.Unlock()
 	defer close(h.clear)
 	if err != nil {
-		w.failed = fmt.Errorf("clear %s: %w", w.file.Name(), err)
-		w.log.Error("the write-ahead log is not used any more", "err", w.failed)
+		w.fail(fmt.Errorf("clear %s: %w", w.file.Name(), err))
 		return
 	}
 	for _, dir := range h.dirs {

@@ -1,6 +1,7 @@
 package host
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -9,15 +10,25 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 func testWAL(t *testing.T, state string) *wal {
 	t.Helper()
-	w, err := openWAL(state, filepath.Join(state, "vm"), slog.New(slog.DiscardHandler))
+	w, err := openWAL(t.Context(), state, filepath.Join(state, "vm"), slog.New(slog.DiscardHandler))
 	if err != nil || w == nil || w.failed != nil {
 		t.Fatal(w, err)
 	}
 	return w
+}
+
+// killed leaves the log as SIGKILL does.
+func (w *wal) killed(t *testing.T) {
+	t.Helper()
+	w.working.Wait()
+	if err := w.file.Close(); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // found are the names of the records in their places.
@@ -50,9 +61,7 @@ func TestWALGivesBack(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := w.close(); err != nil {
-		t.Fatal(err)
-	}
+	w.killed(t)
 	for name, change := range map[string]func(text string) string{
 		"empty":   func(string) string { return "" },
 		"torn":    func(text string) string { return text[:len(text)/2] },
@@ -119,16 +128,14 @@ func TestWALTurns(t *testing.T) {
 		})
 	}
 	all.Wait()
-	if err := w.close(); err != nil {
-		t.Fatal(err)
-	}
-	if w.seq*2000 < 3*walSize {
-		t.Errorf("%d entries took no turns", w.seq)
-	}
+	w.killed(t)
 	// What the log still has is lost.
 	text, err := os.ReadFile(filepath.Join(state, walName))
 	if err != nil || len(text) != 2*walSize {
 		t.Fatal(len(text), err)
+	}
+	if first := walEntries(text[:walSize]); len(first) > 0 && first[0].seq == 0 {
+		t.Error("the log took no turns")
 	}
 	lost := 0
 	for _, half := range [][]byte{text[:walSize], text[walSize:]} {
@@ -151,6 +158,110 @@ func TestWALTurns(t *testing.T) {
 	}
 	if len(got) > 0 || lost == 0 {
 		t.Errorf("%v are back; %d were lost", got, lost)
+	}
+}
+
+// TestWALBurst: as many as may ask at once do not wait for each other's end.
+func TestWALBurst(t *testing.T) {
+	_, state := mountDisk(t, "ext4")
+	root := filepath.Join(state, "vm")
+	w := testWAL(t, state)
+	const count = 400
+	done := make(chan error, count)
+	for i := range count {
+		r := testRecord(root, fmt.Sprint("burst-", i))
+		r.Spec.Metadata = map[string]string{"user-data": strings.Repeat("x", 4000)}
+		go func() { done <- w.create(r) }()
+	}
+	timeout := time.After(time.Minute)
+	for range count {
+		select {
+		case err := <-done:
+			if err != nil {
+				t.Fatal(err)
+			}
+		case <-timeout:
+			t.Fatal("they wait for each other")
+		}
+	}
+	if err := w.close(); err != nil {
+		t.Fatal(err)
+	}
+	if got := found(t, state); len(got) != count {
+		t.Errorf("%d are there", len(got))
+	}
+}
+
+// TestWALEnds: whoever ends in good order leaves an empty log; and nobody empties
+// another's.
+func TestWALEnds(t *testing.T) {
+	_, state := mountDisk(t, "ext4")
+	r := testRecord(filepath.Join(state, "vm"), "one")
+	w := testWAL(t, state)
+	if err := w.create(r); err != nil {
+		t.Fatal(err)
+	}
+	entries := func() int {
+		t.Helper()
+		text, err := os.ReadFile(filepath.Join(state, walName))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(walEntries(text[:walSize])) + len(walEntries(text[walSize:]))
+	}
+	short, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if second, err := openWAL(short, state, w.root, w.log); second != nil || err == nil {
+		t.Error("a second daemon has the log")
+	}
+	if n := entries(); n != 1 {
+		t.Errorf("%d entries", n)
+	}
+	if err := w.close(); err != nil {
+		t.Fatal(err)
+	}
+	if n := entries(); n != 0 {
+		t.Errorf("%d entries are left", n)
+	}
+	if err := r.remove(); err != nil { // by a daemon that knows no log
+		t.Fatal(err)
+	}
+	testWAL(t, state).close()
+	if got := found(t, state); len(got) > 0 {
+		t.Errorf("%v are back", got)
+	}
+}
+
+// TestWALLoses: what can't be given back is said, and its log stays.
+func TestWALLoses(t *testing.T) {
+	_, state := mountDisk(t, "ext4")
+	root := filepath.Join(state, "vm")
+	r := testRecord(root, "one")
+	w := testWAL(t, state)
+	if err := w.create(r); err != nil {
+		t.Fatal(err)
+	}
+	w.killed(t)
+	if err := os.RemoveAll(root); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(root, nil, 0o600); err != nil { // nothing can be made below it
+		t.Fatal(err)
+	}
+	w, err := openWAL(t.Context(), state, root, slog.New(slog.DiscardHandler))
+	if err != nil || len(w.lost) != 1 || w.lost[0].Path != filepath.Join(r.Dir, recordName) || w.failed == nil {
+		t.Fatalf("%+v, %v", w, err)
+	}
+	if err := w.remove(r); err == nil {
+		t.Error("it was removed, and would be back")
+	}
+	w.close()
+	if err := os.Remove(root); err != nil {
+		t.Fatal(err)
+	}
+	testWAL(t, state).close()
+	if got := found(t, state); !got["one"] {
+		t.Error("it is not back")
 	}
 }
 
