@@ -207,6 +207,8 @@ func (v *instance) guard(n vm.Interface, running bool) error {
 	if err != nil {
 		return err
 	}
+	v.guarding.Lock() // the newest spec goes last
+	defer v.guarding.Unlock()
 	g := Guest{MAC: mac, Running: running && !n.Address.IsValid(), Allowed: slices.Clone(v.view().Spec.AllowedAddresses)}
 	if a := n.Address.Addr(); a.IsValid() {
 		g.Allowed = append(g.Allowed, netip.PrefixFrom(a, a.BitLen()))
@@ -227,13 +229,21 @@ func (v *instance) guardAgain() error {
 	running := v.machine != nil
 	v.mu.Unlock()
 	for _, n := range v.spec.Interfaces {
-		if _, err := link.Get(v.device(n)); err != nil {
+		if v.device(n) == "" {
 			continue
 		}
-		if err := v.guard(n, running); err != nil {
+		_, err := link.Get(v.device(n))
+		if errdefs.IsNotFound(err) {
+			continue
+		}
+		if err == nil {
+			err = v.guard(n, running)
+		}
+		if err != nil {
 			return err
 		}
 	}
+	v.unguarded.Store(false)
 	return nil
 }
 

@@ -148,13 +148,14 @@ func (h *Host) Update(uid string, change func(*vm.Mutable)) (View, error) {
 		if r.Flintlock != nil && !maps.Equal(next.Metadata, r.Spec.Metadata) {
 			return fmt.Errorf("microvm %s: its guest is told what flintlock has given its hypervisor: %w", r.Spec.Name, errdefs.ErrFailedPrecondition)
 		}
-		addresses = !slices.Equal(next.AllowedAddresses, r.Spec.AllowedAddresses)
+		addresses = !slices.Equal(next.AllowedAddresses, r.Spec.AllowedAddresses) || v.unguarded.Load()
 		r.Spec.Labels, r.Spec.Metadata, r.Spec.AllowedAddresses = next.Labels, next.Metadata, next.AllowedAddresses
 		return r.Spec.Validate()
 	}); err != nil {
 		return View{}, err
 	}
 	if addresses {
+		v.unguarded.Store(true) // another Update, of anything, tries again
 		if err := v.guardAgain(); err != nil {
 			return View{}, fmt.Errorf("allow addresses to %s: %w", v.spec.Name, err)
 		}

@@ -51,7 +51,9 @@ type instance struct {
 	key  string
 	kept *flintlock.Things // nil: it is not flintlock's
 
-	retell atomic.Bool // the metadata has changed
+	retell    atomic.Bool // the metadata has changed
+	unguarded atomic.Bool // the guest may not be held to the addresses that it is allowed
+	guarding  sync.Mutex  // while it is being held to them
 
 	// Of the goroutine.
 	course   course
