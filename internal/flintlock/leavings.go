@@ -115,5 +115,8 @@ func removeSockets(dir string) error {
 			problems = append(problems, os.Remove(filepath.Join(dir, f.Name())))
 		}
 	}
-	return errors.Join(append(problems, os.Remove(dir))...)
+	if err := os.Remove(dir); !errors.Is(err, unix.ENOTEMPTY) { // somebody else has files there
+		problems = append(problems, err)
+	}
+	return errors.Join(problems...)
 }

@@ -164,8 +164,8 @@ func TestClearLeavesFiles(t *testing.T) {
 	if err := os.WriteFile(precious, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := (Things{Sockets: dir}).Clear(t.TempDir()); err == nil {
-		t.Error("a directory with a file in it was removed")
+	if err := (Things{Sockets: dir}).Clear(t.TempDir()); err != nil { // the microVM can be deleted all the same
+		t.Error(err)
 	}
 	if _, err := os.Stat(precious); err != nil {
 		t.Error(err)
