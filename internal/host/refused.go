@@ -18,20 +18,15 @@ type Refusal struct {
 // mostRefused are as many addresses as a status has.
 const mostRefused = 8
 
-// Refused is told all of them whenever somebody has looked. What is new of a microVM is
-// logged and becomes part of its status, and so does that it is over.
+// Refused is told all of them whenever somebody has looked. What is new of a microVM
+// becomes part of its status, and so does that it is over; the first of an interface is
+// logged.
 func (h *Host) Refused(all []Refusal) {
 	devices := map[string][]Refusal{}
 	for _, r := range all {
 		devices[r.Device] = append(devices[r.Device], r)
 	}
-	h.mu.Lock()
-	vms := make([]*instance, 0, len(h.vms))
-	for _, v := range h.vms {
-		vms = append(vms, v)
-	}
-	h.mu.Unlock()
-	for _, v := range vms {
+	for _, v := range h.all() {
 		v.refused(devices)
 	}
 }
@@ -41,6 +36,7 @@ func (v *instance) refused(devices map[string][]Refusal) {
 	var is []vm.Refusal
 	changed := false
 	for _, n := range v.spec.Interfaces {
+		told := slices.ContainsFunc(was, func(o vm.Refusal) bool { return o.Interface == n.ID })
 		for _, r := range devices[v.device(n)] {
 			if len(is) == mostRefused {
 				break
@@ -49,8 +45,10 @@ func (v *instance) refused(devices map[string][]Refusal) {
 			one := vm.Refusal{Interface: n.ID, Address: r.Address, Packets: r.Packets, Since: time.Now().UTC()}
 			switch {
 			case at < 0:
-				v.log.Warn("guest sends from an address that is neither its own nor allowed: dropped", "interface", n.ID, "ip", r.Address, "packets", r.Packets)
-				changed = true
+				if !told { // a guest may try one after the other
+					v.log.Warn("guest sends from an address that is neither its own nor allowed: dropped", "interface", n.ID, "ip", r.Address, "packets", r.Packets)
+				}
+				told, changed = true, true
 			case r.Packets < 2*was[at].Packets: // not each packet is an event
 				one = was[at]
 			default:
