@@ -263,7 +263,7 @@ func (s *Server) stream(ctx context.Context, c net.Conn) {
 		q.from, q.limit = netip.AddrPortFrom(from.Addr().Unmap(), from.Port()), maxMessage
 		answer, ok := s.quick(&q, make([]byte, 0, usualMessage), time.Now())
 		if !ok {
-			answer = s.slow(ctx, &q)
+			answer = s.slow(ctx, q.clone()) // upstreams that are not waited for any more still read it
 		}
 		c.SetDeadline(time.Now().Add(streamTime))
 		if _, err := c.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(answer))), answer...)); err != nil {

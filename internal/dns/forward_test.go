@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -17,6 +18,16 @@ import (
 // upstreamOf is a DNS server over UDP and TCP that answers with a function.
 func upstreamOf(t *testing.T, answer func(network string, q *mdns.Msg) *mdns.Msg) string {
 	t.Helper()
+	return upstreamBy(t, func(w mdns.ResponseWriter, q *mdns.Msg) {
+		if m := answer(w.RemoteAddr().Network(), q); m != nil {
+			w.WriteMsg(m)
+		}
+	})
+}
+
+// upstreamBy is a DNS server over UDP and TCP that handles each question itself.
+func upstreamBy(t *testing.T, handle mdns.HandlerFunc) string {
+	t.Helper()
 	at := freePort(t).String()
 	packet, err := net.ListenPacket("udp", at)
 	if err != nil {
@@ -27,11 +38,7 @@ func upstreamOf(t *testing.T, answer func(network string, q *mdns.Msg) *mdns.Msg
 		t.Fatal(err)
 	}
 	for _, s := range []*mdns.Server{{PacketConn: packet}, {Listener: stream}} {
-		s.Handler = mdns.HandlerFunc(func(w mdns.ResponseWriter, q *mdns.Msg) {
-			if m := answer(w.RemoteAddr().Network(), q); m != nil {
-				w.WriteMsg(m)
-			}
-		})
+		s.Handler = handle
 		started := make(chan bool)
 		s.NotifyStartedFunc = func() { close(started) }
 		go s.ActivateAndServe()
@@ -281,6 +288,114 @@ func TestManyOnOneConnection(t *testing.T) {
 	for i := range 20 {
 		if m, err := c.ReadMsg(); err != nil || m.Id != uint16(i) || len(m.Answer) != 1 {
 			t.Fatalf("answer %d: %v, %v", i, m, err)
+		}
+	}
+}
+
+// TestNextMessageAmidAnother: a connection's next message comes while what an upstream said
+// too late is still being read. It has no part in the question before it.
+func TestNextMessageAmidAnother(t *testing.T) {
+	const clients = 8 // as many as one may have
+	late := map[string]chan struct{}{}
+	name := func(i int) string { return fmt.Sprintf("n%d.%sexample.org.", i, strings.Repeat("x.", 100)) }
+	for i := range clients {
+		late[name(i)] = make(chan struct{})
+	}
+	asked := make(chan string, clients)
+	turn := make(chan struct{}, 1) // one after another: nothing else keeps the machine busy
+	first := upstreamBy(t, func(w mdns.ResponseWriter, q *mdns.Msg) {
+		m := addresses(q, 4000) // which take a while to read
+		m.Compress = true
+		if w.RemoteAddr().Network() == "udp" {
+			m.Truncate(mdns.MinMsgSize)
+			w.WriteMsg(m)
+			return
+		}
+		b, err := m.Pack()
+		if err != nil {
+			t.Error(err)
+		}
+		asked <- q.Question[0].Name
+		<-late[q.Question[0].Name]
+		w.Write(b)
+		late[q.Question[0].Name] <- struct{}{}
+	})
+	second := upstreamBy(t, func(w mdns.ResponseWriter, q *mdns.Msg) {
+		m, sent := addresses(q, 1), late[q.Question[0].Name]
+		turn <- struct{}{}
+		sent <- struct{}{}
+		<-sent
+		w.WriteMsg(m)
+	})
+	at := serve(t, dns.Config{Upstreams: []string{first, second}})
+	var group sync.WaitGroup
+	for i := range clients {
+		group.Go(func() {
+			c, err := mdns.DialTimeout("tcp", at, 5*time.Second)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(10 * time.Second))
+			if err := c.WriteMsg(new(mdns.Msg).SetQuestion(name(i), mdns.TypeA)); err != nil {
+				t.Error(err)
+			}
+			if m, err := c.ReadMsg(); err != nil || len(m.Answer) == 0 {
+				t.Errorf("%s: %v, %v", name(i), m, err)
+			}
+			if _, err := c.Write([]byte("short")); err != nil {
+				t.Error(err)
+			}
+			if m, err := c.ReadMsg(); err == nil {
+				t.Errorf("what is no question is answered: %v", m)
+			}
+			<-turn
+		})
+	}
+	group.Wait()
+	if m := ask(t, at, "tcp", name(0), mdns.TypeA); len(m.Answer) != 1 || len(asked) != clients {
+		t.Errorf("afterwards, when %d were asked by TCP: %v", len(asked), m)
+	}
+}
+
+// TestShortMessages: a part of a question is answered with an error, or not at all, by TCP
+// as by UDP.
+func TestShortMessages(t *testing.T) {
+	up := upstreamOf(t, func(_ string, q *mdns.Msg) *mdns.Msg { return addresses(q, 1) })
+	at := serve(t, dns.Config{Upstreams: []string{up}})
+	whole, err := new(mdns.Msg).SetQuestion("a.example.org.", mdns.TypeA).SetEdns0(1232, true).Pack()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, network := range []string{"tcp", "udp"} {
+		for n := 1; n < len(whole); n++ {
+			c, err := mdns.DialTimeout(network, at, time.Second)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.SetDeadline(time.Now().Add(5 * time.Second))
+			if n < 12 && network == "udp" { // no answer: that of the next message comes first
+				c.Write(whole[:n])
+				c.Write(whole)
+			} else {
+				c.Write(whole[:n])
+			}
+			m, err := c.ReadMsg()
+			switch want := mdns.RcodeFormatError; {
+			case n < 12 && network == "tcp":
+				if err == nil {
+					t.Errorf("%s, %d bytes: %v", network, n, m)
+				}
+			case n < 12:
+				want = mdns.RcodeSuccess
+				fallthrough
+			default:
+				if err != nil || m.Rcode != want {
+					t.Errorf("%s, %d bytes: %v, %v", network, n, m, err)
+				}
+			}
+			c.Close()
 		}
 	}
 }
