@@ -217,16 +217,17 @@ const (
 
 // Run serves until ctx ends or a part fails, beside other tasks that are parts of it.
 func (h *Hub) Run(ctx context.Context, others ...run.Task) error {
-	for _, name := range []string{h.c.Interface, h.c.Uplink} {
-		if _, err := nat.SetForwarding(name, true); err != nil {
-			return err
-		}
-	}
 	if err := h.access.load(); err != nil {
 		return err
 	}
 	if err := h.access.change(func(all []access) ([]access, error) { return all, nil }); err != nil {
 		return err
+	}
+	// Only now: without the rules the machine would forward whatever comes.
+	for _, name := range []string{h.c.Interface, h.c.Uplink} {
+		if _, err := nat.SetForwarding(name, true); err != nil {
+			return err
+		}
 	}
 	tasks := []run.Task{h.heard, run.Func("access", h.access.follow), run.Func("leases of microvms", h.forget), h.dhcp, h.dns, h.registry, run.Func("grpc api", h.serve), run.Func("certificates", func(ctx context.Context, ready func()) error {
 		ready()

@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	ingotv1 "ingot/api/ingot/v1"
+	"ingot/internal/nat"
 	"ingot/internal/need"
 	"ingot/internal/pki"
 	"ingot/internal/wire"
@@ -246,5 +247,33 @@ registry: %[1]s/registry
 	}
 	if _, err := hub.Unreserve(ctx, &ingotv1.UnreserveRequest{Mac: l.GetMac()}); err == nil {
 		t.Error("what is not reserved was given back")
+	}
+}
+
+// A hub that can't say what may pass leaves the machine closed.
+func TestNoForwardingWithoutRules(t *testing.T) {
+	config, _ := alone(t)
+	mkdir(t, filepath.Dir(accessFile))
+	write(t, accessFile, "torn")
+	for _, name := range []string{"segment", "uplink"} {
+		if _, err := nat.SetForwarding(name, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c, err := ReadConfig(config, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, err := New(c, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Run(t.Context()); err == nil || !strings.Contains(err.Error(), accessFile) {
+		t.Errorf("with a torn %s: %v", accessFile, err)
+	}
+	for _, name := range []string{"segment", "uplink"} {
+		if on, err := nat.Forwarding(name); on || err != nil {
+			t.Errorf("%s forwards: %v, %v", name, on, err)
+		}
 	}
 }
