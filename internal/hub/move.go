@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
@@ -31,6 +32,9 @@ const (
 
 // leasesName is the lease log's name in an archive.
 const leasesName = "leases"
+
+// stagedDir is where an archive's files are until they are put in place.
+const stagedDir = "/var/lib/ingot/import.new"
 
 type manifest struct {
 	Format   int       `json:"format"`
@@ -127,7 +131,8 @@ func pack(t *tar.Writer, name, from string) error {
 
 // Import makes this machine's hub what an archive says. No hub may run here, nor have
 // given addresses, unless all of that is to be replaced. What declares the hub stays
-// where it is there already, and is told. Import is repeated where it was interrupted.
+// where it is there already, and is told; else the archive says where it is to be, as long
+// as that is a place of Ingot's. Import is repeated where it was interrupted.
 func Import(ctx context.Context, r io.Reader, file, version string, replaced bool) (stays []string, err error) {
 	lock, err := dhcp.Lock(ctx, leasesFile)
 	if err != nil {
@@ -141,25 +146,29 @@ func Import(ctx context.Context, r io.Reader, file, version string, replaced boo
 	if n := active(leases); n > 0 && !replaced {
 		return nil, fmt.Errorf("the hub of this machine has %d leases that would be lost: %w", n, errdefs.ErrFailedPrecondition)
 	}
-	staged := filepath.Dir(vpnDir) + "/import.new"
-	if err := os.RemoveAll(staged); err != nil {
+	if err := os.RemoveAll(stagedDir); err != nil {
 		return nil, err
 	}
-	defer os.RemoveAll(staged)
-	if err := unpack(r, staged); err != nil {
+	defer os.RemoveAll(stagedDir)
+	if err := unpack(r, stagedDir); err != nil {
 		return nil, fmt.Errorf("read archive: %w", err)
 	}
-	c, err := ReadConfig(staged+"/hub.yaml", version)
+	c, err := ReadConfig(stagedDir+"/hub.yaml", version)
 	if err != nil {
 		return nil, fmt.Errorf("read archive: %w", err)
 	}
-	if _, err := dhcp.ReadLeases(filepath.Join(staged, leasesName)); err != nil {
+	if _, err := dhcp.ReadLeases(filepath.Join(stagedDir, leasesName)); err != nil {
 		return nil, fmt.Errorf("read archive: %w", err)
 	}
-	if here, err := ReadConfig(file, version); err == nil {
+	switch here, err := ReadConfig(file, version); {
+	case err == nil:
 		c = here
-	} else if !errors.Is(err, os.ErrNotExist) {
+	case !errors.Is(err, os.ErrNotExist):
 		return nil, err
+	default:
+		if err := c.checkPlaces(); err != nil {
+			return nil, fmt.Errorf("read archive: hub.yaml: %w", err)
+		}
 	}
 	c.file = file
 	declared := c.declared()
@@ -167,7 +176,7 @@ func Import(ctx context.Context, r io.Reader, file, version string, replaced boo
 		to := declared[name]
 		if _, err := os.Stat(to); err == nil {
 			stays = append(stays, to)
-		} else if err := put(filepath.Join(staged, name), to); err != nil {
+		} else if err := put(filepath.Join(stagedDir, name), to); err != nil {
 			return stays, err
 		}
 	}
@@ -175,12 +184,34 @@ func Import(ctx context.Context, r io.Reader, file, version string, replaced boo
 	// The leases come last: once they are there, nothing is missing.
 	names := append(slices.DeleteFunc(sorted(kept), func(name string) bool { return name == leasesName }), leasesName)
 	for _, name := range names {
-		if err := put(filepath.Join(staged, name), kept[name]); err != nil {
+		if err := put(filepath.Join(stagedDir, name), kept[name]); err != nil {
 			return stays, err
 		}
 	}
 	return stays, nil
 }
+
+// checkPlaces says whether an archive may choose the places that its configuration has:
+// what is there is replaced, and must be nothing but Ingot's, and one thing each.
+func (c Config) checkPlaces() error {
+	taken := map[string]string{"hub.yaml": "/etc/ingot/hub.yaml", "what import unpacks": stagedDir}
+	maps.Copy(taken, c.kept(false))
+	for _, place := range []struct{ key, path string }{{"pki", c.PKI}, {"token-file", c.TokenFile}, {"registry", c.Registry}} {
+		if path.Clean(place.path) != place.path || !within("/etc/ingot", place.path) && !within("/var/lib/ingot", place.path) {
+			return fmt.Errorf("%s: %q is not below /etc/ingot or /var/lib/ingot: write the configuration here first, if it is to be there: %w", place.key, place.path, errdefs.ErrInvalidArgument)
+		}
+		for _, other := range sorted(taken) {
+			if at := taken[other]; at == place.path || within(at, place.path) || within(place.path, at) {
+				return fmt.Errorf("%s: %s is not apart from %s, where %s is: %w", place.key, place.path, at, other, errdefs.ErrInvalidArgument)
+			}
+		}
+		taken[place.key] = place.path
+	}
+	return nil
+}
+
+// within says whether a path is below a directory, both as path.Clean has them.
+func within(dir, file string) bool { return strings.HasPrefix(file, dir+"/") }
 
 func active(leases []dhcp.Lease) (n int) {
 	for _, l := range leases {

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	ingotv1 "ingot/api/ingot/v1"
+	"ingot/internal/need"
 	"ingot/internal/vpn"
 )
 
@@ -23,11 +25,8 @@ import (
 func TestMove(t *testing.T) {
 	config, hub := alone(t)
 	dir := filepath.Dir(config)
-	text, err := os.ReadFile(config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	write(t, config, string(text)+"vpn: {subnet: 10.91.0.0/24, port: 51820, endpoint: \"hub.example.org:51820\"}\n")
+	text := usual(t, config)
+	write(t, config, text+"vpn: {subnet: 10.91.0.0/24, port: 51820, endpoint: \"hub.example.org:51820\"}\n")
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	kill := start(t, config)
@@ -65,7 +64,7 @@ func TestMove(t *testing.T) {
 		return b.String()
 	}
 	was := state()
-	write(t, mkdir(t, dir+"/registry")+"/image", "layers")
+	write(t, mkdir(t, "/var/lib/ingot/registry")+"/image", "layers")
 	if err := (&accesses{file: accessFile}).save(nil); err != nil { // published ports
 		t.Fatal(err)
 	}
@@ -98,7 +97,7 @@ func TestMove(t *testing.T) {
 	}
 
 	// The new machine.
-	for _, gone := range []string{config, dir + "/hub", dir + "/token", dir + "/registry", "/var/lib/ingot", leasesFile} {
+	for _, gone := range []string{config, "/etc/ingot", "/var/lib/ingot", leasesFile} {
 		if err := os.RemoveAll(gone); err != nil {
 			t.Fatal(err)
 		}
@@ -110,7 +109,7 @@ func TestMove(t *testing.T) {
 	if stays, err := Import(ctx, bytes.NewReader(whole.Bytes()), config, "test", false); err != nil || len(stays) != 0 {
 		t.Fatalf("stays: %v, %v", stays, err)
 	}
-	for path, mode := range map[string]os.FileMode{dir + "/hub/key.pem": 0o600, accessFile: 0o600, vpnDir: os.ModeDir | 0o700, dir + "/registry/image": 0o755} {
+	for path, mode := range map[string]os.FileMode{"/etc/ingot/pki/key.pem": 0o600, accessFile: 0o600, vpnDir: os.ModeDir | 0o700, "/var/lib/ingot/registry/image": 0o755} {
 		if info, err := os.Stat(path); err != nil || info.Mode() != mode {
 			t.Errorf("%s: %v, %v, want %s", path, info.Mode(), err, mode)
 		}
@@ -135,8 +134,71 @@ func TestMove(t *testing.T) {
 	}
 	kill()
 	// Where there is a hub already, that is who it stays.
-	if stays, err := Import(ctx, bytes.NewReader(lean.Bytes()), config, "test", true); err != nil || strings.Join(stays, " ") != strings.Join([]string{config, dir + "/hub", dir + "/token"}, " ") {
+	if stays, err := Import(ctx, bytes.NewReader(lean.Bytes()), config, "test", true); err != nil || strings.Join(stays, " ") != config+" /etc/ingot/pki /etc/ingot/token" {
 		t.Errorf("stays: %v, %v", stays, err)
+	}
+}
+
+// usual has a configuration's files be where Ingot's usually are.
+func usual(t *testing.T, config string) (text string) {
+	t.Helper()
+	t.Cleanup(func() { os.RemoveAll("/etc/ingot") })
+	dir := filepath.Dir(config)
+	sh(t, fmt.Sprintf("mkdir -p /etc/ingot; cp -rp %[1]s/hub /etc/ingot/pki; mv %[1]s/token /etc/ingot/token", dir))
+	b, err := os.ReadFile(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text = strings.NewReplacer(dir+"/hub", "/etc/ingot/pki", dir+"/token", "/etc/ingot/token", dir+"/registry", "/var/lib/ingot/registry").Replace(string(b))
+	write(t, config, text)
+	return text
+}
+
+// An archive has no say about what is not Ingot's.
+func TestImportKeepsToItsPlaces(t *testing.T) {
+	need.Root(t)
+	t.Cleanup(func() {
+		os.RemoveAll("/var/lib/ingot")
+		os.RemoveAll("/etc/other")
+	})
+	const declared = "address: 192.168.10.2\nsubnet: 192.168.10.0/25\nrange-first: 192.168.10.26\nrange-last: 192.168.10.126\ndomain: lab.internal\n"
+	file := write(t, mkdir(t, "/etc/other")+"/file", "mine")
+	for line, want := range map[string]string{
+		"registry: /etc":                            "registry: \"/etc\" is not below /etc/ingot or /var/lib/ingot",
+		"registry: /etc/other":                      "registry: \"/etc/other\" is not below",
+		"registry: /var/lib/ingot/../../../etc":     "registry: \"/var/lib/ingot/../../../etc\" is not below",
+		"registry: /var/lib/ingot":                  "registry: \"/var/lib/ingot\" is not below",
+		"registry: var/lib/ingot/registry":          "registry: \"var/lib/ingot/registry\" is not below",
+		"registry: /var/lib/ingot/vpn":              "registry: /var/lib/ingot/vpn is not apart from /var/lib/ingot/vpn, where vpn is",
+		"registry: /var/lib/ingot/import.new/x":     "where what import unpacks is",
+		"pki: /etc/other":                           "pki: \"/etc/other\" is not below",
+		"pki: /etc/ingot/hub.yaml":                  "pki: /etc/ingot/hub.yaml is not apart from",
+		"token-file: /etc/other/file":               "token-file: \"/etc/other/file\" is not below",
+		"token-file: /etc/ingot/pki":                "token-file: /etc/ingot/pki is not apart from /etc/ingot/pki, where pki is",
+		"{pki: /etc/ingot/a, registry: /etc/other}": "registry: \"/etc/other\" is not below",
+	} {
+		dir := t.TempDir()
+		archived := write(t, dir+"/hub.yaml", declared+strings.NewReplacer("{", "", "}", "", ", ", "\n").Replace(line)+"\n")
+		from := Config{file: archived, PKI: mkdir(t, dir+"/pki"), TokenFile: write(t, dir+"/token", "secret\n"), Registry: mkdir(t, dir+"/registry")}
+		write(t, dir+"/pki/key.pem", "key")
+		write(t, dir+"/registry/image", "layers")
+		var b bytes.Buffer
+		if err := Export(&b, from, true); err != nil {
+			t.Fatal(err)
+		}
+		config := dir + "/new.yaml"
+		_, err := Import(t.Context(), &b, config, "test", true)
+		if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", line, err)
+		}
+		if b, err := os.ReadFile(file); string(b) != "mine" {
+			t.Fatalf("%s: %s is %q, %v", line, file, b, err)
+		}
+		for _, none := range []string{config, "/etc/ingot", "/etc/other/key.pem", "/etc/other/image", stagedDir} {
+			if _, err := os.Stat(none); err == nil {
+				t.Errorf("%s: there is %s", line, none)
+			}
+		}
 	}
 }
 
