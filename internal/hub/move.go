@@ -95,21 +95,31 @@ func sorted(m map[string]string) []string {
 	return names
 }
 
-// pack adds a file, or all files of a directory; none is fine.
+// pack adds a file, or all files of a directory; none is fine. Either may be a link, and so
+// may files within, as certificates are. What else a link leads to is an error: nobody
+// would notice that it is missing.
 func pack(t *tar.Writer, name, from string) error {
+	if _, err := os.Lstat(from); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	from, err := filepath.EvalSymlinks(from)
+	if err != nil {
+		return err
+	}
 	return filepath.WalkDir(from, func(file string, d fs.DirEntry, err error) error {
 		if errors.Is(err, os.ErrNotExist) {
-			return nil // gone meanwhile, or never there
+			return nil // gone meanwhile
 		}
-		if err != nil || d.IsDir() {
+		link := err == nil && d.Type() == fs.ModeSymlink
+		if err != nil || !link && !d.Type().IsRegular() {
 			return err
 		}
 		below, err := filepath.Rel(from, file)
 		if err != nil {
 			return err
 		}
-		f, err := os.Open(file) // follows a link, as certificates may be
-		if errors.Is(err, os.ErrNotExist) {
+		f, err := os.Open(file)
+		if errors.Is(err, os.ErrNotExist) && !link {
 			return nil
 		}
 		if err != nil {
@@ -117,8 +127,11 @@ func pack(t *tar.Writer, name, from string) error {
 		}
 		defer f.Close()
 		info, err := f.Stat()
-		if err != nil || !info.Mode().IsRegular() {
+		if err != nil {
 			return err
+		}
+		if !info.Mode().IsRegular() {
+			return fmt.Errorf("%s is a link, and to no file: %w", file, errdefs.ErrFailedPrecondition)
 		}
 		h := &tar.Header{Name: path.Join(name, filepath.ToSlash(below)), Mode: int64(info.Mode().Perm()), Size: info.Size(), ModTime: info.ModTime()}
 		if err := t.WriteHeader(h); err != nil {

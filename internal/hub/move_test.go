@@ -4,7 +4,9 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -152,6 +154,57 @@ func usual(t *testing.T, config string) (text string) {
 	text = strings.NewReplacer(dir+"/hub", "/etc/ingot/pki", dir+"/token", "/etc/ingot/token", dir+"/registry", "/var/lib/ingot/registry").Replace(string(b))
 	write(t, config, text)
 	return text
+}
+
+// What is on another disk is in the archive, too, or its absence is told.
+func TestExportFollowsLinks(t *testing.T) {
+	need.Root(t)
+	disk, dir := t.TempDir(), t.TempDir()
+	write(t, mkdir(t, disk+"/registry/blobs")+"/image", "layers")
+	write(t, mkdir(t, disk+"/pki")+"/key-1.pem", "key")
+	write(t, disk+"/token", "secret")
+	sh(t, fmt.Sprintf("cd %s; ln -s key-1.pem %s/pki/key.pem; ln -s %[2]s/registry %[2]s/pki %[2]s/token .", dir, disk))
+	c := Config{PKI: dir + "/pki", TokenFile: dir + "/token", Registry: dir + "/registry"}
+	export := func() (map[string]string, error) {
+		var b bytes.Buffer
+		if err := Export(&b, c, true); err != nil {
+			return nil, err
+		}
+		files := map[string]string{}
+		for r := tar.NewReader(&b); ; {
+			h, err := r.Next()
+			if errors.Is(err, io.EOF) {
+				return files, nil
+			}
+			if err != nil {
+				return nil, err
+			}
+			text, err := io.ReadAll(r)
+			if err != nil {
+				return nil, err
+			}
+			files[h.Name] = string(text)
+		}
+	}
+	files, err := export()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{"registry/blobs/image": "layers", "pki/key-1.pem": "key", "pki/key.pem": "key", "token": "secret"} {
+		if got, ok := files[name]; !ok || got != want {
+			t.Errorf("%s: %q, %v", name, got, ok)
+		}
+	}
+	for _, to := range []string{disk + "/pki", "nowhere"} {
+		sh(t, fmt.Sprintf("ln -sfn %s %s/registry/blobs/more", to, disk))
+		if _, err := export(); err == nil || !strings.Contains(err.Error(), "registry/blobs/more") {
+			t.Errorf("with a link to %s within: %v", to, err)
+		}
+	}
+	sh(t, fmt.Sprintf("rm %s/registry/blobs/more; ln -sfn nowhere %s/registry", disk, dir))
+	if _, err := export(); err == nil || !strings.Contains(err.Error(), dir+"/registry") {
+		t.Errorf("with a link that leads nowhere: %v", err)
+	}
 }
 
 // An archive has no say about what is not Ingot's.
