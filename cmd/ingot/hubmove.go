@@ -80,6 +80,6 @@ repeat it.`,
 		},
 	}
 	cmd.Flags().StringVar(&config, "config", hubConfigFile, "configuration file")
-	cmd.Flags().BoolVar(&replaced, "replace", false, "also if this hub has given addresses, which it then forgets")
+	cmd.Flags().BoolVar(&replaced, "replace", false, "also if this hub has leases, reservations or VPN peers, which it then forgets")
 	return cmd
 }

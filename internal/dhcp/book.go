@@ -185,6 +185,12 @@ func ReadLeases(path string) ([]Lease, error) {
 	return all, nil
 }
 
+// ReadReservations reads the reservations of a lease log, as ReadLeases does the leases.
+func ReadReservations(path string) ([]Reservation, error) {
+	b, err := readBook(path)
+	return b.reserved, err
+}
+
 // bookReader reads `lease ADDRESS { … }` and `host NAME { … }`. An entry counts
 // once its closing brace is there.
 type bookReader struct {

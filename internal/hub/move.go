@@ -20,6 +20,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"ingot/internal/dhcp"
+	"ingot/internal/vpn"
 )
 
 const (
@@ -30,8 +31,11 @@ const (
 	endName = "end"
 )
 
-// leasesName is the lease log's name in an archive.
-const leasesName = "leases"
+// Names in an archive of the lease log, and of the registry's images.
+const (
+	leasesName = "leases"
+	imagesName = "registry"
+)
 
 // stagedDir is where an archive's files are until they are put in place.
 const stagedDir = "/var/lib/ingot/import.new"
@@ -47,7 +51,7 @@ type manifest struct {
 func (c Config) kept(images bool) map[string]string {
 	all := map[string]string{leasesName: leasesFile, "dhcp": filepath.Dir(importedFile), "vpn": vpnDir, "guests": guestsFile, "access": accessFile}
 	if images {
-		all["registry"] = c.Registry
+		all[imagesName] = c.Registry
 	}
 	return all
 }
@@ -143,7 +147,8 @@ func pack(t *tar.Writer, name, from string) error {
 }
 
 // Import makes this machine's hub what an archive says. No hub may run here, nor have
-// given addresses, unless all of that is to be replaced. What declares the hub stays
+// given addresses or let VPN peers in, unless all of that is to be replaced. What the
+// archive lacks is gone then, but for images. What declares the hub stays
 // where it is there already, and is told; else the archive says where it is to be, as long
 // as that is a place of Ingot's. Import is repeated where it was interrupted.
 func Import(ctx context.Context, r io.Reader, file, version string, replaced bool) (stays []string, err error) {
@@ -152,13 +157,6 @@ func Import(ctx context.Context, r io.Reader, file, version string, replaced boo
 		return nil, fmt.Errorf("a hub runs here, stop it first: %w", err)
 	}
 	defer lock.Close()
-	leases, err := dhcp.ReadLeases(leasesFile)
-	if err != nil {
-		return nil, err
-	}
-	if n := active(leases); n > 0 && !replaced {
-		return nil, fmt.Errorf("the hub of this machine has %d leases that would be lost: %w", n, errdefs.ErrFailedPrecondition)
-	}
 	if err := os.RemoveAll(stagedDir); err != nil {
 		return nil, err
 	}
@@ -173,6 +171,11 @@ func Import(ctx context.Context, r io.Reader, file, version string, replaced boo
 	if _, err := dhcp.ReadLeases(filepath.Join(stagedDir, leasesName)); err != nil {
 		return nil, fmt.Errorf("read archive: %w", err)
 	}
+	if !replaced {
+		if err := checkLoss(); err != nil {
+			return nil, err
+		}
+	}
 	switch here, err := ReadConfig(file, version); {
 	case err == nil:
 		c = here
@@ -186,10 +189,15 @@ func Import(ctx context.Context, r io.Reader, file, version string, replaced boo
 	c.file = file
 	declared := c.declared()
 	for _, name := range sorted(declared) {
-		to := declared[name]
+		from, to := filepath.Join(stagedDir, name), declared[name]
 		if _, err := os.Stat(to); err == nil {
 			stays = append(stays, to)
-		} else if err := put(filepath.Join(stagedDir, name), to); err != nil {
+			continue
+		}
+		if _, err := os.Stat(from); errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err := put(from, to); err != nil {
 			return stays, err
 		}
 	}
@@ -197,7 +205,15 @@ func Import(ctx context.Context, r io.Reader, file, version string, replaced boo
 	// The leases come last: once they are there, nothing is missing.
 	names := append(slices.DeleteFunc(sorted(kept), func(name string) bool { return name == leasesName }), leasesName)
 	for _, name := range names {
-		if err := put(filepath.Join(stagedDir, name), kept[name]); err != nil {
+		from := filepath.Join(stagedDir, name)
+		if _, err := os.Stat(from); errors.Is(err, os.ErrNotExist) {
+			if name == imagesName {
+				continue // they were not asked for
+			}
+			if err := remove(kept[name]); err != nil {
+				return stays, err
+			}
+		} else if err := put(from, kept[name]); err != nil {
 			return stays, err
 		}
 	}
@@ -226,20 +242,62 @@ func (c Config) checkPlaces() error {
 // within says whether a path is below a directory, both as path.Clean has them.
 func within(dir, file string) bool { return strings.HasPrefix(file, dir+"/") }
 
-func active(leases []dhcp.Lease) (n int) {
-	for _, l := range leases {
-		if l.State == dhcp.Active {
-			n++
+// checkLoss says what this machine's hub has that would be lost with the archive that is
+// unpacked. What an import that was interrupted has put here is not.
+func checkLoss() error {
+	var lost []string
+	count := func(n int, what string) {
+		if n > 0 {
+			lost = append(lost, fmt.Sprintf("%d %s", n, what))
 		}
 	}
-	return n
+	if !same(filepath.Join(stagedDir, leasesName), leasesFile) {
+		leases, err := dhcp.ReadLeases(leasesFile)
+		if err != nil {
+			return err
+		}
+		count(len(slices.DeleteFunc(leases, func(l dhcp.Lease) bool { return l.State != dhcp.Active })), "leases")
+		reservations, err := dhcp.ReadReservations(leasesFile)
+		if err != nil {
+			return err
+		}
+		count(len(reservations), "reservations")
+	}
+	// Peers know the hub by its key.
+	if staged := filepath.Join(stagedDir, "vpn"); !same(filepath.Join(staged, vpn.KeyFile), filepath.Join(vpnDir, vpn.KeyFile)) ||
+		!same(filepath.Join(staged, vpn.PeersFile), filepath.Join(vpnDir, vpn.PeersFile)) {
+		peers, err := vpn.ReadPeers(vpnDir)
+		if err != nil {
+			return err
+		}
+		count(len(peers), "VPN peers")
+	}
+	if len(lost) > 0 {
+		return fmt.Errorf("the hub of this machine has %s that would be lost: %w", strings.Join(lost, ", "), errdefs.ErrFailedPrecondition)
+	}
+	return nil
 }
 
-// put has a file or a directory be at its place, if the archive has it.
-func put(from, to string) error {
-	if _, err := os.Stat(from); errors.Is(err, os.ErrNotExist) {
+// same says whether two files have the same in them.
+func same(x, y string) bool {
+	a, err := os.ReadFile(x)
+	b, err2 := os.ReadFile(y)
+	return err == nil && err2 == nil && bytes.Equal(a, b)
+}
+
+// remove has nothing be at a place, on the disk when it returns.
+func remove(path string) error {
+	if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
+	if err := os.RemoveAll(path); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+// put has a file or a directory be at its place.
+func put(from, to string) error {
 	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
 		return err
 	}

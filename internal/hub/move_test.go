@@ -29,6 +29,19 @@ func TestMove(t *testing.T) {
 	dir := filepath.Dir(config)
 	text := usual(t, config)
 	write(t, config, text+"vpn: {subnet: 10.91.0.0/24, port: 51820, endpoint: \"hub.example.org:51820\"}\n")
+	c, err := ReadConfig(config, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	archive := func(images bool) *bytes.Buffer {
+		t.Helper()
+		var b bytes.Buffer
+		if err := Export(&b, c, images); err != nil {
+			t.Fatal(err)
+		}
+		return &b
+	}
+	unused := archive(false)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	kill := start(t, config)
@@ -72,18 +85,6 @@ func TestMove(t *testing.T) {
 	}
 
 	// While it runs, with its last word.
-	c, err := ReadConfig(config, "test")
-	if err != nil {
-		t.Fatal(err)
-	}
-	archive := func(images bool) *bytes.Buffer {
-		t.Helper()
-		var b bytes.Buffer
-		if err := Export(&b, c, images); err != nil {
-			t.Fatal(err)
-		}
-		return &b
-	}
 	lean, whole := archive(false), archive(true)
 	if bytes.Contains(lean.Bytes(), []byte("registry/image")) || !bytes.Contains(whole.Bytes(), []byte("registry/image")) {
 		t.Error("images are in the archive without a word, or are not with one")
@@ -93,9 +94,21 @@ func TestMove(t *testing.T) {
 		t.Errorf("import beside a hub that runs: %v", err)
 	}
 	stop()
+	// What is given later is in no archive.
+	if _, err := hub.Reserve(ctx, &ingotv1.ReserveRequest{Mac: "02:00:00:00:00:02", Ip: "192.168.10.51"}); err != nil {
+		t.Fatal(err)
+	}
+	other, err := vpn.NewPrivateKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := hub.AddVPNPeer(ctx, &ingotv1.AddVPNPeerRequest{Name: "phone", PublicKey: other.Public().String()}); err != nil {
+		t.Fatal(err)
+	}
 	kill()
-	if _, err := Import(ctx, bytes.NewReader(lean.Bytes()), config, "test", false); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "has 1 leases") {
-		t.Errorf("import over leases: %v", err)
+	const lost = "has 1 leases, 2 reservations, 2 VPN peers that would be lost"
+	if _, err := Import(ctx, bytes.NewReader(lean.Bytes()), config, "test", false); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), lost) {
+		t.Errorf("import over what a hub has given: %v", err)
 	}
 
 	// The new machine.
@@ -138,6 +151,29 @@ func TestMove(t *testing.T) {
 	// Where there is a hub already, that is who it stays.
 	if stays, err := Import(ctx, bytes.NewReader(lean.Bytes()), config, "test", true); err != nil || strings.Join(stays, " ") != config+" /etc/ingot/pki /etc/ingot/token" {
 		t.Errorf("stays: %v, %v", stays, err)
+	}
+
+	// As an import leaves it that is interrupted before the last step.
+	if err := os.Remove(leasesFile); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Import(ctx, bytes.NewReader(unused.Bytes()), config, "test", false); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "has 1 VPN peers that would be lost") {
+		t.Errorf("import over a peer: %v", err)
+	}
+	if _, err := Import(ctx, bytes.NewReader(lean.Bytes()), config, "test", false); err != nil {
+		t.Errorf("repeat an import: %v", err)
+	}
+
+	// The archive of a hub that has given nothing leaves nothing.
+	write(t, mkdir(t, filepath.Dir(importedFile))+"/"+filepath.Base(importedFile), "option domain-name \"old\";\n")
+	write(t, guestsFile, "[]")
+	if _, err := Import(ctx, bytes.NewReader(unused.Bytes()), config, "test", true); err != nil {
+		t.Error(err)
+	}
+	for name, path := range c.kept(true) {
+		if _, err := os.Stat(path); (err == nil) != (name == imagesName) {
+			t.Errorf("%s of the hub that was here: %v", name, err)
+		}
 	}
 }
 

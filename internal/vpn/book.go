@@ -17,10 +17,9 @@ import (
 
 // The files of a server's directory.
 const (
-	keyFile   = "key"
-	peersFile = "peers.json"
-	// placesFile is where peers were heard from last.
-	placesFile = "places.json"
+	KeyFile    = "key"         // its private key
+	PeersFile  = "peers.json"  // who may come in
+	placesFile = "places.json" // where peers were heard from last
 )
 
 // validName is what a peer can be called: wg-quick takes the shorter ones as names
@@ -43,7 +42,7 @@ type form struct {
 
 // readKey reads the server's key, and makes one if there is none yet.
 func readKey(dir string) (PrivateKey, error) {
-	path := filepath.Join(dir, keyFile)
+	path := filepath.Join(dir, KeyFile)
 	b, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		k, err := NewPrivateKey()
@@ -62,9 +61,9 @@ func readKey(dir string) (PrivateKey, error) {
 	return k, nil
 }
 
-// readPeers reads who may come in; none if there is no file yet.
-func readPeers(dir string) ([]Peer, error) {
-	path := filepath.Join(dir, peersFile)
+// ReadPeers reads who may come in; none if there is no file yet.
+func ReadPeers(dir string) ([]Peer, error) {
+	path := filepath.Join(dir, PeersFile)
 	b, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -113,7 +112,7 @@ func writePeers(dir string, peers []Peer) error {
 	if err != nil {
 		return err
 	}
-	return writeFile(filepath.Join(dir, peersFile), append(b, '\n'))
+	return writeFile(filepath.Join(dir, PeersFile), append(b, '\n'))
 }
 
 // readPlaces reads where peers were heard from last. What can't be read is nowhere.

@@ -81,24 +81,24 @@ func TestBook(t *testing.T) {
 	if again, err := readKey(dir); err != nil || again != key {
 		t.Errorf("the key is another one when it is read again: %v", err)
 	}
-	if peers, err := readPeers(dir); err != nil || len(peers) != 0 {
+	if peers, err := ReadPeers(dir); err != nil || len(peers) != 0 {
 		t.Errorf("at first there are %v, %v", peers, err)
 	}
 	want := []Peer{{Name: "laptop", Key: key.Public(), Address: netip.MustParseAddr("10.91.0.2")}}
 	if err := writePeers(dir, want); err != nil {
 		t.Fatal(err)
 	}
-	got, err := readPeers(dir)
+	got, err := ReadPeers(dir)
 	if err != nil || got[0] != want[0] {
 		t.Errorf("got %v, %v", got, err)
 	}
-	for _, name := range []string{keyFile, peersFile} {
+	for _, name := range []string{KeyFile, PeersFile} {
 		if i, err := os.Stat(filepath.Join(dir, name)); err != nil || i.Mode().Perm() != 0o600 {
 			t.Errorf("%s: %v %v", name, i.Mode(), err)
 		}
 	}
 	// What is not a key is not replaced by one: peers know the old one.
-	if err := os.WriteFile(filepath.Join(dir, keyFile), []byte("torn"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, KeyFile), []byte("torn"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := readKey(dir); !errdefs.IsInvalidArgument(err) {
@@ -174,7 +174,7 @@ func FuzzParsePeers(f *testing.F) {
 		if err := writePeers(dir, peers); err != nil {
 			t.Skip(err) // a year of five digits
 		}
-		again, err := readPeers(dir)
+		again, err := ReadPeers(dir)
 		if err != nil || len(again) != len(peers) {
 			t.Fatalf("kept and read again: %v, %v", again, err)
 		}

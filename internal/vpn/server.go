@@ -103,7 +103,7 @@ func (s *Server) open(ctx context.Context) (err error) {
 	if s.key, err = readKey(s.s.Dir); err != nil {
 		return err
 	}
-	if s.peers, err = readPeers(s.s.Dir); err != nil {
+	if s.peers, err = ReadPeers(s.s.Dir); err != nil {
 		return err
 	}
 	d, err := Open(ctx, s.s.Interface, s.s.Log)
@@ -279,7 +279,7 @@ func Forget(dir, name string) error {
 	if err != nil {
 		return fmt.Errorf("read %s: %w", name, err)
 	}
-	if _, err := os.Stat(filepath.Join(dir, keyFile)); err != nil {
+	if _, err := os.Stat(filepath.Join(dir, KeyFile)); err != nil {
 		return nil // it is somebody else's
 	}
 	key, err := readKey(dir)
