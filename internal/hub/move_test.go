@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -18,6 +19,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	ingotv1 "ingot/api/ingot/v1"
+	"ingot/internal/nat"
 	"ingot/internal/need"
 	"ingot/internal/vpn"
 )
@@ -80,7 +82,8 @@ func TestMove(t *testing.T) {
 	}
 	was := state()
 	write(t, mkdir(t, "/var/lib/ingot/registry")+"/image", "layers")
-	if err := (&accesses{file: accessFile}).save(nil); err != nil { // published ports
+	web := access{Guest: &guest{UID: "1", Namespace: "default", Name: "web", Host: "host-0"}, Ports: []nat.Port{{Protocol: "tcp", Port: 80, To: 8080}}}
+	if err := (&accesses{file: accessFile}).save([]access{web}); err != nil {
 		t.Fatal(err)
 	}
 
@@ -128,6 +131,13 @@ func TestMove(t *testing.T) {
 		if info, err := os.Stat(path); err != nil || info.Mode() != mode {
 			t.Errorf("%s: %v, %v, want %s", path, info.Mode(), err, mode)
 		}
+	}
+	published := accesses{file: accessFile}
+	if err := published.load(); err != nil || !reflect.DeepEqual(published.all, []access{web}) {
+		t.Errorf("published are %+v, %v, want %+v", published.all, err, web)
+	}
+	if image, err := os.ReadFile("/var/lib/ingot/registry/image"); string(image) != "layers" {
+		t.Errorf("the image is %q, %v", image, err)
 	}
 	if left, err := filepath.Glob("/var/lib/ingot/*import*"); err != nil || len(left) > 0 {
 		t.Errorf("left: %v, %v", left, err)
