@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -91,31 +90,13 @@ func (a *accesses) load() error {
 	return nil
 }
 
-// save writes a whole file in the place of another, also after a power cut.
+// save keeps what the next hub is to know.
 func (a *accesses) save(all []access) error {
 	b, err := json.MarshalIndent(accessForm{1, all}, "", " ")
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(a.file), 0o700); err != nil {
-		return err
-	}
-	f, err := os.OpenFile(a.file+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(append(b, '\n'))
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), a.file); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(a.file))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
+	return replace(a.file, append(b, '\n'))
 }
 
 func (a *accesses) list() []access {

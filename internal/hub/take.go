@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -110,7 +109,7 @@ func (s *service) ConfigureDHCP(_ context.Context, r *ingotv1.ConfigureDHCPReque
 	if old, err := imported(); err != nil || old == r.GetConfig() {
 		return &said, err
 	}
-	if err := replace(importedFile, []byte(r.GetConfig()), 0o644); err != nil {
+	if err := replace(importedFile, []byte(r.GetConfig())); err != nil {
 		return nil, err
 	}
 	said.Changed = true
@@ -142,31 +141,4 @@ func (h *Hub) awaitConfig(ctx context.Context, ready func()) error {
 	case <-timer.C:
 		return errors.New("there is a new one: it begins with the next start")
 	}
-}
-
-// replace replaces a file in one step, which a power cut does not undo.
-func replace(path string, data []byte, mode os.FileMode) error {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return err
-	}
-	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, mode)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(data)
-	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = os.Rename(path+".new", path)
-	}
-	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	return syncDir(filepath.Dir(path))
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

@@ -112,7 +112,11 @@ subnet 192.168.10.0 netmask 255.255.255.128 { range 192.168.10.16 192.168.10.60;
 	if _, err := hub.ConfigureDHCP(ctx, &ingotv1.ConfigureDHCPRequest{Config: "subnet {"}); status.Code(err) != codes.InvalidArgument {
 		t.Errorf("what is no configuration: %v", err)
 	}
+	write(t, mkdir(t, filepath.Dir(importedFile))+"/"+filepath.Base(importedFile)+".new", "of an earlier try")
 	configure(old, true)
+	if info, err := os.Stat(importedFile); err != nil || info.Mode() != 0o600 {
+		t.Errorf("keys in what is imported are for all to read: %v, %v", info.Mode(), err)
+	}
 	begins()
 	configure(old, false)
 	mac := strings.TrimSpace(sh(t, "ip netns exec guest cat /sys/class/net/eth0/address"))
