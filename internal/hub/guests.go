@@ -12,7 +12,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -196,15 +195,24 @@ type hearingFacts struct {
 	Guests  int
 }
 
+// guestsForm is the file.
+type guestsForm struct {
+	Format int      `json:"format"`
+	Guests []*guest `json:"guests"`
+}
+
 // load reads what an earlier hub has kept. What can't be read is not known any more.
 func (g *guests) load() {
 	b, err := os.ReadFile(g.file)
 	if errors.Is(err, os.ErrNotExist) {
 		return
 	}
-	var kept []*guest
+	var kept guestsForm
 	if err == nil {
 		err = json.Unmarshal(b, &kept)
+	}
+	if err == nil && kept.Format != 1 {
+		err = fmt.Errorf("%s: format %d is not known to this version", g.file, kept.Format)
 	}
 	if err != nil {
 		g.log.Warn("read the microVMs that were known: they are asked for anew", "err", err)
@@ -212,7 +220,10 @@ func (g *guests) load() {
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	for _, one := range kept {
+	for _, one := range kept.Guests {
+		if one == nil {
+			continue // somebody has changed the file
+		}
 		if h := g.hosts[one.Host]; h != nil {
 			g.set(h, one.UID, one)
 		}
@@ -224,25 +235,17 @@ func (g *guests) save() error {
 	if len(g.hosts) == 0 {
 		return nil
 	}
-	b, err := json.MarshalIndent(g.all(), "", " ")
-	if err == nil {
-		err = os.MkdirAll(filepath.Dir(g.file), 0o700)
-	}
+	b, err := json.MarshalIndent(guestsForm{1, g.all()}, "", " ")
 	if err != nil {
 		return fmt.Errorf("keep the microVMs that are known: %w", err)
 	}
 	if have, err := os.ReadFile(g.file); err == nil && bytes.Equal(have, b) {
 		return nil
 	}
-	f, err := os.OpenFile(g.file+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
-	if err != nil {
+	if err := replace(g.file, b); err != nil {
 		return fmt.Errorf("keep the microVMs that are known: %w", err)
 	}
-	_, err = f.Write(b)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("keep the microVMs that are known: %w", err)
-	}
-	return os.Rename(g.file+".new", g.file)
+	return nil
 }
 
 // run hears the hosts until ctx ends.

@@ -252,11 +252,24 @@ func TestGuests(t *testing.T) {
 		t.Errorf("with one host: %s", last.names())
 	}
 	end()
-	if err := os.WriteFile(file, []byte("[{"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if last, _ := hears(t, file, hosts); last.names() != "[]" {
-		t.Errorf("from a torn file: %s", last.names())
+	const web = `{"uid": "1", "namespace": "default", "name": "web", "host": "host-0"}`
+	for text, want := range map[string]string{
+		`[{`:                                     "[]",
+		`null`:                                   "[]",
+		`[null]`:                                 "[]", // ended the hub
+		`[` + web + `]`:                          "[]", // of a version that knew no formats
+		`{"format": 2, "guests": [` + web + `]}`: "[]",
+		`{"format": 1, "guests": [null, ` + web + `]}`: "[default/web@host-0]",
+		`{"format": 1, "guests": null}`:                "[]",
+	} {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		last, end := hears(t, file, hosts)
+		if last.names() != want {
+			t.Errorf("from %s: %s", text, last.names())
+		}
+		end()
 	}
 }
 
