@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"regexp"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -88,6 +89,12 @@ func Default() Config {
 	}
 }
 
+// domainRule and mostDomain are what names of machines and microVMs can stand before: the
+// 253 letters of a name have room for NAME.NAMESPACE.
+var domainRule = regexp.MustCompile(`^[a-zA-Z0-9_-]{1,63}(\.[a-zA-Z0-9_-]{1,63})*$`)
+
+const mostDomain = 253 - 2*64
+
 // ReadConfig reads the configuration file. An unknown key is an error.
 func ReadConfig(path, version string) (Config, error) {
 	c := Default()
@@ -108,6 +115,10 @@ func ReadConfig(path, version string) (Config, error) {
 		err = fmt.Errorf("range-first, range-last: %s - %s is no range in %s", c.First, c.Last, c.Subnet)
 	case c.Trusted.IsValid() && !c.Trusted.Addr().Is4():
 		err = fmt.Errorf("trusted: %s is no IPv4 prefix", c.Trusted)
+	case c.Domain == "":
+		err = errors.New("domain: it is missing")
+	case len(c.Domain) > mostDomain || !domainRule.MatchString(c.Domain):
+		err = fmt.Errorf("domain: %q is not a name such as lab.internal", c.Domain)
 	}
 	if err == nil && c.VPN != nil {
 		err = c.VPN.check(c.Subnet)
