@@ -10,7 +10,7 @@ import (
 // replace replaces a file in one step, which a power cut does not undo. Nobody else may
 // read it: it can have keys in it.
 func replace(path string, data []byte) error {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+	if err := makeDir(filepath.Dir(path), 0o700); err != nil {
 		return err
 	}
 	// One that is left of an earlier try may be open to others.
@@ -30,6 +30,21 @@ func replace(path string, data []byte) error {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	return syncDir(filepath.Dir(path))
+}
+
+// makeDir has there be a directory, and those above it, on the disk when it returns.
+func makeDir(dir string, mode os.FileMode) error {
+	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	above := filepath.Dir(dir)
+	if err := makeDir(above, mode); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, mode); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	return syncDir(above)
 }
 
 func syncDir(dir string) error {

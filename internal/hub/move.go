@@ -298,7 +298,7 @@ func remove(path string) error {
 
 // put has a file or a directory be at its place.
 func put(from, to string) error {
-	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
+	if err := makeDir(filepath.Dir(to), 0o755); err != nil {
 		return err
 	}
 	// Beside it first, since it may be another file system.
@@ -320,7 +320,8 @@ func put(from, to string) error {
 
 // copyAll copies a file or a directory with all in it, on the disk when it returns.
 func copyAll(from, to string) error {
-	return filepath.WalkDir(from, func(file string, d fs.DirEntry, err error) error {
+	var made []string
+	err := filepath.WalkDir(from, func(file string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
@@ -329,6 +330,7 @@ func copyAll(from, to string) error {
 			return err
 		}
 		if d.IsDir() {
+			made = append(made, filepath.Join(to, below))
 			return os.Mkdir(filepath.Join(to, below), 0o700)
 		}
 		info, err := d.Info()
@@ -347,6 +349,15 @@ func copyAll(from, to string) error {
 		_, err = io.Copy(out, in)
 		return errors.Join(err, out.Sync(), out.Close())
 	})
+	if err != nil {
+		return err
+	}
+	for _, dir := range made {
+		if err := syncDir(dir); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // unpack writes an archive's files below a directory. It takes no links, and nothing

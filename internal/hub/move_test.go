@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"strings"
@@ -200,6 +201,40 @@ func usual(t *testing.T, config string) (text string) {
 	text = strings.NewReplacer(dir+"/hub", "/etc/ingot/pki", dir+"/token", "/etc/ingot/token", dir+"/registry", "/var/lib/ingot/registry").Replace(string(b))
 	write(t, config, text)
 	return text
+}
+
+// What import puts in its place is on the disk: each file, and each directory, without
+// which there is no file after a power cut.
+func TestImportIsSynced(t *testing.T) {
+	need.Root(t)
+	need.Binary(t, "strace")
+	dir := t.TempDir()
+	write(t, mkdir(t, dir+"/from/a/b")+"/file", "text")
+	write(t, dir+"/from/file", "text")
+	trace := exec.Command("strace", "-f", "-y", "-e", "trace=fsync", "-o", dir+"/trace", "-p", fmt.Sprint(os.Getpid()))
+	said, err := trace.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := trace.Start(); err != nil {
+		t.Fatal(err)
+	}
+	said.Read(make([]byte, 1)) // that it is attached
+	err = put(dir+"/from", dir+"/x/y/to")
+	trace.Process.Signal(os.Interrupt)
+	trace.Wait()
+	if err != nil {
+		t.Fatal(err)
+	}
+	synced, err := os.ReadFile(dir + "/trace")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{"", "/x", "/x/y", "/x/y/to.import", "/x/y/to.import/a", "/x/y/to.import/a/b", "/x/y/to.import/a/b/file", "/x/y/to.import/file"} {
+		if !strings.Contains(string(synced), dir+path+">)") {
+			t.Errorf("%s is not synced", path)
+		}
+	}
 }
 
 // What is on another disk is in the archive, too, or its absence is told.
