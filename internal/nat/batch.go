@@ -100,7 +100,8 @@ const entriesAtOnce = 256
 // mapOf makes a set of entries. Of some that are equal one is taken.
 func (b *batch) mapOf(set *nftables.Set, entries []entry) *nftables.Set {
 	slices.SortFunc(entries, func(x, y entry) int { return bytes.Compare(x.whole(), y.whole()) })
-	entries = slices.CompactFunc(entries, func(x, y entry) bool { return bytes.Equal(x.whole(), y.whole()) })
+	// Two of one key are none that the kernel takes: one of them is better than no rules.
+	entries = slices.CompactFunc(entries, func(x, y entry) bool { return bytes.Equal(x.key, y.key) })
 	set.Table = b.table
 	elements := make([]nftables.SetElement, len(entries))
 	for i, e := range entries {
@@ -170,12 +171,18 @@ func ifname(name string) []byte {
 	return padded
 }
 
-func established() []expr.Any {
+func established() []expr.Any { return tracked(expr.CtStateBitESTABLISHED | expr.CtStateBitRELATED) }
+
+// invalid packets belong to no connection: NAT passes them by, and so does what asks for a
+// connection's direction.
+func invalid() []expr.Any { return tracked(expr.CtStateBitINVALID) }
+
+func tracked(states uint32) []expr.Any {
 	return []expr.Any{
 		&expr.Ct{Key: expr.CtKeySTATE, Register: 1},
 		&expr.Bitwise{
 			SourceRegister: 1, DestRegister: 1, Len: 4,
-			Mask: binaryutil.NativeEndian.PutUint32(expr.CtStateBitESTABLISHED | expr.CtStateBitRELATED),
+			Mask: binaryutil.NativeEndian.PutUint32(states),
 			Xor:  make([]byte, 4),
 		},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},

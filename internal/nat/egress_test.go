@@ -93,6 +93,14 @@ func TestEgress(t *testing.T) {
 		}
 	}
 	golden(t, "hub-egress.nft", "ip", nat.Table)
+	// Two that claim one address don't keep the rules of all others back.
+	twice := h
+	twice.Restricted = append(slices.Clone(h.Restricted), restricted(t, second, "deny private"))
+	for _, x := range []nat.Hub{twice, h} {
+		if err := nat.SetHub(x); err != nil {
+			t.Fatal(err)
+		}
+	}
 	attempts := []attempt{
 		{web, first, "tcp", "203.0.113.9:80", true}, {web, first, "udp", "203.0.113.9:80", true}, {web, first, "tcp", "10.1.2.3:443", true},
 		{web, first, "tcp", "10.1.2.3:80", false}, {web, first, "udp", "10.1.2.3:443", false},

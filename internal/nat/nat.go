@@ -92,6 +92,7 @@ func (h Hub) table() (*batch, error) {
 	accept, drop := verdict(expr.VerdictAccept), verdict(expr.VerdictDrop)
 	platform := b.addresses("platform", h.Platform)
 	forward := b.chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, nftables.ChainPolicyDrop)
+	b.rule(forward, "no packets of no connection", iif(h.Inside), oif(h.Outside), invalid(), drop)
 	h.restrict(b, forward)
 	b.rule(forward, h.forwardText(), iif(h.Inside), oif(h.Outside), accept)
 	b.rule(forward, "answers", established(), accept)
