@@ -24,7 +24,7 @@ import (
 // limits of what it may open outside.
 type access struct {
 	Guest   *guest     `json:"guest"`
-	Address netip.Addr `json:"address,omitzero"` // the last that it had
+	Address netip.Addr `json:"address,omitzero"` // the last that it had, while nobody else has it
 	Ports   []nat.Port `json:"ports,omitempty"`
 	Egress  nat.Egress `json:"egress,omitempty"`
 }
@@ -36,9 +36,11 @@ type accesses struct {
 	guests *guests
 	// address is a microVM's now; false: that is not known yet.
 	address func(*guest) (netip.Addr, bool)
-	leases  <-chan struct{} // has a value when addresses may have changed
-	set     func(inForce) error
-	log     *slog.Logger
+	// others says whether an address is somebody else's now.
+	others func(*guest, netip.Addr) bool
+	leases <-chan struct{} // has a value when addresses may have changed
+	set    func(inForce) error
+	log    *slog.Logger
 
 	// changing is held over the writing, too: one change comes after another.
 	changing sync.Mutex
@@ -215,12 +217,23 @@ func (a *accesses) refresh(all []access) []access {
 		if g != nil {
 			one.Guest = g
 		}
-		if ip, ok := a.address(one.Guest); ok {
-			one.Address = ip
-		}
+		one.Address = a.latest(one)
 		kept = append(kept, one)
 	}
 	return kept
+}
+
+// latest is an access' address now. A guest that has let go of it may go on with it, and
+// is to be held to the same.
+func (a *accesses) latest(one access) netip.Addr {
+	ip, known := a.address(one.Guest)
+	switch {
+	case ip.IsValid():
+		return ip
+	case known && one.Address.IsValid() && a.others(one.Guest, one.Address):
+		return netip.Addr{}
+	}
+	return one.Address
 }
 
 // How long a microVM may take to be heard of.
@@ -281,9 +294,7 @@ func (a *accesses) grant(g *guest, f func(*access)) error {
 			i = len(all)
 			all = append(all, access{Guest: g})
 		}
-		if ip, ok := a.address(g); ok {
-			all[i].Address = ip
-		}
+		all[i].Address = a.latest(all[i])
 		f(&all[i])
 		return tidy(all), collisions(all)
 	})

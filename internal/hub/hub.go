@@ -4,6 +4,7 @@
 package hub
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"regexp"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -269,6 +271,11 @@ func (h *Hub) newAccesses() *accesses {
 			default:
 				return netip.Addr{}, false // the log of leases is not read yet
 			}
+		},
+		others: func(g *guest, ip netip.Addr) bool {
+			mac, leased := h.dhcp.CardOf(ip)
+			at := h.guests.withAddress(ip)
+			return leased && !slices.ContainsFunc(g.Cards, func(c card) bool { return bytes.Equal(c.hardware(), mac) }) || at != nil && at.UID != g.UID
 		},
 		set: func(x inForce) error { return nat.SetHub(h.rules(x)) },
 	}
