@@ -117,8 +117,17 @@ func (u *up) create(ctx context.Context, m MicroVM, spec *types.MicroVMSpec) err
 	if err != nil {
 		return fmt.Errorf("create microVM %s: %w", m, err)
 	}
-	if _, err := v1alpha1.NewMicroVMClient(u.conns.Hosts[host]).CreateMicroVM(ctx, &v1alpha1.CreateMicroVMRequest{Microvm: spec}); err != nil {
+	made, err := v1alpha1.NewMicroVMClient(u.conns.Hosts[host]).CreateMicroVM(ctx, &v1alpha1.CreateMicroVMRequest{Microvm: spec})
+	if err != nil {
 		return fmt.Errorf("create microVM %s on %s: %w", m, host, err)
+	}
+	if len(m.Egress) == 0 {
+		return nil
+	}
+	// At once, and not with the others' access: it boots.
+	uid := made.GetMicrovm().GetSpec().GetUid()
+	if _, err := ingotv1.NewHubClient(u.conns.Hub).SetEgress(ctx, &ingotv1.SetEgressRequest{Uid: uid, Rules: m.Egress}); err != nil {
+		return fmt.Errorf("restrict microVM %s: %w", m, err)
 	}
 	return nil
 }
