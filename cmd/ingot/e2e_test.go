@@ -105,13 +105,9 @@ func TestE2E(t *testing.T) {
 			})
 		})
 	}
-	// A system of its own takes minutes to boot, on one CPU: it does so beside the others.
-	var beside sync.WaitGroup
-	defer beside.Wait()
-	beside.Go(func() { run("debian", debianEnv) })
 	for _, script := range e2eScripts {
-		if script == "down" { // another environment comes and goes beside this one
-			beside.Wait() // they count what there is on the machine
+		if script == "down" { // other environments come and go beside this one
+			run("debian", debianEnv)
 			t.Run("killed", func(t *testing.T) { testKilled(t, program) })
 		}
 		// One after the other: a script's faults must not be another's.
