@@ -293,69 +293,56 @@ func TestManyOnOneConnection(t *testing.T) {
 }
 
 // TestNextMessageAmidAnother: a connection's next message comes while what an upstream said
-// too late is still being read. It has no part in the question before it.
+// too late is still being read. It has no part in the question before it, as the race
+// detector sees.
 func TestNextMessageAmidAnother(t *testing.T) {
-	const clients = 8 // as many as one may have
-	late := map[string]chan struct{}{}
-	name := func(i int) string { return fmt.Sprintf("n%d.%sexample.org.", i, strings.Repeat("x.", 100)) }
-	for i := range clients {
-		late[name(i)] = make(chan struct{})
-	}
-	asked := make(chan string, clients)
-	turn := make(chan struct{}, 1) // one after another: nothing else keeps the machine busy
+	const clients, rounds = 8, 5 // as many as one may have
+	name := func(i, n int) string { return fmt.Sprintf("n%d-%d.%sexample.org.", i, n, strings.Repeat("x.", 100)) }
+	soon := func() { time.Sleep(5 * time.Millisecond) }
 	first := upstreamBy(t, func(w mdns.ResponseWriter, q *mdns.Msg) {
 		m := addresses(q, 4000) // which take a while to read
 		m.Compress = true
 		if w.RemoteAddr().Network() == "udp" {
 			m.Truncate(mdns.MinMsgSize)
-			w.WriteMsg(m)
-			return
+		} else {
+			soon()
 		}
-		b, err := m.Pack()
-		if err != nil {
-			t.Error(err)
-		}
-		asked <- q.Question[0].Name
-		<-late[q.Question[0].Name]
-		w.Write(b)
-		late[q.Question[0].Name] <- struct{}{}
+		w.WriteMsg(m)
 	})
 	second := upstreamBy(t, func(w mdns.ResponseWriter, q *mdns.Msg) {
-		m, sent := addresses(q, 1), late[q.Question[0].Name]
-		turn <- struct{}{}
-		sent <- struct{}{}
-		<-sent
-		w.WriteMsg(m)
+		soon()
+		w.WriteMsg(addresses(q, 1))
 	})
 	at := serve(t, dns.Config{Upstreams: []string{first, second}})
 	var group sync.WaitGroup
 	for i := range clients {
 		group.Go(func() {
-			c, err := mdns.DialTimeout("tcp", at, 5*time.Second)
-			if err != nil {
-				t.Error(err)
-				return
+			for n := range rounds {
+				c, err := mdns.DialTimeout("tcp", at, 5*time.Second)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				c.SetDeadline(time.Now().Add(10 * time.Second))
+				if err := c.WriteMsg(new(mdns.Msg).SetQuestion(name(i, n), mdns.TypeA)); err != nil {
+					t.Error(err)
+				}
+				if m, err := c.ReadMsg(); err != nil || len(m.Answer) == 0 {
+					t.Errorf("%s: %v, %v", name(i, n), m, err)
+				}
+				if _, err := c.Write([]byte("short")); err != nil {
+					t.Error(err)
+				}
+				if m, err := c.ReadMsg(); err == nil {
+					t.Errorf("what is no question is answered: %v", m)
+				}
+				c.Close()
 			}
-			defer c.Close()
-			c.SetDeadline(time.Now().Add(10 * time.Second))
-			if err := c.WriteMsg(new(mdns.Msg).SetQuestion(name(i), mdns.TypeA)); err != nil {
-				t.Error(err)
-			}
-			if m, err := c.ReadMsg(); err != nil || len(m.Answer) == 0 {
-				t.Errorf("%s: %v, %v", name(i), m, err)
-			}
-			if _, err := c.Write([]byte("short")); err != nil {
-				t.Error(err)
-			}
-			if m, err := c.ReadMsg(); err == nil {
-				t.Errorf("what is no question is answered: %v", m)
-			}
-			<-turn
 		})
 	}
 	group.Wait()
-	if m := ask(t, at, "tcp", name(0), mdns.TypeA); len(m.Answer) != 1 || len(asked) != clients {
-		t.Errorf("afterwards, when %d were asked by TCP: %v", len(asked), m)
+	if m := ask(t, at, "tcp", name(0, 0), mdns.TypeA); len(m.Answer) == 0 {
+		t.Errorf("afterwards: %v", m)
 	}
 }
 
