@@ -293,8 +293,8 @@ func TestManyOnOneConnection(t *testing.T) {
 }
 
 // TestNextMessageAmidAnother: a connection's next message comes while what an upstream said
-// too late is still being read. It has no part in the question before it, as the race
-// detector sees.
+// too late is still being read. It has no part in the question before it. Whether both meet
+// is chance.
 func TestNextMessageAmidAnother(t *testing.T) {
 	const clients, rounds = 8, 5 // as many as one may have
 	name := func(i, n int) string { return fmt.Sprintf("n%d-%d.%sexample.org.", i, n, strings.Repeat("x.", 100)) }
