@@ -12,6 +12,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"ingot/internal/link"
 )
 
@@ -42,7 +44,7 @@ func standIn() {
 		serveAPI(socket)
 	}
 	for {
-		time.Sleep(time.Hour)
+		unix.Pause()            // until a signal ends it
 		runtime.KeepAlive(taps) // or they would be closed
 	}
 }

@@ -167,27 +167,39 @@ func TestAnswersOfOthers(t *testing.T) {
 // TestSameQuestions are forwarded once, also when they come at the same time.
 func TestSameQuestions(t *testing.T) {
 	var asked atomic.Int32
-	hold := make(chan bool)
+	hold, last := make(chan struct{}), make(chan struct{}, 1)
 	up := upstreamOf(t, func(_ string, q *mdns.Msg) *mdns.Msg {
+		if q.Question[0].Name == "last.example.org." {
+			signal(last)
+			return addresses(q, 1)
+		}
 		asked.Add(1)
-		<-hold
+		heard(hold)
 		return addresses(q, 1)
 	})
 	at := serve(t, dns.Config{Upstreams: []string{up}})
-	var conns []net.Conn
-	for range 5 {
-		c, err := net.Dial("udp", at)
+	c, err := net.Dial("udp", at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	const same = 5
+	for i := range same + 1 { // one after the other, on one socket
+		name := "example.org."
+		if i == same {
+			name = "last.example.org."
+		}
+		b, err := new(mdns.Msg).SetQuestion(name, mdns.TypeA).Pack()
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer c.Close()
-		b, _ := new(mdns.Msg).SetQuestion("example.org.", mdns.TypeA).Pack()
-		c.Write(b)
-		conns = append(conns, c)
+		if _, err := c.Write(b); err != nil {
+			t.Fatal(err)
+		}
 	}
-	time.Sleep(50 * time.Millisecond) // all are there
+	heard(last) // so those before it are there
 	close(hold)
-	for _, c := range conns {
+	for range same + 1 {
 		c.SetReadDeadline(time.Now().Add(5 * time.Second))
 		if _, err := c.Read(make([]byte, 512)); err != nil {
 			t.Fatal(err)
@@ -292,56 +304,79 @@ func TestManyOnOneConnection(t *testing.T) {
 	}
 }
 
+// signal is for whoever waits, now or later; a second one is the first.
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// heard waits for a signal, but not for ever: a handler that does keeps its server.
+func heard(c chan struct{}) {
+	select {
+	case <-c:
+	case <-time.After(2 * time.Second):
+	}
+}
+
 // TestNextMessageAmidAnother: a connection's next message comes while what an upstream said
-// too late is still being read. It has no part in the question before it. Whether both meet
-// is chance.
+// too late is still being read. It has no part in the question before it.
 func TestNextMessageAmidAnother(t *testing.T) {
-	const clients, rounds = 8, 5 // as many as one may have
-	name := func(i, n int) string { return fmt.Sprintf("n%d-%d.%sexample.org.", i, n, strings.Repeat("x.", 100)) }
-	soon := func() { time.Sleep(5 * time.Millisecond) }
+	const clients = 8 // as many as one may have
+	name := func(i int) string { return fmt.Sprintf("n%d.%sexample.org.", i, strings.Repeat("x.", 100)) }
+	asked, wrote := map[string]chan struct{}{}, map[string]chan struct{}{}
+	for i := range clients {
+		asked[name(i)], wrote[name(i)] = make(chan struct{}, 1), make(chan struct{}, 1)
+	}
 	first := upstreamBy(t, func(w mdns.ResponseWriter, q *mdns.Msg) {
 		m := addresses(q, 4000) // which take a while to read
 		m.Compress = true
 		if w.RemoteAddr().Network() == "udp" {
 			m.Truncate(mdns.MinMsgSize)
-		} else {
-			soon()
+			w.WriteMsg(m)
+			return
 		}
-		w.WriteMsg(m)
+		b, err := m.Pack()
+		if err != nil {
+			t.Error(err)
+		}
+		heard(asked[q.Question[0].Name])
+		w.Write(b)
+		signal(wrote[q.Question[0].Name])
 	})
 	second := upstreamBy(t, func(w mdns.ResponseWriter, q *mdns.Msg) {
-		soon()
+		signal(asked[q.Question[0].Name])
+		heard(wrote[q.Question[0].Name])
 		w.WriteMsg(addresses(q, 1))
 	})
 	at := serve(t, dns.Config{Upstreams: []string{first, second}})
 	var group sync.WaitGroup
 	for i := range clients {
 		group.Go(func() {
-			for n := range rounds {
-				c, err := mdns.DialTimeout("tcp", at, 5*time.Second)
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				c.SetDeadline(time.Now().Add(10 * time.Second))
-				if err := c.WriteMsg(new(mdns.Msg).SetQuestion(name(i, n), mdns.TypeA)); err != nil {
-					t.Error(err)
-				}
-				if m, err := c.ReadMsg(); err != nil || len(m.Answer) == 0 {
-					t.Errorf("%s: %v, %v", name(i, n), m, err)
-				}
-				if _, err := c.Write([]byte("short")); err != nil {
-					t.Error(err)
-				}
-				if m, err := c.ReadMsg(); err == nil {
-					t.Errorf("what is no question is answered: %v", m)
-				}
-				c.Close()
+			c, err := mdns.DialTimeout("tcp", at, 5*time.Second)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(10 * time.Second))
+			if err := c.WriteMsg(new(mdns.Msg).SetQuestion(name(i), mdns.TypeA)); err != nil {
+				t.Error(err)
+			}
+			if m, err := c.ReadMsg(); err != nil || len(m.Answer) == 0 {
+				t.Errorf("%s: %v, %v", name(i), m, err)
+			}
+			if _, err := c.Write([]byte("short")); err != nil {
+				t.Error(err)
+			}
+			if m, err := c.ReadMsg(); err == nil {
+				t.Errorf("what is no question is answered: %v", m)
 			}
 		})
 	}
 	group.Wait()
-	if m := ask(t, at, "tcp", name(0, 0), mdns.TypeA); len(m.Answer) == 0 {
+	if m := ask(t, at, "tcp", name(0), mdns.TypeA); len(m.Answer) == 0 {
 		t.Errorf("afterwards: %v", m)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -172,7 +173,10 @@ func FuzzParsePeers(f *testing.F) {
 		}
 		dir := t.TempDir()
 		if err := writePeers(dir, peers); err != nil {
-			t.Skip(err) // a year of five digits
+			if !slices.ContainsFunc(peers, func(p Peer) bool { return p.Added.Year() > 9999 || p.Added.Year() < 0 }) {
+				t.Fatal(err)
+			}
+			return // RFC 3339 has no such years
 		}
 		again, err := ReadPeers(dir)
 		if err != nil || len(again) != len(peers) {
