@@ -24,7 +24,7 @@ import (
 // limits of what it may open outside.
 type access struct {
 	Guest   *guest     `json:"guest"`
-	Address netip.Addr `json:"address,omitzero"` // the last that it had, while nobody else has it
+	Address netip.Addr `json:"address,omitzero"` // the last that it had
 	Ports   []nat.Port `json:"ports,omitempty"`
 	Egress  nat.Egress `json:"egress,omitempty"`
 }
@@ -36,16 +36,17 @@ type accesses struct {
 	guests *guests
 	// address is a microVM's now; false: that is not known yet.
 	address func(*guest) (netip.Addr, bool)
-	// others says whether an address is somebody else's now.
-	others func(*guest, netip.Addr) bool
-	leases <-chan struct{} // has a value when addresses may have changed
-	set    func(inForce) error
-	log    *slog.Logger
+	leases  <-chan struct{} // has a value when addresses may have changed
+	set     func(inForce) error
+	cut     func([]nat.Published) error // ends what was let in
+	log     *slog.Logger
 
 	// changing is held over the writing, too: one change comes after another.
 	changing sync.Mutex
-	are      inForce // what the rules are
-	failed   bool    // what is in force is not known
+	are      inForce         // what the rules are
+	failed   bool            // what is in force is not known
+	unsaved  bool            // the file does not have what is in force
+	open     []nat.Published // what leads nowhere any more, and is still to be cut
 
 	mu  sync.Mutex // guards all
 	all []access   // by uid; who has one may keep it: it does not change
@@ -59,7 +60,7 @@ type inForce struct {
 
 func (x inForce) equal(y inForce) bool {
 	return slices.Equal(x.published, y.published) && slices.EqualFunc(x.restricted, y.restricted, func(x, y nat.Restricted) bool {
-		return x.Guest == y.Guest && x.Egress.String() == y.Egress.String()
+		return bytes.Equal(x.Card, y.Card) && x.Egress.String() == y.Egress.String()
 	})
 }
 
@@ -116,32 +117,64 @@ func (a *accesses) change(f func([]access) ([]access, error)) error {
 	if err != nil {
 		return err
 	}
-	same := slices.EqualFunc(all, old, func(x, y access) bool {
-		return x.Guest.UID == y.Guest.UID && x.Guest.equal(y.Guest) && x.Address == y.Address && slices.Equal(x.Ports, y.Ports) && x.Egress.String() == y.Egress.String()
-	})
-	if !same {
-		if err := a.save(all); err != nil {
-			return fmt.Errorf("keep published ports: %w", err)
+	if !slices.EqualFunc(all, old, access.equal) {
+		if err := a.keep(all); err != nil {
+			return err
 		}
-		a.mu.Lock()
-		a.all = all
-		a.mu.Unlock()
+		a.show(all)
 	}
 	return a.enforce()
+}
+
+// catchUp has the rules follow what is so now, also where that can't be kept: an address
+// may be somebody else's by now.
+func (a *accesses) catchUp() error {
+	a.changing.Lock()
+	defer a.changing.Unlock()
+	old := a.list()
+	all := a.refresh(slices.Clone(old))
+	var err error
+	if a.unsaved || !slices.EqualFunc(all, old, access.equal) {
+		err = a.keep(all)
+		a.show(all)
+	}
+	return errors.Join(err, a.enforce())
+}
+
+func (a *accesses) keep(all []access) error {
+	err := a.save(all)
+	if err != nil {
+		err = fmt.Errorf("keep published ports: %w", err)
+	}
+	a.unsaved = err != nil
+	return err
+}
+
+func (a *accesses) show(all []access) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.all = all
+}
+
+func (x access) equal(y access) bool {
+	return x.Guest.UID == y.Guest.UID && x.Guest.equal(y.Guest) && x.Address == y.Address && slices.Equal(x.Ports, y.Ports) && x.Egress.String() == y.Egress.String()
 }
 
 // wanted is what the hub's rules ought to have.
 func (a *accesses) wanted() inForce {
 	var all inForce
 	for _, one := range a.list() {
-		if !one.Address.IsValid() {
-			continue
-		}
-		for _, p := range one.Ports {
-			all.published = append(all.published, nat.Published{Port: p, Guest: one.Address})
+		if one.Address.IsValid() {
+			for _, p := range one.Ports {
+				all.published = append(all.published, nat.Published{Port: p, Guest: one.Address})
+			}
 		}
 		if len(one.Egress) > 0 {
-			all.restricted = append(all.restricted, nat.Restricted{Guest: one.Address, Egress: one.Egress})
+			for _, c := range one.Guest.Cards {
+				if mac := c.hardware(); len(mac) == 6 {
+					all.restricted = append(all.restricted, nat.Restricted{Card: mac, Egress: one.Egress})
+				}
+			}
 		}
 	}
 	return all
@@ -150,16 +183,24 @@ func (a *accesses) wanted() inForce {
 // enforce sets the rules, if they are others than before.
 func (a *accesses) enforce() error {
 	want := a.wanted()
-	if !a.failed && want.equal(a.are) {
+	if a.failed || !want.equal(a.are) {
+		before := a.are.published
+		a.failed = true
+		if err := a.set(want); err != nil {
+			return err
+		}
+		a.failed, a.are = false, want
+		a.open = append(a.open, before...)
+	}
+	a.open = slices.DeleteFunc(a.open, func(p nat.Published) bool { return slices.Contains(want.published, p) })
+	if len(a.open) == 0 {
 		return nil
 	}
-	gone := slices.DeleteFunc(slices.Clone(a.are.published), func(p nat.Published) bool { return slices.Contains(want.published, p) })
-	a.failed = true
-	if err := a.set(want); err != nil {
+	if err := a.cut(a.open); err != nil {
 		return err
 	}
-	a.failed, a.are = false, want
-	return nat.Cut(gone)
+	a.open = nil
+	return nil
 }
 
 // follow has the rules follow what changes, until ctx ends.
@@ -167,7 +208,7 @@ func (a *accesses) follow(ctx context.Context, ready func()) error {
 	ready()
 	for {
 		changed := a.guests.changes()
-		if err := a.change(func(all []access) ([]access, error) { return a.refresh(all), nil }); err != nil {
+		if err := a.catchUp(); err != nil {
 			a.log.Error("the rules of microVMs are not as they should be", "err", err)
 		}
 		if !wait(ctx, together, nil, nil) || !wait(ctx, sweep, changed, a.leases) {
@@ -217,23 +258,12 @@ func (a *accesses) refresh(all []access) []access {
 		if g != nil {
 			one.Guest = g
 		}
-		one.Address = a.latest(one)
+		if ip, ok := a.address(one.Guest); ok {
+			one.Address = ip
+		}
 		kept = append(kept, one)
 	}
 	return kept
-}
-
-// latest is an access' address now. A guest that has let go of it may go on with it, and
-// is to be held to the same.
-func (a *accesses) latest(one access) netip.Addr {
-	ip, known := a.address(one.Guest)
-	switch {
-	case ip.IsValid():
-		return ip
-	case known && one.Address.IsValid() && a.others(one.Guest, one.Address):
-		return netip.Addr{}
-	}
-	return one.Address
 }
 
 // How long a microVM may take to be heard of.
@@ -294,7 +324,9 @@ func (a *accesses) grant(g *guest, f func(*access)) error {
 			i = len(all)
 			all = append(all, access{Guest: g})
 		}
-		all[i].Address = a.latest(all[i])
+		if ip, ok := a.address(g); ok {
+			all[i].Address = ip
+		}
 		f(&all[i])
 		return tidy(all), collisions(all)
 	})

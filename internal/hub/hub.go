@@ -4,7 +4,6 @@
 package hub
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,7 +11,6 @@ import (
 	"net/netip"
 	"os"
 	"regexp"
-	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -272,12 +270,7 @@ func (h *Hub) newAccesses() *accesses {
 				return netip.Addr{}, false // the log of leases is not read yet
 			}
 		},
-		others: func(g *guest, ip netip.Addr) bool {
-			mac, leased := h.dhcp.CardOf(ip)
-			at := h.guests.withAddress(ip)
-			return leased && !slices.ContainsFunc(g.Cards, func(c card) bool { return bytes.Equal(c.hardware(), mac) }) || at != nil && at.UID != g.UID
-		},
-		set: func(x inForce) error { return nat.SetHub(h.rules(x)) },
+		set: func(x inForce) error { return nat.SetHub(h.rules(x)) }, cut: nat.Cut,
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -170,26 +171,32 @@ func (e *Egress) UnmarshalJSON(b []byte) error {
 
 func (e Egress) String() string { return strings.Join(e.Texts(), ", ") }
 
-// Restricted is a guest that may not open all connections to the outside.
+// Restricted is a guest's card that may not open all connections to the outside, from
+// whichever address. Its host holds the guest to the card's MAC address.
 type Restricted struct {
-	Guest  netip.Addr
+	Card   net.HardwareAddr
 	Egress Egress
 }
 
 func (r Restricted) rule(chain string) string {
-	return fmt.Sprintf("%s-s %s -j %s", egressRule, r.Guest, chain)
+	return fmt.Sprintf("%s-m mac --mac-source %s -j %s", egressRule, r.Card, chain)
 }
 
 const egressRule = "ipv4 filter FORWARD 0 "
 
 // restrict adds what refuses guests' connections to the outside: a chain for each policy
-// that is different, to which a map leads by the source address, so that a guest is an
-// element of it. Only what guests open is asked about, at each packet: an answer to who
+// that is different, to which a map leads by the source's card, so that a card is an
+// element of it; of two policies for one the first counts. Only what guests open is asked about, at each packet: an answer to who
 // came in by a published port is none of it, and a connection that a new policy denies ends.
 func (h Hub) restrict(b *batch, forward *nftables.Chain) {
 	chains := map[string]string{}
 	var entries []entry
+	seen := map[string]bool{}
 	for _, r := range h.Restricted {
+		if seen[string(r.Card)] {
+			continue
+		}
+		seen[string(r.Card)] = true
 		text := r.Egress.String()
 		name := chains[text]
 		if name == "" {
@@ -201,12 +208,14 @@ func (h Hub) restrict(b *batch, forward *nftables.Chain) {
 			}
 		}
 		entries = append(entries, entry{
-			key: r.Guest.AsSlice(), chain: name, text: r.rule(name),
+			key: r.Card, chain: name, text: r.rule(name),
 		})
 	}
-	m := b.mapOf(&nftables.Set{Name: "egress", IsMap: true, KeyType: nftables.TypeIPAddr, DataType: nftables.TypeVerdict}, entries)
+	m := b.mapOf(&nftables.Set{Name: "egress", IsMap: true, KeyType: nftables.TypeEtherAddr, DataType: nftables.TypeVerdict}, entries)
 	b.rule(forward, "what microVMs may open outside", iif(h.Inside), oif(h.Outside), opening(), []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: sourceOffset, Len: 4},
+		&expr.Meta{Key: expr.MetaKeyIIFTYPE, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.NativeEndian.PutUint16(unix.ARPHRD_ETHER)},
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseLLHeader, Offset: 6, Len: 6},
 		&expr.Lookup{SourceRegister: 1, DestRegister: 0, IsDestRegSet: true, SetName: m.Name, SetID: m.ID},
 	})
 }

@@ -1,9 +1,11 @@
 package nat_test
 
 import (
+	"encoding/binary"
 	"fmt"
-	"net/netip"
+	"net"
 	"os/exec"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -61,13 +63,24 @@ func FuzzParseEgress(f *testing.F) {
 	})
 }
 
-func restricted(t *testing.T, guest string, rules ...string) nat.Restricted {
+func restricted(t *testing.T, card net.HardwareAddr, rules ...string) nat.Restricted {
 	t.Helper()
 	e, err := nat.ParseEgress(rules)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return nat.Restricted{Guest: netip.MustParseAddr(guest), Egress: e}
+	return nat.Restricted{Card: card, Egress: e}
+}
+
+// setCard gives a namespace's card a MAC address.
+func setCard(t *testing.T, ns, mac string) net.HardwareAddr {
+	t.Helper()
+	ip(t, "-n "+ns+" link set eth0 address "+mac)
+	card, err := net.ParseMAC(mac)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return card
 }
 
 // TestEgress: a guest opens outside what its rules let it, whoever else may do what.
@@ -80,12 +93,18 @@ func TestEgress(t *testing.T) {
 	talk(t, web, "192.168.10.30:80", "web")
 	serve(t, other, "192.168.10.40:80")
 	answer(t, "tcp", "192.168.10.2:53")
-	const first, second, free = "192.168.10.30", "192.168.10.31", "192.168.10.40"
+	third := wire(t, "third")
+	ip(t, "link set third master "+hub.Inside)
+	ip(t, "-n "+third+" addr add 192.168.10.50/25 dev eth0")
+	ip(t, "-n "+third+" route add default via 192.168.10.2")
+	// One card has two addresses: both are held to its rules.
+	const first, also, second, free = "192.168.10.30", "192.168.10.31", "192.168.10.50", "192.168.10.40"
+	one, two := setCard(t, web, "02:00:00:00:00:01"), setCard(t, third, "02:00:00:00:00:02")
 	h := hub
 	h.Published = []nat.Published{published(t, "8080:80", first)}
 	h.Restricted = []nat.Restricted{
-		restricted(t, first, "allow 10.1.2.3 443/tcp", "deny private"),
-		restricted(t, second, "allow 203.0.113.0/24 80-90/tcp", "deny all"),
+		restricted(t, one, "allow 10.1.2.3 443/tcp", "deny private"),
+		restricted(t, two, "allow 203.0.113.0/24 80-90/tcp", "deny all"),
 	}
 	for range 2 {
 		if err := nat.SetHub(h); err != nil {
@@ -93,25 +112,23 @@ func TestEgress(t *testing.T) {
 		}
 	}
 	golden(t, "hub-egress.nft", "ip", nat.Table)
-	// Two that claim one address don't keep the rules of all others back.
-	twice := h
-	twice.Restricted = append(slices.Clone(h.Restricted), restricted(t, second, "deny private"))
-	for _, x := range []nat.Hub{twice, h} {
-		if err := nat.SetHub(x); err != nil {
-			t.Fatal(err)
-		}
+	// Of two policies for one card the first counts, and no rules are kept back.
+	h.Restricted = append(h.Restricted, restricted(t, two, "deny private"))
+	if err := nat.SetHub(h); err != nil {
+		t.Fatal(err)
 	}
 	attempts := []attempt{
 		{web, first, "tcp", "203.0.113.9:80", true}, {web, first, "udp", "203.0.113.9:80", true}, {web, first, "tcp", "10.1.2.3:443", true},
 		{web, first, "tcp", "10.1.2.3:80", false}, {web, first, "udp", "10.1.2.3:443", false},
-		{web, second, "tcp", "203.0.113.9:80", true}, {web, second, "tcp", "203.0.113.9:443", false},
-		{web, second, "udp", "203.0.113.9:80", false}, {web, second, "tcp", "10.1.2.3:443", false},
+		{web, also, "tcp", "10.1.2.3:443", true}, {web, also, "tcp", "10.1.2.3:80", false},
+		{third, second, "tcp", "203.0.113.9:80", true}, {third, second, "tcp", "203.0.113.9:443", false},
+		{third, second, "udp", "203.0.113.9:80", false}, {third, second, "tcp", "10.1.2.3:443", false},
 		{other, free, "tcp", "10.1.2.3:80", true}, {other, free, "tcp", "203.0.113.9:443", true},
-		{web, second, "tcp", "192.168.10.40:80", true}, {web, second, "tcp", "192.168.10.2:53", true}, // the segment is none of it
+		{third, second, "tcp", "192.168.10.40:80", true}, {third, second, "tcp", "192.168.10.2:53", true}, // the segment is none of it
 	}
 	try(t, attempts)
 	// Who comes in by a port is answered, also by a guest that may open nothing.
-	h.Restricted[0] = restricted(t, first, "deny all")
+	h.Restricted[0] = restricted(t, one, "deny all")
 	if err := nat.SetHub(h); err != nil {
 		t.Fatal(err)
 	}
@@ -125,11 +142,11 @@ func TestEgress(t *testing.T) {
 		t.Errorf("check: %v, %v", rules, err)
 	}
 	for command, want := range map[string]string{
-		"delete element ip ingot egress { 192.168.10.31 }":                                                                "ipv4 filter FORWARD 0 -s 192.168.10.31 -j egress-2",
-		"delete element ip ingot egress { 192.168.10.31 }; add element ip ingot egress { 192.168.10.31 : jump egress-1 }": "ipv4 filter FORWARD 0 -s 192.168.10.31 -j egress-2",
-		"flush chain ip ingot egress-1":                                                                                   "egress-1: 1: deny all",
-		"insert rule ip ingot egress-1 accept":                                                                            "chain egress-1 as it was made, with no other rules",
-		"add element ip ingot egress { 1.2.3.4 : accept }":                                                                "set egress",
+		"delete element ip ingot egress { 02:00:00:00:00:02 }":                                                                    "ipv4 filter FORWARD 0 -m mac --mac-source 02:00:00:00:00:02 -j egress-2",
+		"delete element ip ingot egress { 02:00:00:00:00:02 }; add element ip ingot egress { 02:00:00:00:00:02 : jump egress-1 }": "ipv4 filter FORWARD 0 -m mac --mac-source 02:00:00:00:00:02 -j egress-2",
+		"flush chain ip ingot egress-1":                              "egress-1: 1: deny all",
+		"insert rule ip ingot egress-1 accept":                       "chain egress-1 as it was made, with no other rules",
+		"add element ip ingot egress { 02:00:00:00:00:09 : accept }": "set egress",
 	} {
 		if err := nat.SetHub(h); err != nil {
 			t.Fatal(err)
@@ -150,12 +167,13 @@ func TestEgressChanges(t *testing.T) {
 	if err := nat.SetHub(h); err != nil {
 		t.Fatal(err)
 	}
+	card := setCard(t, web, "02:00:00:00:00:01")
 	a := converse(t, web, "tcp", "203.0.113.9:80")
 	ask := func(want string, rules ...string) {
 		t.Helper()
 		h.Restricted = nil
 		if len(rules) > 0 {
-			h.Restricted = []nat.Restricted{restricted(t, "192.168.10.30", rules...)}
+			h.Restricted = []nat.Restricted{restricted(t, card, rules...)}
 		}
 		if err := nat.SetHub(h); err != nil {
 			t.Fatal(err)
@@ -181,7 +199,7 @@ func TestManyRestricted(t *testing.T) {
 	plainHub(t)
 	h := hub
 	for i := range 1000 {
-		h.Restricted = append(h.Restricted, restricted(t, fmt.Sprintf("10.7.%d.%d", i/250, i%250), "deny private", fmt.Sprintf("deny all %d/tcp", 1+i%3)))
+		h.Restricted = append(h.Restricted, restricted(t, net.HardwareAddr{2, 0, 0, 0, byte(i >> 8), byte(i)}, "deny private", fmt.Sprintf("deny all %d/tcp", 1+i%3)))
 	}
 	began := time.Now()
 	if err := nat.SetHub(h); err != nil {
@@ -195,4 +213,60 @@ func TestManyRestricted(t *testing.T) {
 	if rules, err := nat.CheckHub(h); err != nil || len(rules) != 1002 || slices.ContainsFunc(rules, func(r nat.Rule) bool { return !r.Present }) {
 		t.Errorf("check: %d rules, %v", len(rules), err)
 	}
+}
+
+// TestNoConnection: a packet that belongs to no connection does not leave, past rules and
+// without NAT.
+func TestNoConnection(t *testing.T) {
+	web, _, outside := plainHub(t)
+	leaves := func() bool {
+		t.Helper()
+		in, out := rawTCP(t, outside), rawTCP(t, web)
+		defer in.Close()
+		defer out.Close()
+		answer := make([]byte, 20) // a TCP header
+		binary.BigEndian.PutUint16(answer[0:], 80)
+		binary.BigEndian.PutUint16(answer[2:], 4444)
+		answer[12], answer[13] = 5<<4, 0x12 // SYN, ACK
+		if _, err := out.WriteTo(answer, &net.IPAddr{IP: net.IPv4(203, 0, 113, 9)}); err != nil {
+			t.Fatal(err)
+		}
+		in.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
+		for b := make([]byte, 1500); ; {
+			n, from, err := in.ReadFrom(b)
+			if err != nil {
+				return false
+			}
+			if n >= 20 && binary.BigEndian.Uint16(b[2:]) == 4444 && from.String() == "192.168.10.30" {
+				return true
+			}
+		}
+	}
+	if !leaves() {
+		t.Fatal("without rules it does not leave either")
+	}
+	if err := nat.SetHub(hub); err != nil {
+		t.Fatal(err)
+	}
+	if leaves() {
+		t.Error("it leaves")
+	}
+}
+
+// rawTCP is a raw socket of a namespace's.
+func rawTCP(t *testing.T, ns string) (c net.PacketConn) {
+	t.Helper()
+	made := make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		err := enter(ns)
+		if err == nil {
+			c, err = net.ListenPacket("ip4:tcp", "0.0.0.0")
+		}
+		made <- err
+	}()
+	if err := <-made; err != nil {
+		t.Fatal(err)
+	}
+	return c
 }
