@@ -220,6 +220,34 @@ func TestReservations(t *testing.T) {
 	}
 }
 
+// An address that somebody has without asking is given to nobody else; who has a lease of it
+// keeps that.
+func TestTaken(t *testing.T) {
+	taken := map[netip.Addr]net.HardwareAddr{a("192.168.10.26"): mac(9)}
+	s, now := table(t, func(c *Config) {
+		c.Taken = func(ip netip.Addr, card net.HardwareAddr) bool {
+			return taken[ip] != nil && !bytes.Equal(taken[ip], card)
+		}
+	})
+	if got := ack(t, s, 1); got != "192.168.10.27" {
+		t.Errorf("the first gets %s", got)
+	}
+	if got := ack(t, s, 2, want("192.168.10.26")); got != "192.168.10.28" {
+		t.Errorf("who asks for it gets %s", got)
+	}
+	if got := ack(t, s, 9, want("192.168.10.26")); got != "192.168.10.26" {
+		t.Errorf("whose it is gets %s", got)
+	}
+	taken[a("192.168.10.27")] = mac(8)
+	if got := ack(t, s, 1); got != "192.168.10.27" {
+		t.Errorf("who had it before gets %s", got)
+	}
+	*now = now.Add(24 * time.Hour)
+	if got := ack(t, s, 1); got == "192.168.10.27" {
+		t.Error("a lease that has ended is renewed")
+	}
+}
+
 // A microVM has its address by whatever card it has, and nobody else has it.
 func TestReservationOfMicroVM(t *testing.T) {
 	cards := map[string]string{mac(1).String(): "default/web", mac(5).String(): "default/db"}

@@ -36,6 +36,9 @@ type Config struct {
 	// MicroVM is the NAMESPACE/NAME of the microVM that has a card; empty: none. It is
 	// asked each time, if there is a reservation for a microVM, and must not block.
 	MicroVM func(net.HardwareAddr) string
+	// Taken says whether an address is another's than a card's, who has not asked this server
+	// for it. It must not block. nil: none is.
+	Taken func(netip.Addr, net.HardwareAddr) bool
 	// Authoritative servers refuse what is wrong on their segment (NAK); others
 	// keep silent about clients that they do not know.
 	Authoritative bool

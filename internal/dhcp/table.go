@@ -277,8 +277,12 @@ func (s *Server) free(p *pool, ip addr4, m *message, reserve bool) bool {
 		return false
 	}
 	r := s.leases[ip]
+	its := r != nil && s.same(r, m)
+	if !reserve && !(its && !s.ended(r)) && s.c.Taken != nil && s.c.Taken(ip.netip(), m.mac[:]) {
+		return false
+	}
 	switch {
-	case r == nil || s.same(r, m):
+	case r == nil || its:
 		return true
 	case r.busy > s.seconds():
 		return false

@@ -1,9 +1,11 @@
 package hub
 
 import (
+	"bytes"
 	"context"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -95,6 +97,12 @@ func (h *Hub) microVM(mac net.HardwareAddr) string {
 		return g.String()
 	}
 	return ""
+}
+
+// taken says whether a spec gives an address to another card than this.
+func (h *Hub) taken(ip netip.Addr, mac net.HardwareAddr) bool {
+	g := h.guests.withAddress(ip)
+	return g != nil && !slices.ContainsFunc(g.Cards, func(c card) bool { return c.Address == ip && bytes.Equal(c.hardware(), mac) })
 }
 
 // forget ends the leases of microVMs that are gone: whoever comes next under the name of

@@ -36,7 +36,7 @@ func (h *Hub) dhcpConfig() dhcp.Config {
 			Prefix: c.Subnet, Ranges: []dhcp.Range{{First: c.First, Last: c.Last}}, Exclude: machines,
 			Options: dhcp.Options{Routers: []netip.Addr{c.Address}, DNS: []netip.Addr{c.Address}, Domain: c.Domain},
 		}},
-		Reservations: kept, MicroVM: h.microVM,
+		Reservations: kept, MicroVM: h.microVM, Taken: h.taken,
 		LeaseFile: leasesFile, ConfigFile: dhcpConfigFile, DefaultsFile: dhcpDefaultsFile, Log: h.log,
 	}
 }
