@@ -157,7 +157,7 @@ func (a *accesses) show(all []access) {
 }
 
 func (x access) equal(y access) bool {
-	return x.Guest.UID == y.Guest.UID && x.Guest.equal(y.Guest) && x.Address == y.Address && slices.Equal(x.Ports, y.Ports) && x.Egress.String() == y.Egress.String()
+	return x.Guest.UID == y.Guest.UID && x.Guest.Host == y.Guest.Host && x.Guest.equal(y.Guest) && x.Address == y.Address && slices.Equal(x.Ports, y.Ports) && x.Egress.String() == y.Egress.String()
 }
 
 // wanted is what the hub's rules ought to have.

@@ -98,8 +98,8 @@ type hearing struct {
 type index map[string][]*guest
 
 func (x index) add(key string, g *guest) {
-	x[key] = append(x[key], g)
-	slices.SortFunc(x[key], func(a, b *guest) int { return cmp.Or(cmp.Compare(a.UID, b.UID), cmp.Compare(a.Host, b.Host)) })
+	at, _ := slices.BinarySearchFunc(x[key], g, func(a, b *guest) int { return cmp.Or(cmp.Compare(a.UID, b.UID), cmp.Compare(a.Host, b.Host)) })
+	x[key] = slices.Insert(x[key], at, g)
 }
 
 func (x index) remove(key string, g *guest) {
