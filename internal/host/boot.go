@@ -105,7 +105,7 @@ func (v *instance) boot(ctx context.Context) error {
 		defer v.host.turns.giveBack()
 		v.booted(m)
 	})
-	v.note(ctx)
+	v.note()
 	return nil
 }
 
@@ -436,21 +436,28 @@ const (
 )
 
 // note writes the spec into containerd, where `ctr content ls` shows it and a lost
-// directory can be rebuilt from. The microVM runs already: nothing waits for it.
-func (v *instance) note(ctx context.Context) {
+// directory can be rebuilt from. The microVM runs already: nothing waits for it but
+// denote.
+func (v *instance) note() {
+	v.denote()
 	if v.kept != nil {
 		return // flintlock's record is there, and flintlock may come back to it
 	}
-	ctx, cancel := context.WithTimeout(ctx, askTime)
-	defer cancel()
-	text, err := json.Marshal(record{Format: recordFormat, Spec: v.spec, User: v.user})
-	if err == nil {
-		err = v.host.c.Images.Record(ctx, v.lease(), map[string]string{
-			nameLabel: v.spec.Name, namespaceLabel: v.spec.Namespace,
-			uidLabel: v.spec.UID, typeLabel: "microvm", versionLabel: "1",
-		}, text)
-	}
-	if err != nil && !errors.Is(err, context.Canceled) {
-		v.log.Warn("write spec into containerd", "err", err)
-	}
+	ctx, cancel := context.WithTimeout(v.host.ctx, askTime)
+	noted := make(chan struct{})
+	v.denote = func() { cancel(); <-noted }
+	v.host.running.Go(func() {
+		defer close(noted)
+		defer cancel()
+		text, err := json.Marshal(record{Format: recordFormat, Spec: v.spec, User: v.user})
+		if err == nil {
+			err = v.host.c.Images.Record(ctx, v.lease(), map[string]string{
+				nameLabel: v.spec.Name, namespaceLabel: v.spec.Namespace,
+				uidLabel: v.spec.UID, typeLabel: "microvm", versionLabel: "1",
+			}, text)
+		}
+		if err != nil && !errors.Is(err, context.Canceled) {
+			v.log.Warn("write spec into containerd", "err", err)
+		}
+	})
 }

@@ -58,6 +58,7 @@ type instance struct {
 	// Of the goroutine.
 	course   course
 	metadata *metadata.Server
+	denote   func()    // ends the writing of its spec into containerd
 	looked   bool      // for what an earlier daemon has started
 	told     bool      // it was to stop: its end is no choice of the guest's
 	asked    bool      // the guest's agent was asked to shut down
@@ -100,7 +101,7 @@ func newInstance(h *Host, r record) *instance {
 	}
 	v := &instance{
 		host: h, spec: r.Spec, dir: r.Dir, user: r.User, key: r.Key, kept: r.Flintlock, record: r, told: r.Stopped, status: status,
-		wake: make(chan struct{}, 1), seen: make(chan struct{}), watchers: map[chan View]bool{},
+		wake: make(chan struct{}, 1), seen: make(chan struct{}), watchers: map[chan View]bool{}, denote: func() {},
 		log: h.c.Log.With("vm", r.Spec.Namespace+"/"+r.Spec.Name, "uid", r.Spec.UID),
 	}
 	v.noted, v.labeled = notable(v.view().Status), clone(r.Spec.Labels)
@@ -715,6 +716,7 @@ func (v *instance) destroy(ctx context.Context, asked time.Time) error {
 		}
 	}
 	v.course.next("images")
+	v.denote()
 	if err := v.host.c.Images.Release(ctx, v.lease()); err != nil && !errdefs.IsNotFound(err) {
 		return err
 	}

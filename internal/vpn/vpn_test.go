@@ -99,6 +99,12 @@ func network(t *testing.T) {
 	for _, name := range []string{"wg-quick", "wg", "wireguard-go", "busybox"} {
 		need.Binary(t, name)
 	}
+	// The interfaces go first: those within a namespace go some time after its end.
+	t.Cleanup(func() {
+		sh(t, `for d in laptop phone stranger; do [ ! -e /run/wireguard/$d.sock ] || ip netns exec $(cat /run/where-$d) ip link del $d; done
+			for i in segment d2 d3 outside vpn0; do ip link del $i 2>/dev/null; done; rm -rf /run/wireguard
+			for n in box device2 device3; do ip netns del $n; done`)
+	})
 	sh(t, `set -e; ip link set lo up
 		ip netns add box; ip link add segment type veth peer name eth0 netns box; ip addr add 192.168.10.2/25 dev segment; ip link set segment up
 		ip -n box addr add 192.168.10.3/25 dev eth0; ip -n box link set eth0 up; ip -n box route add default via 192.168.10.2
@@ -106,10 +112,6 @@ func network(t *testing.T) {
 		ip link add outside type bridge; ip addr add 203.0.113.1/24 dev outside; ip link set outside up
 		for i in 2 3; do ip netns add device$i; ip -n device$i link set lo up; ip link add d$i type veth peer name eth0 netns device$i
 			ip link set d$i master outside up; ip -n device$i addr add 203.0.113.$i/24 dev eth0; ip -n device$i link set eth0 up; done`)
-	t.Cleanup(func() {
-		sh(t, `for d in laptop phone stranger; do [ ! -e /run/wireguard/$d.sock ] || ip netns exec $(cat /run/where-$d) ip link del $d; done
-			for n in box device2 device3; do ip netns del $n; done; ip link del segment 2>/dev/null; ip link del outside; ip link del vpn0 2>/dev/null; rm -rf /run/wireguard`)
-	})
 }
 
 // connect has a device use a peer's configuration, as its owner would.
