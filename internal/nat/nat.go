@@ -91,6 +91,7 @@ func (h Hub) table() (*batch, error) {
 	}
 	accept, drop := verdict(expr.VerdictAccept), verdict(expr.VerdictDrop)
 	platform := b.addresses("platform", h.Platform)
+	h.untrack(b, platform)
 	forward := b.chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, nftables.ChainPolicyDrop)
 	b.rule(forward, "no packets of no connection", iif(h.Inside), oif(h.Outside), invalid(), drop)
 	h.restrict(b, forward)
@@ -128,6 +129,22 @@ func (h Hub) table() (*batch, error) {
 	}
 	return b, nil
 }
+
+// untrack has the kernel keep no connections of what is asked often and answered at
+// once, which takes time and fills its table: names of the hub's own address on the
+// segment, and DHCP. No rule of ours asks about those.
+func (h Hub) untrack(b *batch, platform *nftables.Set) {
+	notrack := []expr.Any{&expr.Notrack{}}
+	questions := b.chain("questions", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw, nftables.ChainPolicyAccept)
+	b.rule(questions, "for names", iif(h.Inside), port(unix.IPPROTO_UDP, 53), destinationIn(platform), notrack)
+	b.rule(questions, "for leases", iif(h.Inside), port(unix.IPPROTO_UDP, 67), destinationIn(platform), notrack)
+	b.rule(questions, "for leases, of anybody", iif(h.Inside), port(unix.IPPROTO_UDP, 67), destination(everybody), notrack)
+	answers := b.chain("answers", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityRaw, nftables.ChainPolicyAccept)
+	b.rule(answers, "about names", oif(h.Inside), udpFrom(53), sourceIn(platform), notrack)
+	b.rule(answers, "about leases", oif(h.Inside), udpFrom(67), sourceIn(platform), notrack)
+}
+
+var everybody = netip.MustParsePrefix("255.255.255.255/32") // on the segment
 
 // segmentServices are what the hub serves to guests.
 var segmentServices = []struct {

@@ -128,6 +128,31 @@ func plainHub(t *testing.T) (web, other, outside string) {
 	return web, other, outside
 }
 
+// TestUntracked: the kernel keeps no connection of what asks the hub for a name or a
+// lease, and one of what asks it for something else.
+func TestUntracked(t *testing.T) {
+	web, _, _ := plainHub(t)
+	if err := nat.SetHub(hub); err != nil {
+		t.Fatal(err)
+	}
+	for _, port := range []string{"53", "67", "5353"} {
+		answer(t, "udp", "192.168.10.2:"+port)
+	}
+	connections := func() string {
+		b, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(string(b))
+	}
+	for _, c := range []struct{ port, want string }{{"53", "0"}, {"67", "0"}, {"5353", "1"}} {
+		try(t, []attempt{{web, "192.168.10.30", "udp", "192.168.10.2:" + c.port, true}})
+		if got := connections(); got != c.want {
+			t.Errorf("%s connections are kept after a question to port %s, want %s", got, c.port, c.want)
+		}
+	}
+}
+
 // TestPublished: a port of the hub's leads to a microVM from everywhere, and opens
 // nothing else.
 func TestPublished(t *testing.T) {
