@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,9 +20,6 @@ import (
 
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/internal/nat"
-	"ingot/internal/need"
-	"ingot/internal/pki"
-	"ingot/internal/wire"
 )
 
 // hubEnv is set in processes that are hubs, to their configuration file.
@@ -118,61 +114,11 @@ func start(t *testing.T, config string) (kill func()) {
 	return kill
 }
 
-func write(t *testing.T, path, text string) string {
-	t.Helper()
-	if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
-
 // TestHub is what a guest, an operator and a crash see of a hub.
 func TestHub(t *testing.T) {
-	need.Root(t)
-	need.NetNS(t)
-	need.Binary(t, "busybox")
-	sh(t, `set -e; ip link set lo up; ip netns add guest; ip link add uplink type veth peer name world; ip link set uplink up
-		ip link add segment type veth peer name eth0 netns guest; ip addr add 192.168.10.2/25 dev segment; ip link set segment up
-		ip -n guest link set lo up; ip -n guest link set eth0 up`)
-	t.Cleanup(func() {
-		os.Remove(leasesFile)
-		if out, err := exec.Command("sh", "-c", "ip netns del guest; ip link del segment 2>/dev/null; ip link del uplink").CombinedOutput(); err != nil {
-			t.Errorf("clean up: %v\n%s", err, out)
-		}
-	})
-	dir := t.TempDir()
-	ca, err := pki.OpenCA(filepath.Join(dir, "ca"), "test")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"hub", "operator"} {
-		if _, err := ca.Ensure(filepath.Join(dir, name), name, nil, []netip.Addr{netip.MustParseAddr("192.168.10.2")}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	write(t, dir+"/token", "secret\n")
-	config := write(t, dir+"/hub.yaml", fmt.Sprintf(`format: 1
-interface: segment
-uplink: uplink
-address: 192.168.10.2
-subnet: 192.168.10.0/25
-range-first: 192.168.10.26
-range-last: 192.168.10.126
-trusted: 100.64.0.0/30
-domain: lab.internal
-machines:
-- {name: network-hub, address: 192.168.10.2}
-- {name: Host-0, address: 192.168.10.3}
-pki: %[1]s/hub
-token-file: %[1]s/token
-registry: %[1]s/registry
-`, dir))
-	conn, err := wire.Dial(wire.Target{Address: "192.168.10.2:9091", TLS: pki.In(dir + "/operator"), Token: "secret"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	hub := ingotv1.NewHubClient(conn)
+	segment(t)
+	dir, config := configured(t, "trusted: 100.64.0.0/30\nmachines: [{name: network-hub, address: 192.168.10.2}, {name: Host-0, address: 192.168.10.3}]\n", nil)
+	hub := operator(t, dir)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	// lease is the only one, once the hub serves.

@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/netip"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -38,57 +36,24 @@ type neighbourhood struct {
 
 func newNeighbourhood(t *testing.T) *neighbourhood {
 	t.Helper()
-	need.Root(t)
-	need.NetNS(t)
-	for _, name := range []string{"busybox", "dig", "getent"} {
+	for _, name := range []string{"dig", "getent"} {
 		need.Binary(t, name)
 	}
-	sh(t, `set -e; ip link set lo up; ip addr add 192.168.10.3/32 dev lo; ip netns add guest; ip link add uplink type veth peer name world; ip link set uplink up
-		ip link add segment type veth peer name eth0 address `+mac(1).String()+` netns guest; ip addr add 192.168.10.2/25 dev segment; ip link set segment up
-		ip -n guest link set lo up; ip -n guest link set eth0 up
+	segment(t)
+	sh(t, `set -e; ip addr add 192.168.10.3/32 dev lo
 		mkdir -p /etc/netns/guest; printf 'search lab.internal\nnameserver 192.168.10.2\n' >/etc/netns/guest/resolv.conf; touch /etc/resolv.conf`)
 	t.Cleanup(func() {
-		os.Remove(leasesFile)
-		os.Remove(guestsFile)
-		if out, err := exec.Command("sh", "-c", "ip netns del guest; ip addr del 192.168.10.3/32 dev lo; ip link del segment 2>/dev/null; ip link del uplink; nft flush ruleset").CombinedOutput(); err != nil {
+		if out, err := exec.Command("ip", "addr", "del", "192.168.10.3/32", "dev", "lo").CombinedOutput(); err != nil {
 			t.Errorf("clean up: %v\n%s", err, out)
 		}
 	})
-	n := &neighbourhood{dir: t.TempDir(), host: newTold(t)}
+	n := &neighbourhood{host: newTold(t)}
 	n.host.server.Stop()
-	n.creds = pki.In(filepath.Join(n.dir, "host-0"))
-	ca, err := pki.OpenCA(filepath.Join(n.dir, "ca"), "test")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, ip := range map[string]string{"hub": "192.168.10.2", "host-0": "192.168.10.3", "operator": "127.0.0.1"} {
-		if _, err := ca.Ensure(filepath.Join(n.dir, name), name, nil, []netip.Addr{netip.MustParseAddr(ip)}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	write(t, n.dir+"/token", "secret\n")
-	n.config = write(t, n.dir+"/hub.yaml", fmt.Sprintf(`format: 1
-interface: segment
-uplink: uplink
-address: 192.168.10.2
-subnet: 192.168.10.0/25
-range-first: 192.168.10.26
-range-last: 192.168.10.126
-domain: lab.internal
-machines:
-- {name: network-hub, address: 192.168.10.2}
-- {name: Host-0, address: 192.168.10.3, host: true}
+	n.dir, n.config = configured(t, `machines: [{name: network-hub, address: 192.168.10.2}, {name: Host-0, address: 192.168.10.3, host: true}]
 reservations: [{microvm: default/kept, address: 192.168.10.80}]
-pki: %[1]s/hub
-token-file: %[1]s/token
-registry: %[1]s/registry
-`, n.dir))
-	conn, err := wire.Dial(wire.Target{Address: "192.168.10.2:9091", TLS: pki.In(n.dir + "/operator"), Token: "secret"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	n.hub = ingotv1.NewHubClient(conn)
+`, map[string]string{"host-0": "192.168.10.3"})
+	n.creds = pki.In(filepath.Join(n.dir, "host-0"))
+	n.hub = operator(t, n.dir)
 	return n
 }
 

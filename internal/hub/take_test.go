@@ -2,10 +2,7 @@ package hub
 
 import (
 	"context"
-	"fmt"
-	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -18,63 +15,17 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	ingotv1 "ingot/api/ingot/v1"
-	"ingot/internal/need"
-	"ingot/internal/pki"
-	"ingot/internal/wire"
 )
 
 // alone is a hub's configuration, with a guest's namespace behind its segment, and who
 // asks the hub.
 func alone(t *testing.T) (config string, hub ingotv1.HubClient) {
 	t.Helper()
-	need.Root(t)
-	need.NetNS(t)
-	need.Binary(t, "busybox")
-	sh(t, `set -e; ip link set lo up; ip netns add guest; ip link add uplink type veth peer name world; ip link set uplink up
-		ip link add segment type veth peer name eth0 netns guest; ip addr add 192.168.10.2/25 dev segment; ip link set segment up
-		ip -n guest link set lo up; ip -n guest link set eth0 up`)
-	t.Cleanup(func() {
-		os.RemoveAll("/var/lib/ingot")
-		os.Remove(leasesFile)
-		if out, err := exec.Command("sh", "-c", "ip netns del guest; ip link del segment 2>/dev/null; ip link del uplink").CombinedOutput(); err != nil {
-			t.Errorf("clean up: %v\n%s", err, out)
-		}
-	})
-	dir := t.TempDir()
-	ca, err := pki.OpenCA(filepath.Join(dir, "ca"), "test")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"hub", "operator"} {
-		if _, err := ca.Ensure(filepath.Join(dir, name), name, nil, []netip.Addr{netip.MustParseAddr("192.168.10.2")}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	write(t, dir+"/token", "secret\n")
-	config = write(t, dir+"/hub.yaml", fmt.Sprintf(`format: 1
-interface: segment
-uplink: uplink
-address: 192.168.10.2
-subnet: 192.168.10.0/25
-range-first: 192.168.10.26
-range-last: 192.168.10.126
-domain: lab.internal
-machines:
-- {name: network-hub, address: 192.168.10.2}
-pki: %[1]s/hub
-token-file: %[1]s/token
-registry: %[1]s/registry
-`, dir))
-	conn, err := wire.Dial(wire.Target{Address: "192.168.10.2:9091", TLS: pki.In(dir + "/operator"), Token: "secret"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	return config, ingotv1.NewHubClient(conn)
+	segment(t)
+	dir, config := configured(t, only, nil)
+	return config, operator(t, dir)
 }
 
-// A hub takes the place of an isc-dhcp-server, while it runs: it ends to begin anew
-// with the old configuration, and has its leases at once.
 func TestImport(t *testing.T) {
 	config, hub := alone(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -17,9 +16,7 @@ import (
 
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/internal/need"
-	"ingot/internal/pki"
 	"ingot/internal/vpn"
-	"ingot/internal/wire"
 )
 
 // outside is a hub with a guest behind it, and a laptop outside.
@@ -31,53 +28,21 @@ type outside struct {
 
 func newOutside(t *testing.T) outside {
 	t.Helper()
-	need.Root(t)
-	need.NetNS(t)
-	for _, name := range []string{"busybox", "wg-quick", "wireguard-go"} {
+	for _, name := range []string{"wg-quick", "wireguard-go"} {
 		need.Binary(t, name)
 	}
-	sh(t, `set -e; ip link set lo up; ip netns add guest; ip netns add laptop
-		ip link add uplink type veth peer name eth0 netns laptop; ip addr add 203.0.113.1/24 dev uplink; ip link set uplink up
+	segment(t)
+	sh(t, `set -e; ip netns add laptop; ip link set world name eth0 netns laptop; ip addr add 203.0.113.1/24 dev uplink
 		ip -n laptop link set lo up; ip -n laptop addr add 203.0.113.2/24 dev eth0; ip -n laptop link set eth0 up
-		ip link add segment type veth peer name eth0 netns guest; ip addr add 192.168.10.2/25 dev segment; ip link set segment up
-		ip -n guest link set lo up; ip -n guest addr add 192.168.10.30/25 dev eth0; ip -n guest link set eth0 up; ip -n guest route add default via 192.168.10.2`)
+		ip -n guest addr add 192.168.10.30/25 dev eth0; ip -n guest route add default via 192.168.10.2`)
 	t.Cleanup(func() {
-		if out, err := exec.Command("sh", "-c", "ip -n laptop link del laptop; ip netns del guest; ip netns del laptop; ip link del segment 2>/dev/null; ip link del uplink 2>/dev/null; nft flush ruleset").CombinedOutput(); err != nil {
+		if out, err := exec.Command("sh", "-c", "ip -n laptop link del laptop; ip netns del laptop").CombinedOutput(); err != nil {
 			t.Errorf("clean up: %v\n%s", err, out)
 		}
 	})
-	dir := t.TempDir()
-	ca, err := pki.OpenCA(filepath.Join(dir, "ca"), "test")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"hub", "operator"} {
-		if _, err := ca.Ensure(filepath.Join(dir, name), name, nil, []netip.Addr{netip.MustParseAddr("192.168.10.2")}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	write(t, dir+"/token", "secret\n")
-	text := fmt.Sprintf(`format: 1
-interface: segment
-uplink: uplink
-address: 192.168.10.2
-subnet: 192.168.10.0/25
-range-first: 192.168.10.26
-range-last: 192.168.10.126
-domain: lab.internal
-machines: [{name: network-hub, address: 192.168.10.2}]
-pki: %[1]s/hub
-token-file: %[1]s/token
-registry: %[1]s/registry
-`, dir)
-	without := write(t, dir+"/without.yaml", text)
-	config := write(t, dir+"/hub.yaml", text+"vpn: {subnet: 10.91.0.0/24, port: 51820}\n")
-	conn, err := wire.Dial(wire.Target{Address: "192.168.10.2:9091", TLS: pki.In(dir + "/operator"), Token: "secret"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { conn.Close() })
-	return outside{dir, config, without, ingotv1.NewHubClient(conn)}
+	dir, without := configured(t, only, nil)
+	config := write(t, dir+"/vpn.yaml", fmt.Sprintf(usually, dir)+only+"vpn: {subnet: 10.91.0.0/24, port: 51820}\n")
+	return outside{dir, config, without, operator(t, dir)}
 }
 
 // connect has the laptop use what the hub said, as its owner would.
