@@ -22,7 +22,8 @@ type Dhcpd struct {
 	Reservations                     []Reservation
 	Left                             []Left
 
-	said map[saidOption]confStatement
+	said  map[saidOption]confStatement
+	timed map[netip.Prefix][]confStatement // what says the lease times of a subnet
 }
 
 // saidOption is an option of a subnet.
@@ -48,7 +49,7 @@ func ParseDhcpd(text string) (Dhcpd, error) {
 	if err != nil {
 		return Dhcpd{}, fmt.Errorf("read dhcpd's configuration: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
-	r := confReader{Dhcpd: Dhcpd{said: map[saidOption]confStatement{}}, types: map[string]confType{}}
+	r := confReader{Dhcpd: Dhcpd{said: map[saidOption]confStatement{}, timed: map[netip.Prefix][]confStatement{}}, types: map[string]confType{}}
 	for name, t := range confTypes {
 		r.types[name] = t
 	}
@@ -66,13 +67,19 @@ func ParseDhcpd(text string) (Dhcpd, error) {
 }
 
 // With is a server's configuration that also does as dhcpd did. What c says already
-// goes before, and what is not taken for that is left: the router, name server and
-// domain of c's subnets are the hub's. Reservations are not part of it.
+// goes before, and what is not taken for that is left: each option of c's subnets, and
+// their lease times, all three or none. Reservations are not part of it.
 func (c Config) With(d Dhcpd) (Config, []Left) {
 	left := slices.Clone(d.Left)
-	c.DefaultLease, c.MaxLease, c.MinLease = d.DefaultLease, d.MaxLease, d.MinLease
+	timed := c.DefaultLease != 0 || c.MaxLease != 0 || c.MinLease != 0
+	if !timed {
+		c.DefaultLease, c.MaxLease, c.MinLease = d.DefaultLease, d.MaxLease, d.MinLease
+	}
 	c.Subnets = slices.Clone(c.Subnets)
 	for _, n := range d.Subnets {
+		if timed && n.DefaultLease == 0 {
+			n.DefaultLease, n.MaxLease, n.MinLease = d.DefaultLease, d.MaxLease, d.MinLease
+		}
 		i := slices.IndexFunc(c.Subnets, func(own Subnet) bool { return own.Prefix.Overlaps(n.Prefix) })
 		switch {
 		case i < 0:
@@ -81,7 +88,7 @@ func (c Config) With(d Dhcpd) (Config, []Left) {
 			left = append(left, Left{n.line, "subnet " + n.Prefix.String(), "it overlaps with " + c.Subnets[i].Prefix.Masked().String()})
 		default:
 			var more []Left
-			c.Subnets[i], more = c.Subnets[i].with(n, d)
+			c.Subnets[i], more = c.Subnets[i].with(n, d, timed)
 			left = append(left, more...)
 		}
 	}
@@ -89,8 +96,9 @@ func (c Config) With(d Dhcpd) (Config, []Left) {
 	return c, left
 }
 
-// with is a subnet and what dhcpd has for it.
-func (n Subnet) with(old Subnet, d Dhcpd) (Subnet, []Left) {
+// with is a subnet and what dhcpd has for it. timed says that there are lease times which
+// go before dhcpd's.
+func (n Subnet) with(old Subnet, d Dhcpd, timed bool) (Subnet, []Left) {
 	own := make([]span, len(n.Ranges))
 	for i, r := range n.Ranges {
 		own[i] = span{from(r.First), from(r.Last)}
@@ -102,17 +110,23 @@ func (n Subnet) with(old Subnet, d Dhcpd) (Subnet, []Left) {
 			n.Ranges = append(n.Ranges, Range{s.first.netip(), s.last.netip()})
 		}
 	}
-	n.DefaultLease, n.MaxLease, n.MinLease = old.DefaultLease, old.MaxLease, old.MinLease
-	was := n.Options
-	n.Options = old.Options
-	n.Options.Routers, n.Options.DNS, n.Options.Domain = was.Routers, was.DNS, was.Domain
+	n.Options = n.Options.Or(old.Options)
 	var left []Left
-	for code, same := range map[uint8]bool{
-		optionRouter: slices.Equal(was.Routers, old.Options.Routers), optionDNS: slices.Equal(was.DNS, old.Options.DNS), optionDomain: was.Domain == old.Options.Domain,
-	} {
-		if s, said := d.said[saidOption{old.Prefix, code}]; said && !same {
-			left = append(left, Left{s.line, s.String(), "in " + old.Prefix.String() + " this is the hub's to say"})
+	leave := func(s confStatement) {
+		left = append(left, Left{s.line, s.String(), "in " + old.Prefix.String() + " this is the hub's to say"})
+	}
+	for at, s := range d.said {
+		if at.subnet == old.Prefix && !n.Options.same(old.Options, at.code) {
+			leave(s)
 		}
+	}
+	timed = timed || n.DefaultLease != 0 || n.MaxLease != 0 || n.MinLease != 0
+	if !timed {
+		n.DefaultLease, n.MaxLease, n.MinLease = old.DefaultLease, old.MaxLease, old.MinLease
+		return n, left
+	}
+	for _, s := range d.timed[old.Prefix] {
+		leave(s)
 	}
 	return n, left
 }
@@ -222,6 +236,7 @@ type confScope struct {
 	initial, longest, shortest time.Duration
 	authoritative              bool
 	options                    map[string]confStatement
+	times                      []confStatement
 	subnet                     *Subnet
 }
 
@@ -253,7 +268,7 @@ func (r *confReader) scope(all []confStatement, c confScope) confScope {
 	for name, s := range c.options {
 		options[name] = s
 	}
-	c.options = options
+	c.options, c.times = options, slices.Clip(c.times)
 	var blocks, own []confStatement
 	for _, s := range all {
 		switch first := s.word(0); {
@@ -264,15 +279,9 @@ func (r *confReader) scope(all []confStatement, c confScope) confScope {
 			if c.authoritative = true; c.kind != "" {
 				r.leave(s, "it holds for the whole server or not at all")
 			}
-		case first == "default-lease-time":
-			r.duration(s, &c.initial)
-			own = append(own, s)
-		case first == "max-lease-time":
-			r.duration(s, &c.longest)
-			own = append(own, s)
-		case first == "min-lease-time":
-			r.duration(s, &c.shortest)
-			own = append(own, s)
+		case first == "default-lease-time", first == "max-lease-time", first == "min-lease-time":
+			r.duration(s, map[string]*time.Duration{"default-lease-time": &c.initial, "max-lease-time": &c.longest, "min-lease-time": &c.shortest}[first])
+			c.times, own = append(c.times, s), append(own, s)
 		case first == "option" && s.word(2) == "code":
 			r.define(s)
 		case first == "option" && len(s.words) > 2:
@@ -390,6 +399,7 @@ func (r *confReader) addRange(s confStatement, n *Subnet) {
 func (r *confReader) finish(c confScope) {
 	n := c.subnet
 	n.DefaultLease, n.MaxLease, n.MinLease = c.lifetimes()
+	r.timed[n.Prefix] = c.times
 	for _, name := range sortedNames(c.options) {
 		r.option(c.options[name], n)
 	}

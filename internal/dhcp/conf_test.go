@@ -90,7 +90,7 @@ func TestConfSaysWhatIsLeft(t *testing.T) {
 		Reservations: []Reservation{{IP: a("192.168.10.10"), MAC: []byte{2, 0, 0, 0xaa, 0xbb, 1}}, {IP: a("192.168.10.11"), ClientID: []byte("cam")}},
 	}
 	left := d.Left
-	d.Left, d.said = nil, nil
+	d.Left, d.said, d.timed = nil, nil, nil
 	for i := range d.Subnets {
 		d.Subnets[i].line = 0
 	}
@@ -136,6 +136,7 @@ subnet 192.168.0.0 netmask 255.255.0.0 { range 192.168.1.1; }
 	// The last one overlaps with the first in the file itself.
 	ours := config(t)
 	ours.Subnets[0].Exclude = []netip.Prefix{mustPrefix("192.168.10.25/32")}
+	ours.Subnets[0].Options.Domain = "lab.internal"
 	c, left := ours.With(d)
 	if _, err := New(c); err != nil {
 		t.Fatal(err)
@@ -150,6 +151,7 @@ subnet 192.168.10.0 netmask 255.255.255.128 {
   range 192.168.10.26 192.168.10.126;
   option routers 192.168.10.2;
   option domain-name-servers 147.75.207.207, 147.75.207.208;
+  option domain-name "lab.internal";
   option ntp-servers 192.168.10.4;
 }
 
@@ -166,6 +168,51 @@ subnet 10.7.0.0 netmask 255.255.255.0 {
 		{2, `option domain-name "old.example.org"`, "in 192.168.10.0/25 this is the hub's to say"},
 		{4, "option routers 192.168.10.1", "in 192.168.10.0/25 this is the hub's to say"},
 		{7, "subnet 192.168.0.0 netmask 255.255.0.0", "it overlaps with 192.168.10.0/25"},
+	}; !reflect.DeepEqual(left, want) {
+		t.Errorf("left %v", left)
+	}
+}
+
+// All that a hub says itself goes before, and lease times as a whole: half of ours and
+// half of dhcpd's may be none.
+func TestConfBesideAllOfOurs(t *testing.T) {
+	d, err := ParseDhcpd(`max-lease-time 3600;
+option ntp-servers 192.168.10.4;
+option interface-mtu 1400;
+option tftp-server-name "old";
+option bootfile-name "boot";
+subnet 192.168.10.0 netmask 255.255.255.128 { default-lease-time 300; }
+subnet 10.7.0.0 netmask 255.255.255.0 { range 10.7.0.10; }
+`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ours := config(t)
+	ours.DefaultLease, ours.MaxLease = 2*time.Hour, 4*time.Hour
+	ours.Subnets[0].Options.NTP = []netip.Addr{a("192.168.10.9")}
+	ours.Subnets[0].Options.MTU = 1400
+	ours.Subnets[0].Options.More = map[uint8][]byte{66: []byte("new"), 224: {7}}
+	c, left := ours.With(d)
+	if _, err := New(c); err != nil {
+		t.Fatal(err)
+	}
+	o := c.Subnets[0].Options
+	if want := (Options{
+		Routers: ours.Subnets[0].Options.Routers, DNS: ours.Subnets[0].Options.DNS, NTP: []netip.Addr{a("192.168.10.9")}, MTU: 1400,
+		More: map[uint8][]byte{66: []byte("new"), 67: []byte("boot"), 224: {7}},
+	}); !reflect.DeepEqual(o, want) {
+		t.Errorf("options %+v", o)
+	}
+	if n := c.Subnets[0]; c.DefaultLease != 2*time.Hour || c.MaxLease != 4*time.Hour || n.DefaultLease != 0 || n.MaxLease != 0 {
+		t.Errorf("lease times %v, %v; %v, %v", c.DefaultLease, c.MaxLease, n.DefaultLease, n.MaxLease)
+	}
+	if n := c.Subnets[1]; n.DefaultLease != time.Hour || n.MaxLease != time.Hour {
+		t.Errorf("lease times of dhcpd's own subnet: %v, %v", n.DefaultLease, n.MaxLease)
+	}
+	const why = "in 192.168.10.0/25 this is the hub's to say"
+	if want := []Left{
+		{1, "max-lease-time 3600", why}, {2, "option ntp-servers 192.168.10.4", why},
+		{4, `option tftp-server-name "old"`, why}, {6, "default-lease-time 300", why},
 	}; !reflect.DeepEqual(left, want) {
 		t.Errorf("left %v", left)
 	}

@@ -1,9 +1,11 @@
 package dhcp
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -28,6 +30,47 @@ type Options struct {
 type Route struct {
 	To  netip.Prefix
 	Via netip.Addr
+}
+
+// Or is o, and what only others say: each option is as the first says it that has it.
+func (o Options) Or(others Options) Options {
+	o.Domain, o.MTU = cmp.Or(o.Domain, others.Domain), cmp.Or(o.MTU, others.MTU)
+	for _, x := range []struct{ own, other *[]netip.Addr }{{&o.Routers, &others.Routers}, {&o.DNS, &others.DNS}, {&o.NTP, &others.NTP}} {
+		if len(*x.own) == 0 {
+			*x.own = *x.other
+		}
+	}
+	if len(o.Routes) == 0 {
+		o.Routes = others.Routes
+	}
+	more := maps.Clone(others.More)
+	if more == nil {
+		more = map[uint8][]byte{}
+	}
+	maps.Copy(more, o.More)
+	if o.More = more; len(more) == 0 {
+		o.More = nil
+	}
+	return o
+}
+
+// same says whether two say the same of an option.
+func (o Options) same(x Options, code uint8) bool {
+	switch code {
+	case optionRouter:
+		return slices.Equal(o.Routers, x.Routers)
+	case optionDNS:
+		return slices.Equal(o.DNS, x.DNS)
+	case optionNTP:
+		return slices.Equal(o.NTP, x.NTP)
+	case optionDomain:
+		return o.Domain == x.Domain
+	case optionMTU:
+		return o.MTU == x.MTU
+	case optionRoutes:
+		return slices.Equal(o.Routes, x.Routes)
+	}
+	return bytes.Equal(o.More[code], x.More[code])
 }
 
 // option is one option as it is sent.
