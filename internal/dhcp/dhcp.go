@@ -267,7 +267,9 @@ func (s *Server) shown(r *record) Lease {
 	l.State = s.current(r).String()
 	if b := s.booked.byIP[r.ip]; b != nil {
 		l.MicroVM = b.MicroVM
-		l.Reserved = bytes.Equal(b.MAC, l.MAC) || b.MicroVM != "" && s.microVM(r.mac) == b.MicroVM
+		m := &message{mac: r.mac, id: []byte(r.id), hostname: []byte(r.hostname), vm: s.microVM(r.mac)}
+		p := s.pool(r.ip)
+		l.Reserved = p != nil && s.booked.of(p, m, s.name(m)) == b
 	}
 	return l
 }
