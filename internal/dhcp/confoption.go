@@ -51,12 +51,12 @@ var confTypes = map[string]confType{
 	"impress-servers": {10, confAddresses}, "resource-location-servers": {11, confAddresses}, "host-name": {optionHostname, confForm{}},
 	"boot-size": {13, confUint16}, "merit-dump": {14, confForm{}}, "domain-name": {optionDomain, confForm{}}, "swap-server": {16, confForm{kind: confAddress}},
 	"root-path": {17, confForm{}}, "extensions-path": {18, confForm{}}, "ip-forwarding": {19, confForm{kind: confFlag}},
-	"non-local-source-routing": {20, confForm{kind: confFlag}}, "policy-filter": {21, confAddresses}, "max-dgram-reassembly": {22, confUint16},
+	"non-local-source-routing": {20, confForm{kind: confFlag}}, "policy-filter": {optionPolicyFilter, confAddresses}, "max-dgram-reassembly": {22, confUint16},
 	"default-ip-ttl": {23, confUint8}, "path-mtu-aging-timeout": {24, confUint32}, "interface-mtu": {optionMTU, confUint16},
 	"all-subnets-local": {27, confForm{kind: confFlag}}, "broadcast-address": {28, confForm{kind: confAddress}},
 	"perform-mask-discovery": {29, confForm{kind: confFlag}}, "mask-supplier": {30, confForm{kind: confFlag}},
 	"router-discovery": {31, confForm{kind: confFlag}}, "router-solicitation-address": {32, confForm{kind: confAddress}},
-	"static-routes": {33, confAddresses}, "trailer-encapsulation": {34, confForm{kind: confFlag}}, "arp-cache-timeout": {35, confUint32},
+	"static-routes": {optionStaticRoutes, confAddresses}, "trailer-encapsulation": {34, confForm{kind: confFlag}}, "arp-cache-timeout": {35, confUint32},
 	"ieee802-3-encapsulation": {36, confForm{kind: confFlag}}, "default-tcp-ttl": {37, confUint8}, "tcp-keepalive-interval": {38, confUint32},
 	"tcp-keepalive-garbage": {39, confForm{kind: confFlag}}, "nis-domain": {40, confForm{}}, "nis-servers": {41, confAddresses},
 	"ntp-servers": {optionNTP, confAddresses}, "vendor-encapsulated-options": {43, confForm{}}, "netbios-name-servers": {44, confAddresses},
@@ -211,15 +211,20 @@ func (f confForm) append(b []byte, w confWord) ([]byte, bool) {
 		return append(b, 0), true
 	}
 	n, err := strconv.ParseInt(w.text, 0, 64)
-	bits := 8 * f.bytes
-	low, high := int64(0), int64(math.MaxUint32)>>(32-bits)
-	if f.signed {
-		low, high = -1<<(bits-1), 1<<(bits-1)-1
-	}
+	low, high := f.limits()
 	if err != nil || n < low || n > high {
 		return nil, false
 	}
 	return append(b, binary.BigEndian.AppendUint32(nil, uint32(n))[4-f.bytes:]...), true
+}
+
+// limits are the least and the largest number.
+func (f confForm) limits() (low, high int64) {
+	bits := 8 * f.bytes
+	if f.signed {
+		return -1 << (bits - 1), 1<<(bits-1) - 1
+	}
+	return 0, int64(math.MaxUint32) >> (32 - bits)
 }
 
 // octets is a string, or bytes as in 0a:00:01.

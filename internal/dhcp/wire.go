@@ -28,7 +28,9 @@ const (
 	optionDNS             = 6
 	optionHostname        = 12
 	optionDomain          = 15
+	optionPolicyFilter    = 21
 	optionMTU             = 26
+	optionStaticRoutes    = 33
 	optionNTP             = 42
 	optionRequested       = 50
 	optionLeaseTime       = 51
