@@ -43,7 +43,7 @@ type Config struct {
 	// keep silent about clients that they do not know.
 	Authoritative bool
 
-	DefaultLease, MaxLease, MinLease time.Duration // 0: 10 min, 2 h, 1 min
+	DefaultLease, MaxLease, MinLease time.Duration // 0: those of the constants
 
 	LeaseFile    string // in the form of ISC's dhcpd.leases
 	ConfigFile   string // an export for people and scripts: dhcpd.conf
@@ -55,6 +55,13 @@ type Config struct {
 	Log    *slog.Logger
 	Now    func() time.Time // nil: time.Now
 }
+
+// How long leases are where nobody says otherwise.
+const (
+	DefaultLease = 10 * time.Minute
+	MaxLease     = 2 * time.Hour
+	MinLease     = time.Minute
+)
 
 // Subnet is a network and what its clients get.
 type Subnet struct {
@@ -149,9 +156,9 @@ var MessageTypes = [...]string{"other", "discover", "offer", "request", "decline
 
 // New prepares a server.
 func New(c Config) (*Server, error) {
-	c.DefaultLease = cmp.Or(c.DefaultLease, 10*time.Minute)
-	c.MaxLease = cmp.Or(c.MaxLease, 2*time.Hour)
-	c.MinLease = cmp.Or(c.MinLease, time.Minute)
+	c.DefaultLease = cmp.Or(c.DefaultLease, DefaultLease)
+	c.MaxLease = cmp.Or(c.MaxLease, MaxLease)
+	c.MinLease = cmp.Or(c.MinLease, MinLease)
 	c.Settle = cmp.Or(c.Settle, 300*time.Millisecond)
 	if c.Now == nil {
 		c.Now = time.Now
@@ -439,7 +446,8 @@ type Facts struct {
 	Latency
 	LastConflict, LastExhausted time.Time // zero: never
 	DefaultLease, MaxLease      time.Duration
-	Config                      string // the text of ConfigFile
+	Ranges                      []Range // without what is excluded, of all subnets
+	Config                      string  // the text of ConfigFile
 }
 
 // Facts says how the server is.
@@ -453,6 +461,9 @@ func (s *Server) Facts() Facts {
 	}
 	for _, p := range s.pools {
 		f.Free += p.size()
+		for _, x := range p.spans {
+			f.Ranges = append(f.Ranges, Range{x.first.netip(), x.last.netip()})
+		}
 	}
 	for ip, r := range s.leases {
 		state := s.current(r)

@@ -36,7 +36,7 @@ func (s *Server) export() error {
 func exportConfig(c Config) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "default-lease-time %d;\nmax-lease-time %d;\n", seconds(c.DefaultLease), seconds(c.MaxLease))
-	if c.MinLease != time.Minute {
+	if c.MinLease != MinLease {
 		fmt.Fprintf(&b, "min-lease-time %d;\n", seconds(c.MinLease))
 	}
 	if c.Authoritative {
