@@ -4,9 +4,13 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/goccy/go-yaml"
 
 	"ingot/internal/hub"
@@ -40,6 +44,59 @@ func TestConfigIsChecked(t *testing.T) {
 		_, err := hub.ReadConfig(path, "test")
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("%q: %v, want %q", text, err, want)
+		}
+	}
+}
+
+// All that DHCP can be told is read as it was written, and what can't be served is not read.
+func TestDHCPIsWrittenWhole(t *testing.T) {
+	addr, prefix := netip.MustParseAddr, netip.MustParsePrefix
+	c := hub.Default()
+	c.Address, c.Subnet, c.Domain = addr("192.168.10.2"), prefix("192.168.10.0/25"), "lab.internal"
+	c.First, c.Last = addr("192.168.10.26"), addr("192.168.10.60")
+	c.DHCP = hub.DHCP{Network: hub.Network{
+		Ranges: []hub.Range{{First: addr("192.168.10.80"), Last: addr("192.168.10.90")}}, Exclude: []netip.Prefix{prefix("192.168.10.88/30")},
+		Lease: hub.LeaseTimes{Default: time.Hour, Min: 90 * time.Second, Max: 36 * time.Hour}, Routers: []netip.Addr{addr("192.168.10.1")},
+		DNS: []netip.Addr{addr("9.9.9.9"), addr("192.168.10.2")}, Domain: "example.org", NTP: []netip.Addr{addr("192.168.10.4")}, MTU: 1400,
+		Routes:  []hub.Route{{To: prefix("10.8.0.0/14"), Via: addr("192.168.10.5")}},
+		Options: []hub.Option{{Code: 66, Value: []string{"tftp: # \"x\"\n\t'"}}, {Code: 67, Value: []string{"~"}}, {Code: 252, Type: "text", Value: []string{"true"}}, {Code: 224, Type: "hex", Value: []string{"07"}}},
+	}, Subnets: []hub.Subnet{{Prefix: prefix("10.7.0.0/24"), Network: hub.Network{Ranges: []hub.Range{{First: addr("10.7.0.9"), Last: addr("10.7.0.9")}}, MTU: 576}}}}
+	c.Reservations = []hub.Reservation{
+		{MicroVM: "default/web", Address: addr("192.168.10.10")}, {MAC: "02:00:00:00:00:01", Address: addr("192.168.10.11")}, {ClientID: "01:0a", Address: addr("10.7.0.9")},
+	}
+	read := func(c hub.Config) (hub.Config, error) {
+		t.Helper()
+		text, err := yaml.Marshal(c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(t.TempDir(), "hub.yaml")
+		if err := os.WriteFile(path, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		got, err := hub.ReadConfig(path, "test")
+		return got, err
+	}
+	got, err := read(c)
+	if err != nil || !reflect.DeepEqual(got.DHCP, c.DHCP) || !reflect.DeepEqual(got.Reservations, c.Reservations) {
+		t.Errorf("got  %+v, %+v, %v\nwant %+v, %+v", got.DHCP, got.Reservations, err, c.DHCP, c.Reservations)
+	}
+	for want, change := range map[string]func(c *hub.Config){
+		"two ranges hold 192.168.10.60": func(c *hub.Config) {
+			c.DHCP.Ranges = []hub.Range{{First: addr("192.168.10.60"), Last: addr("192.168.10.61")}}
+		},
+		"lease times: ":                 func(c *hub.Config) { c.DHCP.Lease.Max = time.Minute },
+		"option 53: ":                   func(c *hub.Config) { c.DHCP.Options[0].Code = 53 },
+		"overlap":                       func(c *hub.Config) { c.DHCP.Subnets[0] = hub.Subnet{Prefix: prefix("192.168.0.0/16")} },
+		`mac: "02:00" is no card's`:     func(c *hub.Config) { c.Reservations[1].MAC = "02:00" },
+		`client-id: "x" is not bytes`:   func(c *hub.Config) { c.Reservations[2].ClientID = "x" },
+		"reservation of 192.168.10.2: ": func(c *hub.Config) { c.Reservations[0].Address = c.Address },
+	} {
+		wrong := c
+		wrong.DHCP.Options, wrong.DHCP.Subnets, wrong.Reservations = slices.Clone(c.DHCP.Options), slices.Clone(c.DHCP.Subnets), slices.Clone(c.Reservations)
+		change(&wrong)
+		if _, err := read(wrong); err == nil || !strings.Contains(err.Error(), want) || !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%v, want %q", err, want)
 		}
 	}
 }

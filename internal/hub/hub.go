@@ -54,6 +54,7 @@ type Config struct {
 	Registry  string       `yaml:"registry"` // directory
 	VPN       *VPN         `yaml:"vpn,omitempty"`
 
+	DHCP         DHCP           `yaml:"dhcp,omitempty"`
 	Reservations []Reservation  `yaml:"reservations,omitempty"`
 	Metrics      netip.AddrPort `yaml:"metrics-endpoint"` // where to tell Prometheus; zero: nowhere
 
@@ -66,12 +67,6 @@ type Machine struct {
 	Name    string     `yaml:"name"`
 	Address netip.Addr `yaml:"address"`
 	Host    bool       `yaml:"host,omitempty"` // it has microVMs, and tells of them
-}
-
-// Reservation is an address that a microVM is to have.
-type Reservation struct {
-	MicroVM string     `yaml:"microvm"` // NAMESPACE/NAME
-	Address netip.Addr `yaml:"address"`
 }
 
 // VPN is how operators' devices come in.
@@ -131,6 +126,13 @@ func ReadConfig(path, version string) (Config, error) {
 	if err != nil {
 		return c, fmt.Errorf("read %s: %w: %w", path, err, errdefs.ErrInvalidArgument)
 	}
+	serves, err := c.addresses()
+	if err == nil {
+		_, err = dhcp.New(serves)
+	}
+	if err != nil {
+		return c, fmt.Errorf("read %s: %w", path, err)
+	}
 	return c, nil
 }
 
@@ -188,6 +190,9 @@ func New(c Config, log *slog.Logger) (*Hub, error) {
 		return nil, err
 	}
 	names := []netip.Prefix{c.Subnet, netip.PrefixFrom(c.Address, 32)}
+	for _, n := range c.DHCP.Subnets {
+		names = append(names, n.Prefix)
+	}
 	if v := c.VPN; v != nil {
 		names = append(names, v.Subnet)
 		h.vpn = vpn.New(vpn.Settings{Dir: vpnDir, Interface: vpnInterface, Subnet: v.Subnet, Port: v.Port, Log: log})

@@ -219,6 +219,9 @@ func (s *service) dhcpFacts() *ingotv1.DHCPFacts {
 		Active: int32(d.Active), Free: int32(d.Free), Config: d.Config,
 		Conflicts: d.Conflicts, SinceConflict: since(d.LastConflict), Exhausted: d.Exhausted, SinceExhausted: since(d.LastExhausted),
 	}
+	for _, r := range d.Ranges {
+		f.Ranges = append(f.Ranges, fmt.Sprintf("%s-%s", r.First, r.Last))
+	}
 	for _, other := range d.Foreign {
 		shown := &ingotv1.ForeignDHCP{Server: other.Server.String(), Mac: other.MAC.String(), Since: since(other.Seen)}
 		if other.Offers.IsValid() {

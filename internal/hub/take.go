@@ -19,35 +19,14 @@ import (
 // importedFile is the configuration of the isc-dhcp-server whose place the hub took.
 const importedFile = "/var/lib/ingot/dhcp/imported.conf"
 
-// dhcpConfig is what the hub's own configuration says of DHCP.
-func (h *Hub) dhcpConfig() dhcp.Config {
-	c := h.c
-	var machines []netip.Prefix
-	for _, m := range c.Machines {
-		machines = append(machines, netip.PrefixFrom(m.Address, m.Address.BitLen()))
-	}
-	var kept []dhcp.Reservation
-	for _, r := range c.Reservations {
-		kept = append(kept, dhcp.Reservation{IP: r.Address, MicroVM: r.MicroVM})
-	}
-	return dhcp.Config{
-		Interface: c.Interface, Server: c.Address, Authoritative: true,
-		Subnets: []dhcp.Subnet{{
-			Prefix: c.Subnet, Ranges: []dhcp.Range{{First: c.First, Last: c.Last}}, Exclude: machines,
-			Options: dhcp.Options{Routers: []netip.Addr{c.Address}, DNS: []netip.Addr{c.Address}, Domain: c.Domain},
-		}},
-		Reservations: kept, MicroVM: h.microVM, Taken: h.taken,
-		LeaseFile: leasesFile, ConfigFile: dhcpConfigFile, DefaultsFile: dhcpDefaultsFile, Log: h.log,
-	}
-}
-
 // beside is what the hub serves, with what a dhcpd.conf has.
 func (h *Hub) beside(text string) (dhcp.Config, []dhcp.Left, error) {
-	if text == "" {
-		return h.dhcpConfig(), nil, nil
+	c, err := h.dhcpConfig()
+	if err != nil || text == "" {
+		return c, nil, err
 	}
 	d, err := dhcp.ParseDhcpd(text)
-	c, left := h.dhcpConfig().With(d)
+	c, left := c.With(d)
 	return c, left, err
 }
 

@@ -2194,6 +2194,7 @@ type DHCPFacts struct {
 	SinceConflict  *durationpb.Duration `protobuf:"bytes,17,opt,name=since_conflict,json=sinceConflict,proto3" json:"since_conflict,omitempty"` // unset: never
 	Exhausted      uint64               `protobuf:"varint,18,opt,name=exhausted,proto3" json:"exhausted,omitempty"`
 	SinceExhausted *durationpb.Duration `protobuf:"bytes,19,opt,name=since_exhausted,json=sinceExhausted,proto3" json:"since_exhausted,omitempty"` // unset: never
+	Ranges         []string             `protobuf:"bytes,20,rep,name=ranges,proto3" json:"ranges,omitempty"`                                       // FIRST-LAST, all that it gives, also to other subnets by relays
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -2357,6 +2358,13 @@ func (x *DHCPFacts) GetExhausted() uint64 {
 func (x *DHCPFacts) GetSinceExhausted() *durationpb.Duration {
 	if x != nil {
 		return x.SinceExhausted
+	}
+	return nil
+}
+
+func (x *DHCPFacts) GetRanges() []string {
+	if x != nil {
+		return x.Ranges
 	}
 	return nil
 }
@@ -2868,7 +2876,7 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\bendpoint\x18\a \x01(\tR\bendpoint\x12\x1d\n" +
 	"\n" +
 	"public_key\x18\b \x01(\tR\tpublicKey\x12'\n" +
-	"\x05peers\x18\t \x03(\v2\x11.ingot.v1.VPNPeerR\x05peers\"\xc7\x05\n" +
+	"\x05peers\x18\t \x03(\v2\x11.ingot.v1.VPNPeerR\x05peers\"\xdf\x05\n" +
 	"\tDHCPFacts\x12\x18\n" +
 	"\aserving\x18\x01 \x01(\bR\aserving\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12\x1c\n" +
@@ -2893,7 +2901,8 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\tconflicts\x18\x10 \x01(\x04R\tconflicts\x12@\n" +
 	"\x0esince_conflict\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\rsinceConflict\x12\x1c\n" +
 	"\texhausted\x18\x12 \x01(\x04R\texhausted\x12B\n" +
-	"\x0fsince_exhausted\x18\x13 \x01(\v2\x19.google.protobuf.DurationR\x0esinceExhausted\"\x80\x01\n" +
+	"\x0fsince_exhausted\x18\x13 \x01(\v2\x19.google.protobuf.DurationR\x0esinceExhausted\x12\x16\n" +
+	"\x06ranges\x18\x14 \x03(\tR\x06ranges\"\x80\x01\n" +
 	"\vForeignDHCP\x12\x16\n" +
 	"\x06server\x18\x01 \x01(\tR\x06server\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x16\n" +
