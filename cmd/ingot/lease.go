@@ -23,8 +23,9 @@ type leaseView struct {
 	MAC      string     `json:"mac"`
 	Hostname string     `json:"hostname"`
 	State    string     `json:"state"`
-	MicroVM  string     `json:"microvm"`  // NAMESPACE/NAME, empty if it is nobody's
-	Reserved bool       `json:"reserved"` // the address is kept for the client
+	MicroVM  string     `json:"microvm"`   // NAMESPACE/NAME, empty if it is nobody's
+	Reserved bool       `json:"reserved"`  // the address is kept for the client
+	ClientID string     `json:"client_id"` // bytes, as 01:0a:ff; empty if it told none
 	Starts   *time.Time `json:"starts"`
 	Ends     *time.Time `json:"ends"`
 }
@@ -68,7 +69,10 @@ func (v leaseView) row() []string {
 		ends = v.Ends.Format("2006-01-02 15:04:05")
 	}
 	reserved := ""
-	if v.Reserved {
+	switch {
+	case v.Reserved && v.MAC == "" && v.ClientID != "":
+		reserved = "id:" + v.ClientID // or nobody could say for whom
+	case v.Reserved:
 		reserved = "yes"
 	}
 	return []string{v.IP, v.MAC, v.Hostname, v.State, ends, reserved, v.MicroVM}
@@ -195,7 +199,7 @@ func (c *cloud) leaseViews(ctx context.Context) ([]leaseView, error) {
 func viewLease(l *ingotv1.Lease) leaseView {
 	return leaseView{
 		IP: l.GetIp(), MAC: l.GetMac(), Hostname: l.GetHostname(), State: l.GetState(), MicroVM: l.GetMicrovm(), Reserved: l.GetReserved(),
-		Starts: when(l.GetStarts()), Ends: when(l.GetEnds()),
+		ClientID: net.HardwareAddr(l.GetClientId()).String(), Starts: when(l.GetStarts()), Ends: when(l.GetEnds()),
 	}
 }
 

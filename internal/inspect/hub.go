@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -100,11 +101,22 @@ func checkAddress(all []*v1.InterfaceFacts, name string, want netip.Addr) findin
 	return pass(fmt.Sprintf("%s on %s", shown, name), fmt.Sprintf("%d: %s: <UP> link/ether %s", f.GetIndex(), name, f.GetMac()))
 }
 
+// shownRanges is how many are told in one line.
+const shownRanges = 3
+
 func checkDHCP(d *v1.DHCPFacts) finding {
 	if !d.GetServing() {
 		return fail("does not serve: " + cmp.Or(d.GetError(), "it is not running"))
 	}
-	found := pass(fmt.Sprintf("%s-%s on %s, %d active, %d free", d.GetRangeFirst(), d.GetRangeLast(), d.GetInterface(), d.GetActive(), d.GetFree()),
+	ranges := d.GetRanges()
+	if len(ranges) == 0 { // a hub of before
+		ranges = []string{d.GetRangeFirst() + "-" + d.GetRangeLast()}
+	}
+	shown := strings.Join(ranges[:min(len(ranges), shownRanges)], ", ")
+	if more := len(ranges) - shownRanges; more > 0 {
+		shown += " and " + count(more, "more range", "more ranges")
+	}
+	found := pass(fmt.Sprintf("%s on %s, %d active, %d free", shown, d.GetInterface(), d.GetActive(), d.GetFree()),
 		"unit: isc-dhcp-server.service", "port: 67/udp on "+d.GetInterface(), "subnet: "+d.GetSubnet())
 	var odd []string
 	for _, other := range d.GetForeign() {
@@ -144,15 +156,40 @@ func (s *survey) checkLeases(d *v1.DHCPFacts) finding {
 		return fail("list leases: " + said(err))
 	}
 	notes := []string{"file: " + d.GetLeasesFile()}
+	kept, waiting := 0, 0
 	for _, l := range leases {
-		notes = append(notes, fmt.Sprintf("%s %s %s %s until %s", l.GetIp(), l.GetMac(), cmp.Or(l.GetHostname(), "-"), l.GetState(),
-			l.GetEnds().AsTime().UTC().Format("2006-01-02 15:04:05")))
+		note := fmt.Sprintf("%s %s %s %s", l.GetIp(), holder(l), cmp.Or(l.GetHostname(), "-"), l.GetState())
+		if l.GetEnds() != nil {
+			note += " until " + l.GetEnds().AsTime().UTC().Format("2006-01-02 15:04:05")
+		} else {
+			waiting++
+		}
+		if l.GetReserved() {
+			kept++
+		}
+		notes = append(notes, note)
 	}
-	found := pass(fmt.Sprintf("%d in %s", len(leases), d.GetLeasesFile()), notes...)
+	detail := fmt.Sprintf("%d in %s", len(leases)-waiting, d.GetLeasesFile())
+	if kept > 0 {
+		detail += ", " + count(kept, "address", "addresses") + " kept for a client"
+	}
+	found := pass(detail, notes...)
 	if d.GetFree() == 0 {
 		found.status, found.detail = Fail, "no address is free: "+found.detail
 	}
 	return found
+}
+
+// holder is who has a lease, or whom its address is kept for: a card, a client that calls
+// itself so, or a microVM.
+func holder(l *v1.Lease) string {
+	switch id := net.HardwareAddr(l.GetClientId()).String(); {
+	case l.GetMac() != "":
+		return l.GetMac()
+	case id != "":
+		return "client id " + id
+	}
+	return cmp.Or(l.GetMicrovm(), "-")
 }
 
 func checkForwarding(n *v1.NATFacts) finding {

@@ -115,6 +115,11 @@ func TestFindings(t *testing.T) {
 		{"no containerd", func(w *world) {
 			w.hosts[1].facts.Containerd.Serving, w.hosts[1].facts.Containerd.Error = false, "connection refused"
 		}, []string{"fail: host-1 > containerd: /run/containerd/containerd.sock does not answer: connection refused"}},
+		{"ranges without an address", func(w *world) {
+			d := w.hub.facts.Dhcp
+			d.Free, d.Ranges = 0, []string{"192.168.10.10-192.168.10.12", "192.168.10.26-192.168.10.30", "10.7.0.10-10.7.0.20", "10.8.0.1-10.8.0.2"}
+			w.hub.leases = append(w.hub.leases, &v1.Lease{Ip: "192.168.10.60", ClientId: []byte{1, 2}, State: "reserved", Reserved: true})
+		}, []string{"fail: network-hub > DHCP server > leases: no address is free: 2 in /var/lib/dhcp/dhcpd.leases, 1 address kept for a client"}},
 		{"a lease is gone", func(w *world) { w.hosts[0].facts.Containerd.LeaseIds = nil },
 			[]string{"fail: host-0 > containerd > leases: nothing holds the volumes of: flintlock/default/vm-0-0/01Kvm-0-0"}},
 		{"the pool is full", func(w *world) { w.hosts[0].facts.Pool.Full = "10 MiB are left" },
@@ -379,6 +384,19 @@ func BenchmarkRun(b *testing.B) {
 	for b.Loop() {
 		if r := Run(b.Context(), w.env); !r.OK {
 			b.Fatal(r.Findings())
+		}
+	}
+}
+
+func TestManyRanges(t *testing.T) {
+	d := hubFacts().Dhcp
+	for n, want := range map[int]string{
+		1: "192.168.10.10-192.168.10.12 on ", 3: "192.168.10.10-192.168.10.12, 192.168.10.26-192.168.10.30, 10.7.0.10-10.7.0.20 on ",
+		5: "192.168.10.10-192.168.10.12, 192.168.10.26-192.168.10.30, 10.7.0.10-10.7.0.20 and 2 more ranges on ",
+	} {
+		d.Ranges = []string{"192.168.10.10-192.168.10.12", "192.168.10.26-192.168.10.30", "10.7.0.10-10.7.0.20", "10.8.0.1-10.8.0.2", "10.9.0.1-10.9.0.2"}[:n]
+		if got := checkDHCP(d).detail; !strings.HasPrefix(got, want) {
+			t.Errorf("%d: %s", n, got)
 		}
 	}
 }
