@@ -233,9 +233,28 @@ func (s *Server) load() error {
 			s.c.Log.Warn("an address is not kept any more for whom it was reserved", "err", err)
 			continue
 		}
+		if kept := s.configured(r); kept != nil && kept.IP != r.IP {
+			err := fmt.Errorf("dhcp: reservation of %s for %s: the configuration reserves %s", r.IP, r.client(), kept.IP)
+			s.c.Log.Warn("an address is not kept any more for whom it was reserved", "err", err)
+			continue
+		}
 		if s.booked.byIP[from(r.IP)] == nil {
 			s.booked.add(r)
 		}
+	}
+	return nil
+}
+
+// configured is the address that the configuration keeps for the client of a reservation,
+// in its subnet.
+func (s *Server) configured(r Reservation) *Reservation {
+	p := s.pool(from(r.IP))
+	m, err := r.asMessage()
+	if p == nil || err != nil {
+		return nil
+	}
+	if kept := s.booked.of(p, m, r.Name); kept != nil && kept.fixed {
+		return kept
 	}
 	return nil
 }
