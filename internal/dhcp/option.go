@@ -54,6 +54,18 @@ func (o Options) Or(others Options) Options {
 	return o
 }
 
+// Size is how many bytes of a message they are. What can't be sent is none.
+func (o Options) Size() (n int) {
+	all, err := o.encode()
+	if err != nil {
+		return 0
+	}
+	for _, x := range all {
+		n += 2*max(1, (len(x.value)+254)/255) + len(x.value)
+	}
+	return n
+}
+
 // same says whether two say the same of an option.
 func (o Options) same(x Options, code uint8) bool {
 	switch code {

@@ -116,6 +116,17 @@ type Reservation struct {
 	Address  netip.Addr `yaml:"address"`
 }
 
+// Client names whoever an address is kept for; empty: nobody.
+func (r Reservation) Client() string {
+	switch {
+	case r.MicroVM != "":
+		return "microVM " + r.MicroVM
+	case r.ClientID != "":
+		return "client id " + r.ClientID
+	}
+	return r.MAC
+}
+
 func (r Reservation) client() (dhcp.Reservation, error) {
 	mac, err := net.ParseMAC(r.MAC)
 	if r.MAC != "" && (err != nil || len(mac) != 6) {
@@ -149,6 +160,15 @@ func (n Network) subnet(p netip.Prefix, usual dhcp.Options) (dhcp.Subnet, error)
 	}
 	s.Options = s.Options.Or(usual)
 	return s, nil
+}
+
+// Bytes is how many there are in a message of what a network's clients are told.
+func (n Network) Bytes() int {
+	s, err := n.subnet(netip.Prefix{}, dhcp.Options{})
+	if err != nil {
+		return 0
+	}
+	return s.Options.Size()
 }
 
 // addresses are what the configuration has the DHCP server give.

@@ -90,17 +90,30 @@ var domainRule = regexp.MustCompile(`^[a-zA-Z0-9_-]{1,63}(\.[a-zA-Z0-9_-]{1,63})
 
 const mostDomain = 253 - 2*64
 
+// ValidDomain says whether there can be names in a domain.
+func ValidDomain(name string) bool { return len(name) <= mostDomain && domainRule.MatchString(name) }
+
 // ReadConfig reads the configuration file. An unknown key is an error.
 func ReadConfig(path, version string) (Config, error) {
-	c := Default()
 	b, err := os.ReadFile(path)
 	if err != nil {
-		return c, fmt.Errorf("read configuration: %w", err)
+		return Default(), fmt.Errorf("read configuration: %w", err)
 	}
-	if err := yaml.UnmarshalWithOptions(b, &c, yaml.Strict()); err != nil {
+	c, err := ParseConfig(b)
+	c.file, c.version = path, version
+	if err != nil {
 		return c, fmt.Errorf("read %s: %w", path, err)
 	}
-	c.file, c.version = path, version
+	return c, nil
+}
+
+// ParseConfig reads what a configuration file has.
+func ParseConfig(text []byte) (Config, error) {
+	c := Default()
+	if err := yaml.UnmarshalWithOptions(text, &c, yaml.Strict()); err != nil {
+		return c, err
+	}
+	var err error
 	switch {
 	case c.Format != 1:
 		err = fmt.Errorf("format: %d is not known to this version", c.Format)
@@ -112,7 +125,7 @@ func ReadConfig(path, version string) (Config, error) {
 		err = fmt.Errorf("trusted: %s is no IPv4 prefix", c.Trusted)
 	case c.Domain == "":
 		err = errors.New("domain: it is missing")
-	case len(c.Domain) > mostDomain || !domainRule.MatchString(c.Domain):
+	case !ValidDomain(c.Domain):
 		err = fmt.Errorf("domain: %q is not a name such as lab.internal", c.Domain)
 	}
 	if err == nil && c.VPN != nil {
@@ -124,16 +137,13 @@ func ReadConfig(path, version string) (Config, error) {
 		}
 	}
 	if err != nil {
-		return c, fmt.Errorf("read %s: %w: %w", path, err, errdefs.ErrInvalidArgument)
+		return c, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
 	serves, err := c.addresses()
 	if err == nil {
 		_, err = dhcp.New(serves)
 	}
-	if err != nil {
-		return c, fmt.Errorf("read %s: %w", path, err)
-	}
-	return c, nil
+	return c, err
 }
 
 func (v VPN) check(segment netip.Prefix) error {
