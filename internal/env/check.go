@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"ingot/api/types"
+	"ingot/internal/hub"
 	"ingot/internal/vm"
 	"ingot/internal/wire"
 )
@@ -49,6 +50,7 @@ func (d *Declaration) check(m *mistakes) {
 	d.checkMachines(m)
 	d.checkMicroVMs(m)
 	d.checkReserved(m)
+	d.checkMachinesAddresses(m, d.Machines)
 	d.checkPorts(m)
 }
 
@@ -70,29 +72,7 @@ func (d *Declaration) checkNetwork(m *mistakes) {
 		m.add("uplink", "%s overlaps with subnet %s", d.Uplink, d.Subnet)
 	}
 	d.checkVPN(m)
-	if d.has("dhcp") && (!d.has("dhcp.first") || !d.has("dhcp.last")) {
-		m.add("dhcp", "it needs both first and last")
-	}
-	usable := true
-	for _, end := range []struct {
-		key string
-		a   netip.Addr
-	}{{"dhcp.first", d.DHCP.First}, {"dhcp.last", d.DHCP.Last}} {
-		if end.a.IsValid() {
-			usable = d.checkAddress(m, end.key, end.a) && usable
-		}
-	}
-	switch {
-	case !usable || !d.DHCP.valid():
-	case d.DHCP.Last.Less(d.DHCP.First):
-		m.add("dhcp", "%s is after %s", d.DHCP.First, d.DHCP.Last)
-		usable = false
-	case d.DHCP.size() > maxRange:
-		m.add("dhcp", "it has %d addresses, and %d are the most", d.DHCP.size(), maxRange)
-	}
-	if !usable || !d.DHCP.valid() {
-		d.DHCP = Range{}
-	}
+	d.checkDHCP(m)
 }
 
 // forMachines is false for the blocks that the kernel or the world keeps for
@@ -100,23 +80,6 @@ func (d *Declaration) checkNetwork(m *mistakes) {
 func forMachines(p netip.Prefix) bool {
 	first := p.Addr().As4()[0]
 	return p.Addr().IsGlobalUnicast() && first != 0 && first < 224
-}
-
-// checkAddress says whether a machine or guest can have an address.
-func (d *Declaration) checkAddress(m *mistakes, key string, a netip.Addr) bool {
-	switch {
-	case !d.has("subnet"):
-		m.add(key, "an address needs a subnet: say which")
-	case !d.Subnet.IsValid():
-		// That has been said.
-	case !d.Subnet.Contains(a):
-		m.add(key, "%s is not in subnet %s", a, d.Subnet)
-	case a == d.Subnet.Addr() || a == broadcast(d.Subnet):
-		m.add(key, "%s is the first or the last address of %s: nobody can have it", a, d.Subnet)
-	default:
-		return true
-	}
-	return false
 }
 
 func (d *Declaration) checkMachines(m *mistakes) {
@@ -170,8 +133,9 @@ func (d *Declaration) checkMachine(m *mistakes, key string, one *Machine) {
 		m.add(key+".name", "%q is not a machine's name: %s", one.Name, hostnameRule)
 	}
 	if one.Address.IsValid() {
-		if d.checkAddress(m, key+".address", one.Address) && d.DHCP.contains(one.Address) {
-			m.add(key+".address", "%s is in the DHCP range, %s: guests are given it", one.Address, d.DHCP)
+		in := slices.ContainsFunc(d.DHCP.Ranges, func(r hub.Range) bool { return r.Contains(one.Address) })
+		if d.checkIn(m, key+".address", d.given()[0], one.Address) && in {
+			m.add(key+".address", "%s is in the DHCP range, %s: guests are given it", one.Address, ranges(d.DHCP.Ranges))
 		}
 	}
 	if !d.has(key + ".roles") {

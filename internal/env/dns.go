@@ -3,6 +3,7 @@ package env
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
@@ -56,36 +57,9 @@ func (e Env) resolvers() string {
 	return strings.Trim(fmt.Sprint(e.Resolvers), "[]")
 }
 
-// checkReserved holds the addresses that microVMs are to have to what they can have.
-func (d *Declaration) checkReserved(m *mistakes) {
-	seen := map[netip.Addr]string{}
-	for i, one := range d.MicroVMs {
-		a, err := netip.ParseAddr(one.Address)
-		if err != nil {
-			continue // there is none, or that has been said
-		}
-		key := fmt.Sprintf("microvms[%d].address", i)
-		if d.checkAddress(m, key, a); seen[a] != "" {
-			m.add(key, "%s is there already in line %d", a, d.lines[seen[a]])
-		}
-		seen[a] = key
-	}
-}
-
-// checkMachinesAddresses objects to addresses of microVMs that machines have.
-func (d *Declaration) checkMachinesAddresses(m *mistakes, machines []Machine) {
-	for i, one := range d.MicroVMs {
-		for _, machine := range machines {
-			if machine.Address.String() == one.Address {
-				m.add(fmt.Sprintf("microvms[%d].address", i), "%s is %s's", one.Address, machine.Name)
-			}
-		}
-	}
-}
-
-// reservations are the addresses that microVMs are to have, as the hub wants them.
+// reservations are the addresses that are kept for somebody, as the hub wants them.
 func (e Env) reservations() []hub.Reservation {
-	var all []hub.Reservation
+	all := slices.Clone(e.DHCP.Reservations)
 	for _, m := range e.MicroVMs {
 		if a, err := netip.ParseAddr(m.Address); err == nil {
 			all = append(all, hub.Reservation{MicroVM: m.String(), Address: a})

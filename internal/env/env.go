@@ -39,7 +39,7 @@ type Env struct {
 	Name     string
 	Subnet   netip.Prefix
 	Uplink   netip.Prefix // between this machine and the hub
-	DHCP     Range
+	DHCP     DHCP
 	VPN      VPN
 	Machines []Machine
 	MicroVMs []MicroVM // those that the file declares
@@ -139,7 +139,7 @@ func readKept(path string, b []byte) (Env, error) {
 	if err != nil {
 		return Env{}, err
 	}
-	e := Env{Name: d.Name, Subnet: d.Subnet, Uplink: d.Uplink, MicroVMs: d.MicroVMs, Resolvers: d.Resolvers}
+	e := Env{Name: d.Name, Subnet: d.Subnet, Uplink: d.Uplink, DHCP: d.DHCP, MicroVMs: d.MicroVMs, Resolvers: d.Resolvers}
 	if d.VPN != nil {
 		if e.VPN = *d.VPN; !e.VPN.Subnet.IsValid() || e.VPN.Port == 0 {
 			return Env{}, fmt.Errorf("read %s: vpn must have subnet and port: %w", path, errdefs.ErrInvalidArgument)
@@ -149,7 +149,7 @@ func readKept(path string, b []byte) (Env, error) {
 		return Env{}, fmt.Errorf("read %s: name, subnet and uplink must be there: %w", path, errdefs.ErrInvalidArgument)
 	}
 	var problem *Mistake
-	if e.Machines, e.DHCP, problem = d.number(d.Subnet, nil); problem != nil {
+	if e.Machines, e.DHCP.Ranges, problem = d.number(d.Subnet, nil); problem != nil {
 		return Env{}, problem
 	}
 	return e, nil
@@ -181,7 +181,7 @@ func readFormat1(path string, b []byte) (Env, error) {
 	}
 	e := Env{Name: old.Name, Subnet: old.Subnet, Uplink: old.Uplink}
 	var problem *Mistake
-	if e.Machines, e.DHCP, problem = d.number(e.Subnet, nil); problem != nil {
+	if e.Machines, e.DHCP.Ranges, problem = d.number(e.Subnet, nil); problem != nil {
 		return Env{}, problem
 	}
 	return e, nil
@@ -193,16 +193,11 @@ type form struct {
 	Name     string        `yaml:"name"`
 	Subnet   netip.Prefix  `yaml:"subnet"`
 	Uplink   netip.Prefix  `yaml:"uplink"`
-	DHCP     rangeForm     `yaml:"dhcp"`
+	DHCP     dhcpForm      `yaml:"dhcp"`
 	VPN      *vpnForm      `yaml:"vpn,omitempty"`
 	DNS      *dnsForm      `yaml:"dns,omitempty"`
 	Machines []machineForm `yaml:"machines"`
 	MicroVMs []MicroVM     `yaml:"microvms,omitempty"`
-}
-
-type rangeForm struct {
-	First netip.Addr `yaml:"first"`
-	Last  netip.Addr `yaml:"last"`
 }
 
 type vpnForm struct {
@@ -223,7 +218,7 @@ type machineForm struct {
 
 // marshal writes an environment as a file that says all of it.
 func (e Env) marshal() ([]byte, error) {
-	f := form{Format: format, Name: e.Name, Subnet: e.Subnet, Uplink: e.Uplink, DHCP: rangeForm{e.DHCP.First, e.DHCP.Last}, MicroVMs: e.MicroVMs}
+	f := form{Format: format, Name: e.Name, Subnet: e.Subnet, Uplink: e.Uplink, DHCP: e.DHCP.form(), MicroVMs: e.MicroVMs}
 	if e.VPN.On() {
 		f.VPN = &vpnForm{e.VPN.Subnet, e.VPN.Port, e.VPN.Endpoint}
 	}

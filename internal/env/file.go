@@ -28,7 +28,7 @@ const maxFile = 1 << 20
 type Declaration struct {
 	Name           string
 	Subnet, Uplink netip.Prefix
-	DHCP           Range
+	DHCP           DHCP
 	VPN            *VPN // nil: none
 	Resolvers      []netip.AddrPort
 	Machines       []Machine // none: the usual three
@@ -106,12 +106,7 @@ func (r *reader) read(root *yaml.Node, d *Declaration) {
 		},
 		"subnet": func(n *yaml.Node, key string) { d.Subnet = r.prefix(n, key) },
 		"uplink": func(n *yaml.Node, key string) { d.Uplink = r.prefix(n, key) },
-		"dhcp": func(n *yaml.Node, key string) {
-			r.mapping(n, key, fields{
-				"first": func(n *yaml.Node, key string) { d.DHCP.First = r.address(n, key) },
-				"last":  func(n *yaml.Node, key string) { d.DHCP.Last = r.address(n, key) },
-			})
-		},
+		"dhcp":   func(n *yaml.Node, key string) { r.dhcp(n, key, &d.DHCP) },
 		"vpn": func(n *yaml.Node, key string) {
 			d.VPN = &VPN{}
 			r.mapping(n, key, fields{

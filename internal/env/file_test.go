@@ -9,10 +9,12 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+	hubyaml "github.com/goccy/go-yaml"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"ingot/docs"
+	"ingot/internal/hub"
 )
 
 // comparable are what cmp needs to know of our values.
@@ -62,6 +64,29 @@ func TestReferenceFile(t *testing.T) {
 	}
 	if w := d.MicroVMs[1]; w.Memory != 256 || w.CPUs != 1 || w.Command[0] != "sh" || w.Env["GREETING"] != "hello" || w.Restart != "on-failure" || w.Host != "host-1" {
 		t.Errorf("got %+v", w)
+	}
+}
+
+// TestReferenceOfDHCP reads what the reference has of DHCP as comments, which is all that
+// can be said.
+func TestReferenceOfDHCP(t *testing.T) {
+	text := string(docs.Environment)
+	begin := strings.Index(text, "\ndhcp:\n")
+	end := begin + strings.Index(text[begin:], "\n\n")
+	section := strings.ReplaceAll(text[begin:end], "\n  # ", "\n  ")
+	section = strings.Replace(section, "  first: 192.168.10.26\n  last: 192.168.10.126\n", "", 1) // ranges stand for them
+	d := parse(t, text[:begin]+section+text[end:])
+	e, err := d.resolve("lab", nil, nobodyElse)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roundTrip(t, e)
+	_, err = Parse("f", []byte("format: 2\ndhcp: {nonsense: 1}\n"))
+	_, keys, _ := strings.Cut(err.Error(), ", only ")
+	for key := range strings.SplitSeq(keys, ", ") {
+		if !strings.Contains(text[begin:end], " "+key+":") {
+			t.Errorf("the reference does not have %s", key)
+		}
 	}
 }
 
@@ -239,7 +264,7 @@ func TestParseMemory(t *testing.T) {
 // and what it takes is kept and read again as the same.
 func FuzzParse(f *testing.F) {
 	f.Add(docs.Environment)
-	for _, name := range []string{"testdata/mistakes.yaml", "testdata/format1.yaml"} {
+	for _, name := range []string{"testdata/mistakes.yaml", "testdata/dhcp.yaml", "testdata/format1.yaml"} {
 		b, err := os.ReadFile(name)
 		if err != nil {
 			f.Fatal(err)
@@ -247,6 +272,7 @@ func FuzzParse(f *testing.F) {
 		f.Add(b)
 	}
 	f.Add([]byte("format: 2\nsubnet: 10.0.0.0/24\ndns: {upstreams: [9.9.9.9, 1.1.1.1:5353]}\nmicrovms: [{name: x, image: y, address: 10.0.0.9}]"))
+	f.Add([]byte(everything))
 	f.Add([]byte("format: 2\nvpn: {subnet: 10.1.0.0/24, port: 5, endpoint: '[fd00::1]:5'}"))
 	f.Add([]byte("format: 2\nsubnet: 10.0.0.0/29\nmachines: [{name: a, roles: [hub, host]}]\nmicrovms: [{name: x, spec: {vcpu: 1}}]"))
 	f.Fuzz(func(t *testing.T, data []byte) {
@@ -291,6 +317,22 @@ func roundTrip(t *testing.T, e Env) {
 	}
 	if diff := cmp.Diff(e.Machines, again.Machines, comparable); diff != "" {
 		t.Fatal(diff)
+	}
+	if diff := cmp.Diff(e.DHCP, again.DHCP, comparable); diff != "" {
+		t.Fatalf("%s\n%s", diff, b)
+	}
+	// The hub serves with it.
+	c := (&up{env: e}).hubConfig(t.Context(), e.Hub())
+	text, err := hubyaml.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	read, err := hub.ParseConfig(text)
+	if err != nil {
+		t.Fatalf("%v in\n%s", err, text)
+	}
+	if diff := cmp.Diff([]any{c.DHCP, c.Reservations}, []any{read.DHCP, read.Reservations}, comparable); diff != "" {
+		t.Fatalf("the hub reads something else: %s\n%s", diff, text)
 	}
 	for i := range e.MicroVMs {
 		if e.MicroVMs[i].print() != again.MicroVMs[i].print() {

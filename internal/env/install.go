@@ -143,7 +143,8 @@ func (u *up) configure(ctx context.Context) (string, error) {
 func (u *up) hubConfig(ctx context.Context, m Machine) hub.Config {
 	c := hub.Default()
 	c.Address, c.Subnet, c.Trusted = m.Address, u.env.Subnet, u.env.Uplink
-	c.First, c.Last = u.env.DHCP.First, u.env.DHCP.Last
+	c.DHCP = u.env.DHCP.DHCP
+	c.First, c.Last, c.DHCP.Ranges = c.DHCP.Ranges[0].First, c.DHCP.Ranges[0].Last, c.DHCP.Ranges[1:]
 	c.Domain, c.Metrics = u.env.Name+".internal", netip.AddrPortFrom(m.Address, hub.OwnMetrics)
 	for _, other := range u.env.Machines {
 		c.Machines = append(c.Machines, hub.Machine{Name: other.Name, Address: other.Address, Host: other.Host})

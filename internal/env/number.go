@@ -5,23 +5,12 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+
+	"ingot/internal/hub"
 )
 
-// Range is what guests are given, both ends included.
-type Range struct{ First, Last netip.Addr }
-
-// maxRange bounds what the DHCP server keeps count of.
+// maxRange bounds what the DHCP server keeps count of in a network.
 const maxRange = 1 << 16
-
-func (r Range) valid() bool { return r.First.IsValid() && r.Last.IsValid() }
-
-func (r Range) contains(a netip.Addr) bool {
-	return r.valid() && !a.Less(r.First) && !r.Last.Less(a)
-}
-
-func (r Range) size() uint32 { return number(r.Last) - number(r.First) + 1 }
-
-func (r Range) String() string { return fmt.Sprintf("%s - %s", r.First, r.Last) }
 
 func number(a netip.Addr) uint32 { return binary.BigEndian.Uint32(a.AsSlice()) }
 
@@ -46,20 +35,26 @@ const (
 	roomy      = 64
 )
 
-// number gives each machine an address, and guests their range: what the file
+// number gives each machine an address, and guests their ranges: what the file
 // says, else what had is of the machine's name, else the first that is free.
-func (d *Declaration) number(subnet netip.Prefix, had map[string]netip.Addr) ([]Machine, Range, *Mistake) {
-	machines, guests := slices.Clone(d.Machines), d.DHCP
+func (d *Declaration) number(subnet netip.Prefix, had map[string]netip.Addr) ([]Machine, []hub.Range, *Mistake) {
+	machines, guests := slices.Clone(d.Machines), d.DHCP.Ranges
 	big := size(subnet) >= roomy
-	if !guests.valid() && big {
-		guests = Range{at(subnet, firstGuest), at(subnet, min(size(subnet)-2, firstGuest+maxRange-1))}
+	if len(guests) == 0 && big {
+		guests = []hub.Range{{First: at(subnet, firstGuest), Last: at(subnet, min(size(subnet)-2, firstGuest+maxRange-1))}}
+	}
+	given := func(a netip.Addr) bool {
+		return slices.ContainsFunc(guests, func(r hub.Range) bool { return r.Contains(a) })
 	}
 	used := map[netip.Addr]string{}
 	for _, m := range machines {
 		used[m.Address] = m.Name
 	}
 	free := func(a netip.Addr) bool {
-		return used[a] == "" && subnet.Contains(a) && !guests.contains(a) && a != broadcast(subnet) && !(big && a == at(subnet, kept))
+		return used[a] == "" && subnet.Contains(a) && !given(a) && a != broadcast(subnet) && !(big && a == at(subnet, kept))
+	}
+	excluded := func(a netip.Addr) bool {
+		return slices.ContainsFunc(d.DHCP.Exclude, func(p netip.Prefix) bool { return p.Contains(a) })
 	}
 	give := func(i int, a netip.Addr) { machines[i].Address, used[a] = a, machines[i].Name }
 	for i, m := range machines {
@@ -76,29 +71,30 @@ func (d *Declaration) number(subnet netip.Prefix, had map[string]netip.Addr) ([]
 			if hub {
 				n = hubPlace
 			}
-			for ; subnet.Contains(at(subnet, n)) && !free(at(subnet, n)); n++ {
+			for ; subnet.Contains(at(subnet, n)) && (!free(at(subnet, n)) || excluded(at(subnet, n))); n++ {
 			}
 			if !free(at(subnet, n)) {
-				return nil, Range{}, d.mistake(fmt.Sprintf("machines[%d]", i), "no address of %s is left for it", subnet)
+				return nil, nil, d.mistake(fmt.Sprintf("machines[%d]", i), "no address of %s is left for it", subnet)
 			}
 			give(i, at(subnet, n))
 		}
 	}
-	if !guests.valid() {
+	if len(guests) == 0 {
 		highest := at(subnet, hubPlace)
 		for _, m := range machines {
 			if highest.Less(m.Address) {
 				highest = m.Address
 			}
 		}
-		guests = Range{highest.Next(), at(subnet, size(subnet)-2)}
-		if guests.Last.Less(guests.First) {
-			return nil, Range{}, d.mistake("subnet", "no address of %s after those of the machines is left for guests: it is too small, or `dhcp` must say which are theirs", subnet)
+		rest := hub.Range{First: highest.Next(), Last: at(subnet, size(subnet)-2)}
+		if rest.Last.Less(rest.First) {
+			return nil, nil, d.mistake("subnet", "no address of %s after those of the machines is left for guests: it is too small, or `dhcp` must say which are theirs", subnet)
 		}
+		guests = []hub.Range{rest}
 	}
 	for i, m := range machines {
-		if guests.contains(m.Address) {
-			return nil, Range{}, d.mistake(fmt.Sprintf("machines[%d].address", i), "%s is in the DHCP range, %s: guests are given it", m.Address, guests)
+		if given(m.Address) {
+			return nil, nil, d.mistake(fmt.Sprintf("machines[%d].address", i), "%s is in the DHCP range, %s: guests are given it", m.Address, ranges(guests))
 		}
 	}
 	return machines, guests, nil

@@ -18,7 +18,7 @@ type freeSubnet func(want netip.Prefix, avoid ...netip.Prefix) (netip.Prefix, er
 // resolve decides what the declaration leaves open. What an environment that is
 // there already (was) has decided stays; else free finds subnets. What can't be changed while the environment is there is objected to.
 func (d *Declaration) resolve(name string, was *Env, free freeSubnet) (Env, error) {
-	e := Env{Name: name, MicroVMs: d.MicroVMs, Resolvers: d.Resolvers}
+	e := Env{Name: name, DHCP: d.DHCP, MicroVMs: d.MicroVMs, Resolvers: d.Resolvers}
 	had := map[string]netip.Addr{}
 	m := mistakes{source: d.source}
 	if was != nil {
@@ -30,10 +30,10 @@ func (d *Declaration) resolve(name string, was *Env, free freeSubnet) (Env, erro
 	} else {
 		var err error
 		if e.Subnet = d.Subnet; !e.Subnet.IsValid() {
-			e.Subnet, err = free(usualSubnet, d.Uplink, d.vpnSubnet())
+			e.Subnet, err = free(usualSubnet, append(d.DHCP.relayed(), d.Uplink, d.vpnSubnet())...)
 		}
 		if e.Uplink = d.Uplink; !e.Uplink.IsValid() && err == nil {
-			e.Uplink, err = free(usualUplink, e.Subnet, d.vpnSubnet())
+			e.Uplink, err = free(usualUplink, append(d.DHCP.relayed(), e.Subnet, d.vpnSubnet())...)
 		}
 		if err != nil {
 			return Env{}, err
@@ -52,9 +52,14 @@ func (d *Declaration) resolve(name string, was *Env, free freeSubnet) (Env, erro
 			m.add("vpn.subnet", "%s overlaps with subnet %s or uplink %s", p, e.Subnet, e.Uplink)
 		}
 	}
+	for i, p := range d.DHCP.relayed() {
+		if at := slices.IndexFunc(e.networks(), p.Overlaps); at >= 0 {
+			m.add(fmt.Sprintf("dhcp.subnets[%d].subnet", i), "%s overlaps with %s, which the environment has", p, e.networks()[at])
+		}
+	}
 	var problem *Mistake
 	if len(m.all) == 0 {
-		if e.Machines, e.DHCP, problem = d.number(e.Subnet, had); problem != nil {
+		if e.Machines, e.DHCP.Ranges, problem = d.number(e.Subnet, had); problem != nil {
 			m.all = append(m.all, problem)
 		}
 		d.checkMachinesAddresses(&m, e.Machines)
@@ -106,10 +111,11 @@ func changes(was *Env, e Env) []string {
 	say := func(format string, a ...any) { lines = append(lines, fmt.Sprintf(format, a...)) }
 	if was == nil {
 		was = &Env{}
-		say("+ environment %s: subnet %s, uplink %s, DHCP range %s", e.Name, e.Subnet, e.Uplink, e.DHCP)
-	} else if e.DHCP != was.DHCP {
-		say("~ DHCP range %s, was %s: a microVM with an address outside gets another one when it renews it", e.DHCP, was.DHCP)
+		say("+ environment %s: subnet %s, uplink %s, DHCP range %s", e.Name, e.Subnet, e.Uplink, ranges(e.DHCP.Ranges))
+	} else if is, before := ranges(e.DHCP.Ranges), ranges(was.DHCP.Ranges); is != before {
+		say("~ DHCP range %s, was %s: a microVM with an address outside gets another one when it renews it", is, before)
 	}
+	lines = append(lines, dhcpChanges(was.DHCP, e.DHCP)...)
 	switch {
 	case e.VPN == was.VPN:
 	case !was.VPN.On():
@@ -124,12 +130,12 @@ func changes(was *Env, e Env) []string {
 	}
 	for _, r := range e.reservations() {
 		if !slices.Contains(was.reservations(), r) {
-			say("~ address %s is kept for microVM %s, which has it when it asks next", r.Address, r.MicroVM)
+			say("~ address %s is kept for %s, which has it when it asks next", r.Address, r.Client())
 		}
 	}
 	for _, r := range was.reservations() {
 		if !slices.Contains(e.reservations(), r) {
-			say("~ address %s is not kept for microVM %s any more", r.Address, r.MicroVM)
+			say("~ address %s is not kept for %s any more", r.Address, r.Client())
 		}
 	}
 	find := func(all []Machine, name string) bool {

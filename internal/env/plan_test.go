@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"ingot/api/types"
+	"ingot/internal/hub"
 )
 
 // resolved parses a text and decides what it leaves open.
@@ -26,7 +27,7 @@ func resolve(t *testing.T, text string, was *Env) Env {
 
 func show(e Env) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s %s guests %s", e.Subnet, e.Uplink, e.DHCP)
+	fmt.Fprintf(&b, "%s %s guests %s", e.Subnet, e.Uplink, ranges(e.DHCP.Ranges))
 	for _, m := range e.Machines {
 		fmt.Fprintf(&b, "; %s %s %v", m.Name, m.Address, m.roles())
 	}
@@ -69,7 +70,7 @@ func TestWhatWasDecidedStays(t *testing.T) {
 	for i := range was.Machines {
 		was.Machines[i].Address = at(was.Subnet, uint32(i+2))
 	}
-	was.DHCP = Range{addr("192.168.12.26"), addr("192.168.12.126")}
+	was.DHCP.Ranges = []hub.Range{{First: addr("192.168.12.26"), Last: addr("192.168.12.126")}}
 	for _, c := range []struct {
 		name, text string
 		want       []string // what changes

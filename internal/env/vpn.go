@@ -122,7 +122,7 @@ func (d *Declaration) resolveVPN(e Env, old VPN, free freeSubnet) (VPN, error) {
 		return v, nil
 	}
 	var err error
-	v.Subnet, err = free(usualVPN, e.Subnet, e.Uplink)
+	v.Subnet, err = free(usualVPN, append(d.DHCP.relayed(), e.Subnet, e.Uplink)...)
 	return v, err
 }
 
