@@ -199,6 +199,7 @@ type lease struct {
 	dns                 []netip.Addr
 	domain              string
 	mtu                 int
+	routes              []route // router's too, if there are no others
 	start               time.Time
 	time, renew, rebind time.Duration // 0: for ever
 }

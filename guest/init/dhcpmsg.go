@@ -34,6 +34,7 @@ const (
 	optMaxSize    = 57
 	optRenew      = 58
 	optRebind     = 59
+	optRoutes     = 121 // RFC 3442
 	optEnd        = 255
 )
 
@@ -74,7 +75,8 @@ func (m message) marshal() []byte {
 		name := m.hostname[:min(len(m.hostname), 63)]
 		b = append(append(b, optHostname, byte(len(name))), name...)
 	}
-	b = append(b, optParameters, 8, optNetmask, optRouter, optDNS, optDomain, optMTU, optTime, optRenew, optRebind, optEnd)
+	// Routes are asked for before the router, in whose place they are (RFC 3442).
+	b = append(b, optParameters, 9, optNetmask, optRoutes, optRouter, optDNS, optDomain, optMTU, optTime, optRenew, optRebind, optEnd)
 	return append(b, make([]byte, max(0, 300-len(b)))...) // old relays drop less than BOOTP's size
 }
 
@@ -100,6 +102,7 @@ func parseReply(b []byte, m message) (l lease, kind byte, ok bool) {
 	}
 	address := netip.AddrFrom4([4]byte(b[16:20]))
 	prefix := 0
+	var ways []byte
 	for o := b[bootpSize+4:]; len(o) > 0 && o[0] != optEnd; {
 		if o[0] == 0 {
 			o = o[1:]
@@ -114,6 +117,8 @@ func parseReply(b []byte, m message) (l lease, kind byte, ok bool) {
 			kind = value[0]
 		case o[0] == optNetmask && len(value) == 4:
 			prefix = bits.LeadingZeros32(^binary.BigEndian.Uint32(value))
+		case o[0] == optRoutes:
+			ways = append(ways, value...) // a long option comes in parts (RFC 3396)
 		default:
 			l.set(o[0], value)
 		}
@@ -126,6 +131,9 @@ func parseReply(b []byte, m message) (l lease, kind byte, ok bool) {
 		return lease{}, 0, false
 	}
 	l.address = netip.PrefixFrom(address, prefix)
+	if l.routes = parseRoutes(ways); len(l.routes) == 0 && l.router.IsValid() {
+		l.routes = []route{{netip.PrefixFrom(netip.IPv4Unspecified(), 0), l.router}}
+	}
 	if l.time > 0 {
 		if l.renew <= 0 || l.renew >= l.time {
 			l.renew = l.time / 2
@@ -162,6 +170,24 @@ func (l *lease) set(option byte, value []byte) {
 	case optRebind:
 		l.rebind = seconds(value)
 	}
+}
+
+// parseRoutes reads classless routes: a prefix's length, as many bytes of it as that needs,
+// and a router. Of what is not well formed there are none.
+func parseRoutes(b []byte) (all []route) {
+	for len(b) > 0 {
+		bits := int(b[0])
+		n := (bits + 7) / 8
+		if bits > 32 || len(b) < 1+n+4 {
+			return nil
+		}
+		var to [4]byte
+		copy(to[:], b[1:])
+		clear(to[n:])
+		all = append(all, route{netip.PrefixFrom(netip.AddrFrom4(to), bits).Masked(), firstAddr(b[1+n:])})
+		b = b[1+n+4:]
+	}
+	return all
 }
 
 func firstAddr(b []byte) netip.Addr {

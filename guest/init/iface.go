@@ -158,39 +158,56 @@ type rtentry struct {
 	flags                 uint16
 	_                     int16
 	_, _                  uint64
-	_, _                  uint8
-	_                     [3]int16
 	metric                int16
 	dev                   *byte
 	_, _                  uint64
 	_                     uint16
 }
 
+// route is a way to a network. via is 0.0.0.0 if it is on the link.
+type route struct {
+	to  netip.Prefix
+	via netip.Addr
+}
+
+// setRoute makes an IPv4 route, or takes it away. That it is so already is no error.
+func setRoute(name string, r route, there bool) error {
+	dev, err := unix.BytePtrFromString(name)
+	if err != nil {
+		return err
+	}
+	in := func(a netip.Addr) unix.RawSockaddrInet4 {
+		return unix.RawSockaddrInet4{Family: unix.AF_INET, Addr: a.As4()}
+	}
+	e := rtentry{dst: in(r.to.Addr()), genmask: in(netmask(r.to.Bits())), gateway: in(r.via), flags: unix.RTF_UP, dev: dev}
+	if !r.via.IsUnspecified() {
+		e.flags |= unix.RTF_GATEWAY
+	}
+	request, already := uintptr(unix.SIOCADDRT), unix.EEXIST
+	if !there {
+		request, already = unix.SIOCDELRT, unix.ESRCH
+	}
+	if err := ioctl(unix.AF_INET, request, unsafe.Pointer(&e)); err != nil && err != already {
+		return fmt.Errorf("route to %s by %s: %w", r.to, r.via, err)
+	}
+	return nil
+}
+
 // setGateway makes the default route. That it is there already is no error.
 func setGateway(name string, index int, via netip.Addr) error {
-	var err error
-	if via.Is6() {
-		r := struct {
-			dst, src, gateway [16]byte
-			typ               uint32
-			dstLen, srcLen    uint16
-			metric            uint32
-			info              uint64
-			flags             uint32
-			index             int32
-		}{gateway: via.As16(), metric: 1, flags: unix.RTF_UP | unix.RTF_GATEWAY, index: int32(index)}
-		err = ioctl(unix.AF_INET6, unix.SIOCADDRT, unsafe.Pointer(&r))
-	} else {
-		dev, derr := unix.BytePtrFromString(name)
-		if derr != nil {
-			return derr
-		}
-		any4 := unix.RawSockaddrInet4{Family: unix.AF_INET}
-		r := rtentry{dst: any4, genmask: any4, flags: unix.RTF_UP | unix.RTF_GATEWAY, dev: dev,
-			gateway: unix.RawSockaddrInet4{Family: unix.AF_INET, Addr: via.As4()}}
-		err = ioctl(unix.AF_INET, unix.SIOCADDRT, unsafe.Pointer(&r))
+	if via.Is4() {
+		return setRoute(name, route{netip.PrefixFrom(netip.IPv4Unspecified(), 0), via}, true)
 	}
-	if err != nil && err != unix.EEXIST {
+	r := struct {
+		dst, src, gateway [16]byte
+		typ               uint32
+		dstLen, srcLen    uint16
+		metric            uint32
+		info              uint64
+		flags             uint32
+		index             int32
+	}{gateway: via.As16(), metric: 1, flags: unix.RTF_UP | unix.RTF_GATEWAY, index: int32(index)}
+	if err := ioctl(unix.AF_INET6, unix.SIOCADDRT, unsafe.Pointer(&r)); err != nil && err != unix.EEXIST {
 		return fmt.Errorf("route by %s: %w", via, err)
 	}
 	return nil

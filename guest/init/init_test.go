@@ -3,13 +3,20 @@ package main
 import (
 	"encoding/base64"
 	"encoding/binary"
+	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"ingot/internal/need"
 )
 
 func TestParseOptions(t *testing.T) {
@@ -132,7 +139,81 @@ func TestParseReply(t *testing.T) {
 	}
 }
 
+// Classless routes stand for the router (RFC 3442), come in parts, and are none if wrong.
+func TestParseRoutes(t *testing.T) {
+	mask, router := []byte{optNetmask, 4, 255, 255, 255, 0}, []byte{optRouter, 4, 10, 0, 0, 1}
+	for _, c := range []struct {
+		options []byte
+		want    string
+	}{
+		{nil, "[0.0.0.0/0 10.0.0.1]"},
+		{[]byte{optRoutes, 14, 14, 10, 11, 10, 0, 0, 5, 0, 10, 0, 0, 2, 0, 0, 0}, "[0.0.0.0/0 10.0.0.1]"}, // cut off
+		{[]byte{optRoutes, 12, 14, 10, 11, 10, 0, 0, 5, 0, 10, 0, 0, 2}, "[10.8.0.0/14 10.0.0.5 0.0.0.0/0 10.0.0.2]"},
+		{[]byte{optRoutes, 5, 14, 10, 8, 10, 0, optRoutes, 2, 0, 5}, "[10.8.0.0/14 10.0.0.5]"},
+		{[]byte{optRoutes, 9, 32, 10, 9, 9, 9, 0, 0, 0, 0}, "[10.9.9.9/32 0.0.0.0]"},
+		{[]byte{optRoutes, 9, 33, 10, 9, 9, 9, 0, 0, 0, 0}, "[0.0.0.0/0 10.0.0.1]"},
+	} {
+		l, _, ok := parseReply(reply(sent, ack, slices.Concat(mask, router, c.options)...), sent)
+		got := []string{}
+		for _, r := range l.routes {
+			got = append(got, r.to.String()+" "+r.via.String())
+		}
+		if got := fmt.Sprint(got); !ok || got != c.want {
+			t.Errorf("%v: %s, %v, want %s", c.options, got, ok, c.want)
+		}
+	}
+}
+
+// A lease's routes are the card's, and no longer than the lease says so.
+func TestBoundSetsRoutes(t *testing.T) {
+	need.Root(t)
+	need.NetNS(t)
+	runtime.LockOSThread() // and the thread ends with the test, and its namespace with it
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		t.Fatal(err)
+	}
+	ip := func(args ...string) string {
+		t.Helper()
+		out, err := exec.Command("ip", args...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("ip %v: %v\n%s", args, err, out)
+		}
+		return string(out)
+	}
+	ip("link", "add", "card", "type", "veth", "peer", "name", "other")
+	ip("link", "set", "card", "up")
+	ip("link", "set", "other", "up")
+	n := &network{resolvers: map[string]resolver{}}
+	way := func(to, via string) route { return route{netip.MustParsePrefix(to), netip.MustParseAddr(via)} }
+	var before []route
+	for _, c := range []struct {
+		routes []route
+		want   string
+	}{
+		{[]route{way("0.0.0.0/0", "10.0.0.1")}, "default via 10.0.0.1 10.0.0.0/24"},
+		{[]route{way("0.0.0.0/0", "10.0.1.1"), way("10.0.1.0/24", "0.0.0.0"), way("10.8.0.0/14", "10.0.0.5")},
+			"default via 10.0.1.1 10.0.0.0/24 10.0.1.0/24 10.8.0.0/14 via 10.0.0.5"},
+		{[]route{way("0.0.0.0/0", "10.0.0.1"), way("10.8.0.0/14", "10.0.0.5")}, "default via 10.0.0.1 10.0.0.0/24 10.8.0.0/14 via 10.0.0.5"},
+		{[]route{way("0.0.0.0/0", "10.0.0.1")}, "default via 10.0.0.1 10.0.0.0/24"},
+		{nil, "10.0.0.0/24"},
+	} {
+		for range 2 { // a renewal changes nothing
+			n.bound(iface{name: "card"}, lease{address: netip.MustParsePrefix("10.0.0.9/24"), routes: c.routes}, before)
+			before = c.routes
+			var got []string
+			for line := range strings.Lines(ip("-4", "route", "show")) {
+				way, _, _ := strings.Cut(line, " dev ")
+				got = append(got, way)
+			}
+			if strings.Join(got, " ") != c.want {
+				t.Errorf("%v: %q, want %q", c.routes, got, c.want)
+			}
+		}
+	}
+}
+
 func FuzzParseReply(f *testing.F) {
+	f.Add(reply(sent, offer, optNetmask, 4, 255, 255, 255, 0, optRoutes, 7, 14, 10, 8, 10, 0, 0, 5))
 	f.Add(reply(sent, offer, optNetmask, 4, 255, 255, 255, 0))
 	f.Add(reply(sent, ack, optTime, 4, 0, 0, 0, 1, optDNS))
 	f.Fuzz(func(t *testing.T, b []byte) {

@@ -166,19 +166,35 @@ func (n *network) configure(ctx context.Context, card iface, w nic) {
 		n.resolve(card.name, resolver{servers: w.nameservers})
 	}
 	if w.dhcp {
-		c := &dhcpClient{card: card, hostname: n.hostname, bound: func(l lease) { n.bound(card, l) }, lost: func() { report(clearAddress(card.name)) }}
+		var before []route
+		bound := func(l lease) {
+			n.bound(card, l, before)
+			before = l.routes
+		}
+		c := &dhcpClient{card: card, hostname: n.hostname, bound: bound, lost: func() { report(clearAddress(card.name)) }}
 		n.clients.Go(func() { report(c.run(ctx)) })
 	}
 }
 
-// bound sets what a new or renewed lease says.
-func (n *network) bound(card iface, l lease) {
+// bound sets what a new or renewed lease says. Of the routes that were there before, by
+// the lease before, it takes away those that it has not.
+func (n *network) bound(card iface, l lease, before []route) {
 	if l.mtu > 0 {
 		report(setMTU(card.name, l.mtu))
 	}
 	report(setAddress(card.name, card.index, l.address))
-	if l.router.IsValid() {
-		report(setGateway(card.name, card.index, l.router))
+	for _, r := range before {
+		if !slices.Contains(l.routes, r) {
+			report(setRoute(card.name, r, false))
+		}
+	}
+	// Those on the link first, by which others may be reached.
+	for _, link := range []bool{true, false} {
+		for _, r := range l.routes {
+			if r.via.IsUnspecified() == link {
+				report(setRoute(card.name, r, true))
+			}
+		}
 	}
 	n.resolve(card.name, resolver{l.dns, l.domain})
 }
