@@ -217,9 +217,15 @@ func (c *cloud) leases(ctx context.Context) map[string]*ingotv1.Lease {
 		fmt.Fprintln(os.Stderr, "ingot: list leases:", explain(err, c.name))
 		return nil
 	}
+	return activeByMAC(r.GetLeases())
+}
+
+// activeByMAC are the leases that cards have. An address that is kept for a card may not
+// be the one that it has.
+func activeByMAC(all []*ingotv1.Lease) map[string]*ingotv1.Lease {
 	byMAC := map[string]*ingotv1.Lease{}
-	for _, l := range r.GetLeases() {
-		if mac, err := net.ParseMAC(l.GetMac()); err == nil && (l.GetState() == "active" || l.GetState() == "reserved") {
+	for _, l := range all {
+		if mac, err := net.ParseMAC(l.GetMac()); err == nil && l.GetState() == "active" {
 			byMAC[mac.String()] = l
 		}
 	}

@@ -36,3 +36,18 @@ func TestLeaseTable(t *testing.T) {
 		t.Errorf("got\n%s", strings.Join(got, "\n"))
 	}
 }
+
+// What a microVM has is not what is kept for it until it has asked.
+func TestKeptIsNotLeased(t *testing.T) {
+	const card = "02:00:00:00:00:01"
+	has := &ingotv1.Lease{Ip: "192.168.10.30", State: "active", Mac: card}
+	kept := &ingotv1.Lease{Ip: "192.168.10.61", State: "reserved", Reserved: true, Mac: card}
+	for _, all := range [][]*ingotv1.Lease{{has, kept}, {kept, has}} {
+		if l := activeByMAC(all)[card]; l != has {
+			t.Errorf("it has %v", l)
+		}
+	}
+	if l := activeByMAC([]*ingotv1.Lease{kept})[card]; l != nil {
+		t.Errorf("before it has asked, it has %v", l)
+	}
+}

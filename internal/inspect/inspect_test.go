@@ -171,6 +171,14 @@ func TestFindings(t *testing.T) {
 			[]string{"fail: " + vm + " > interfaces: eth1: its device fltap1vm-0-0 is gone"}},
 		{"no lease", func(w *world) { w.hub.leases = w.hub.leases[1:] },
 			[]string{"fail: " + vm + " > lease: the DHCP server gave 02:00:00:00:01:1a no address"}},
+		{"another address is kept for it, and one elsewhere, and it has not asked since", func(w *world) {
+			for _, ip := range []string{"10.7.0.50", "192.168.10.20"} {
+				w.hub.leases = slices.Insert(w.hub.leases, 0, &v1.Lease{Ip: ip, Mac: w.hub.leases[len(w.hub.leases)-2].GetMac(), State: "reserved", Reserved: true})
+			}
+		}, nil},
+		{"an address is kept for it, and it has none", func(w *world) {
+			w.hub.leases[0] = &v1.Lease{Ip: "192.168.10.20", Mac: w.hub.leases[0].GetMac(), State: "reserved", Reserved: true}
+		}, []string{"fail: " + vm + " > lease: the DHCP server gave 02:00:00:00:01:1a no address"}},
 		{"another address than its lease", func(w *world) { w.hosts[0].vms[0].Status.Addresses = []string{"192.168.10.99"} },
 			[]string{"fail: " + vm + " > lease: the guest has 192.168.10.99, but its lease is 192.168.10.26"}},
 		{"no answer to a ping", func(w *world) { w.hub.dead = []string{"192.168.10.26"} },

@@ -96,7 +96,8 @@ func (h *hubSurvey) lease(mac string) (*v1.Lease, error) {
 		return nil, err
 	}
 	for _, l := range leases {
-		if sameMAC(l.GetMac(), mac) && (l.GetState() == "active" || l.GetState() == "reserved") {
+		// One that is kept for the card may not be the one that it has.
+		if sameMAC(l.GetMac(), mac) && l.GetState() == "active" {
 			return l, nil
 		}
 	}
