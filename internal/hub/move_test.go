@@ -231,7 +231,7 @@ func TestImportIsSynced(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, path := range []string{"", "/x", "/x/y", "/x/y/to.import", "/x/y/to.import/a", "/x/y/to.import/a/b", "/x/y/to.import/a/b/file", "/x/y/to.import/file"} {
-		if !strings.Contains(string(synced), dir+path+">)") {
+		if !strings.Contains(string(synced), "<"+dir+path+">") {
 			t.Errorf("%s is not synced", path)
 		}
 	}
