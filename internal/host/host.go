@@ -577,14 +577,14 @@ func (h *Host) all() []*instance {
 
 // List returns the microVMs of a namespace and name, either empty for all, oldest first.
 func (h *Host) List(namespace, name string) []View {
-	var views []View
-	for _, v := range h.all() {
-		w := v.view()
-		if (namespace == "" || w.Spec.Namespace == namespace) && (name == "" || w.Spec.Name == name) {
-			views = append(views, w)
-		}
+	asked := slices.DeleteFunc(h.all(), func(v *instance) bool {
+		return namespace != "" && v.spec.Namespace != namespace || name != "" && v.spec.Name != name
+	})
+	slices.SortFunc(asked, func(a, b *instance) int { return strings.Compare(a.spec.UID, b.spec.UID) })
+	views := make([]View, len(asked))
+	for i, v := range asked {
+		views[i] = v.view()
 	}
-	slices.SortFunc(views, func(a, b View) int { return strings.Compare(a.Spec.UID, b.Spec.UID) })
 	return views
 }
 

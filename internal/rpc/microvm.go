@@ -67,9 +67,10 @@ func (s *microVM) GetMicroVM(_ context.Context, r *v1alpha1.GetMicroVMRequest) (
 }
 
 func (s *microVM) ListMicroVMs(_ context.Context, r *v1alpha1.ListMicroVMsRequest) (*v1alpha1.ListMicroVMsResponse, error) {
-	var answer v1alpha1.ListMicroVMsResponse
-	for _, v := range s.Host.List(r.GetNamespace(), r.GetName()) {
-		answer.Microvm = append(answer.Microvm, message(v))
+	views := s.Host.List(r.GetNamespace(), r.GetName())
+	answer := v1alpha1.ListMicroVMsResponse{Microvm: make([]*types.MicroVM, len(views))}
+	for i, v := range views {
+		answer.Microvm[i] = message(v)
 	}
 	return &answer, nil
 }
