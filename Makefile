@@ -10,7 +10,7 @@ VERSION = $(shell git describe --tags --always --dirty 2>/dev/null || echo devel
 REVISION = $(shell git rev-parse HEAD 2>/dev/null)
 DATE = $(shell TZ=UTC git log -1 --date=format-local:%Y-%m-%dT%H:%M:%SZ --format=%cd 2>/dev/null)
 # Packages that share memory between goroutines and build quickly with the race detector.
-RACE = ./internal/agent ./internal/boot ./internal/dhcp ./internal/dns ./internal/lab ./internal/logfile ./internal/logline ./internal/metadata \
+RACE = ./internal/agent ./internal/boot ./internal/dhcp ./internal/dns ./internal/firewalld ./internal/lab ./internal/logfile ./internal/logline ./internal/metadata \
 	./internal/nat ./internal/pki ./internal/rpc ./internal/run ./internal/vm ./internal/vpn ./internal/wire
 # Without it each process waits for a second before it ends.
 RACING = CGO_ENABLED=1 GORACE=atexit_sleep_ms=0
