@@ -39,6 +39,6 @@ func hubCommand() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&file, "config", hubConfigFile, "configuration file")
-	cmd.AddCommand(hubExportCommand(), hubImportCommand())
+	cmd.AddCommand(hubExportCommand(), hubImportCommand(), hubClearCommand())
 	return cmd
 }

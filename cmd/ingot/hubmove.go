@@ -83,3 +83,25 @@ repeat it.`,
 	cmd.Flags().BoolVar(&replaced, "replace", false, "also if this hub has leases, reservations or VPN peers, which it then forgets")
 	return cmd
 }
+
+func hubClearCommand() *cobra.Command {
+	var config string
+	cmd := &cobra.Command{
+		Use:   "clear",
+		Short: "Take back what a hub that has ended leaves in force on its machine",
+		Long: `Take back what a hub that has ended leaves in force on its machine: nftables rules,
+forwarding, what firewalld was told, the VPN's interface. Its files stay.
+
+A hub that ends leaves these so that microVMs notice nothing of its restart.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := hub.ReadConfig(config, buildInfo().Version)
+			if err != nil {
+				return err
+			}
+			return hub.Clear(cmd.Context(), c)
+		},
+	}
+	cmd.Flags().StringVar(&config, "config", hubConfigFile, "configuration file")
+	return cmd
+}

@@ -19,6 +19,7 @@ import (
 
 	"ingot/internal/dhcp"
 	"ingot/internal/dns"
+	"ingot/internal/firewalld"
 	"ingot/internal/nat"
 	"ingot/internal/pki"
 	"ingot/internal/registry"
@@ -249,17 +250,17 @@ func (h *Hub) Run(ctx context.Context, others ...run.Task) error {
 	if err := h.access.change(func(all []access) ([]access, error) { return all, nil }); err != nil {
 		return err
 	}
-	// Only now: without the rules the machine would forward whatever comes.
-	for _, name := range []string{h.c.Interface, h.c.Uplink} {
-		if _, err := nat.SetForwarding(name, true); err != nil {
-			return err
-		}
+	if err := h.passOthers(); err != nil {
+		return err
 	}
 	tasks := []run.Task{h.heard, run.Func("access", h.access.follow), run.Func("leases of microvms", h.forget), h.dhcp, h.dns, h.registry, run.Func("grpc api", h.serve), run.Func("certificates", func(ctx context.Context, ready func()) error {
 		ready()
 		return h.shown.Run(ctx)
 	})}
-	tasks = append(tasks, run.Func("configuration", h.awaitConfig))
+	tasks = append(tasks, run.Func("configuration", h.awaitConfig), run.Func("firewalld", func(ctx context.Context, ready func()) error {
+		ready()
+		return firewalld.Keep(ctx, h.c.firewalld(), h.log)
+	}))
 	if h.vpn != nil {
 		tasks = append(tasks, h.vpn)
 	} else if err := vpn.Forget(vpnDir, vpnInterface); err != nil {

@@ -181,7 +181,7 @@ func (s *service) Ping(ctx context.Context, r *ingotv1.PingRequest) (*ingotv1.Pi
 func (s *service) Facts(ctx context.Context, _ *emptypb.Empty) (*ingotv1.HubFacts, error) {
 	f := &ingotv1.HubFacts{
 		Version: s.c.version, Uptime: durationpb.New(time.Since(s.began)), RssBytes: wire.RSS(), ConfigFile: s.c.file,
-		Dhcp: s.dhcpFacts(), Nat: s.natFacts(), Registry: s.registryFacts(ctx), Vpn: s.vpnFacts(), Hosts: s.hostFacts(),
+		Dhcp: s.dhcpFacts(), Nat: s.natFacts(ctx), Registry: s.registryFacts(ctx), Vpn: s.vpnFacts(), Hosts: s.hostFacts(),
 	}
 	f.Hostname, _ = os.Hostname()
 	if s.c.Metrics.IsValid() {
@@ -240,7 +240,7 @@ func since(at time.Time) *durationpb.Duration {
 	return durationpb.New(time.Since(at))
 }
 
-func (s *service) natFacts() *ingotv1.NATFacts {
+func (s *service) natFacts(ctx context.Context) *ingotv1.NATFacts {
 	f := &ingotv1.NATFacts{Inside: s.c.Interface, Outside: s.c.Uplink}
 	in, err := nat.Forwarding(s.c.Interface)
 	out, err2 := nat.Forwarding(s.c.Uplink)
@@ -255,6 +255,11 @@ func (s *service) natFacts() *ingotv1.NATFacts {
 			f.Missing = append(f.Missing, r.Text)
 		}
 	}
+	others, err := s.c.inTheWay(ctx)
+	if err != nil {
+		s.log.Error("look at others' rules", "err", err)
+	}
+	f.Missing = append(f.Missing, others...)
 	return f
 }
 

@@ -52,6 +52,9 @@ func (h Hub) masqueradeText() string {
 	return fmt.Sprintf("ipv4 nat POSTROUTING 0 -o %s -j MASQUERADE", h.Outside)
 }
 
+// Described are these two. firewalld is told them, where it runs.
+func (h Hub) Described() []string { return []string{h.forwardText(), h.masqueradeText()} }
+
 // SetHub replaces the hub's table.
 func SetHub(h Hub) error {
 	b, err := h.table()

@@ -1,0 +1,124 @@
+package hub
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+
+	"ingot/internal/dhcp"
+	"ingot/internal/firewalld"
+	"ingot/internal/link"
+	"ingot/internal/nat"
+	"ingot/internal/vpn"
+)
+
+// forwardingFile notes what did not forward before there was a hub. A reboot takes it
+// with what it is about.
+const forwardingFile = "/run/ingot-hub.json"
+
+// firewalld is what the hub asks of its machine's firewalld, if that runs.
+func (c Config) firewalld() firewalld.Wants {
+	w := firewalld.Wants{Rules: nat.Hub{Inside: c.Interface, Outside: c.Uplink}.Described(), Trusted: []string{c.Interface}}
+	if c.Trusted.IsValid() {
+		w.Sources = append(w.Sources, c.Trusted)
+	}
+	if c.VPN != nil {
+		w.Trusted = append(w.Trusted, vpnInterface)
+		w.Open = append(w.Open, firewalld.Port{Interface: c.Uplink, Number: c.VPN.Port})
+	}
+	return w
+}
+
+// passOthers lets the machine forward, and the segment pass others' chains. It comes
+// after the hub's own rules: without them the machine would forward whatever comes.
+func (h *Hub) passOthers() error {
+	before, err := forwardedBefore()
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{h.c.Interface, h.c.Uplink} {
+		if _, noted := before[name]; noted {
+			continue
+		}
+		if before[name], err = nat.Forwarding(name); err != nil {
+			return err
+		}
+	}
+	b, err := json.Marshal(before)
+	if err == nil {
+		err = replace(forwardingFile, b)
+	}
+	if err != nil {
+		return fmt.Errorf("note what was forwarded: %w", err)
+	}
+	for _, name := range []string{h.c.Interface, h.c.Uplink} {
+		if _, err := nat.SetForwarding(name, true); err != nil {
+			return err
+		}
+	}
+	added, err := nat.SetPassage(h.c.Interface)
+	if len(added) > 0 {
+		h.log.Info("let the segment pass", "chains", added)
+	}
+	return err
+}
+
+func forwardedBefore() (map[string]bool, error) {
+	before := map[string]bool{}
+	b, err := os.ReadFile(forwardingFile)
+	if errors.Is(err, os.ErrNotExist) {
+		return before, nil
+	}
+	if err == nil {
+		err = json.Unmarshal(b, &before)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", forwardingFile, err)
+	}
+	return before, nil
+}
+
+// Clear takes back what a hub has set on its machine and leaves in force when it ends,
+// so that the next one takes it up: rules, forwarding, what firewalld was told. Files
+// stay. No hub may run here.
+func Clear(ctx context.Context, c Config) error {
+	lock, err := dhcp.Lock(ctx, leasesFile)
+	if err != nil {
+		return fmt.Errorf("a hub runs here, stop it first: %w", err)
+	}
+	defer lock.Close()
+	before, err := forwardedBefore()
+	if err != nil {
+		return err
+	}
+	// Forwarding first: what is not forwarded needs no rules.
+	problems := []error{}
+	for name, on := range before {
+		if _, err := link.Get(name); err != nil {
+			continue // gone, with its setting
+		}
+		_, err := nat.SetForwarding(name, on)
+		problems = append(problems, err)
+	}
+	problems = append(problems, firewalld.Withdraw(ctx, c.firewalld()), nat.RemovePassage(c.Interface), nat.Remove(nat.Table), vpn.Forget(vpnDir, vpnInterface))
+	if err := errors.Join(problems...); err != nil {
+		return err
+	}
+	if err := os.Remove(forwardingFile); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// inTheWay names what the machine's other rules lack for the segment's packets to pass.
+func (c Config) inTheWay(ctx context.Context) ([]string, error) {
+	w := c.firewalld()
+	missing, err := firewalld.Missing(ctx, firewalld.Wants{Rules: w.Rules})
+	obstacles, err2 := nat.Obstacles(c.Interface, c.Uplink)
+	for _, o := range obstacles {
+		missing = append(missing, "passage through "+o.String())
+	}
+	return missing, errors.Join(err, err2)
+}

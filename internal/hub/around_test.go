@@ -1,0 +1,202 @@
+package hub
+
+import (
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	ingotv1 "ingot/api/ingot/v1"
+	"ingot/internal/firewalld/firewalldtest"
+	"ingot/internal/need"
+)
+
+// beyond puts a world behind the hub's uplink, to which there is no way back but by
+// the hub's address, and has neither of the hub's interfaces forward.
+func beyond(t *testing.T) {
+	t.Helper()
+	need.Binary(t, "nft")
+	need.Binary(t, "ping")
+	sh(t, `set -e; ip netns add world; ip link set world netns world; ip addr add 203.0.113.1/24 dev uplink
+		ip -n world addr add 203.0.113.2/24 dev world; ip -n world link set world up
+		echo 0 >/proc/sys/net/ipv4/conf/segment/forwarding; echo 0 >/proc/sys/net/ipv4/conf/uplink/forwarding`)
+	t.Cleanup(func() { afterwards(t, "ip -n world link set world netns $$; ip netns del world") })
+}
+
+func afterwards(t *testing.T, line string) {
+	t.Helper()
+	if out, err := exec.Command("sh", "-c", line).CombinedOutput(); err != nil {
+		t.Errorf("%s: %v\n%s", line, err, out)
+	}
+}
+
+// join has the guest ask for an address.
+func join(t *testing.T) {
+	t.Helper()
+	set := write(t, t.TempDir()+"/set", "#!/bin/sh\n[ -z $ip ] || { ip addr replace $ip/25 dev eth0; ip route replace default via $router; }\n")
+	sh(t, "ip netns exec guest busybox udhcpc -i eth0 -n -q -f -t 10 -T 1 -s "+set+" 2>&1")
+}
+
+func passes() bool {
+	return exec.Command("ip", "netns", "exec", "guest", "ping", "-c", "1", "-W", "1", "203.0.113.2").Run() == nil
+}
+
+func await(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	for !is() {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited in vain for %s", what)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// lacks is what the hub says that its rules lack.
+func lacks(t *testing.T, hub ingotv1.HubClient) []string {
+	t.Helper()
+	f, err := hub.Facts(t.Context(), &emptypb.Empty{}, grpc.WaitForReady(true))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f.GetNat().GetMissing()
+}
+
+func clear(t *testing.T, config string) error {
+	t.Helper()
+	c, err := ReadConfig(config, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return Clear(t.Context(), c)
+}
+
+// cleared says whether there is the ruleset that there was, and no forwarding.
+func cleared(t *testing.T, ruleset string) {
+	t.Helper()
+	if diff := cmp.Diff(ruleset, sh(t, "nft list ruleset")); diff != "" {
+		t.Errorf("rules that are left: %s", diff)
+	}
+	if got := sh(t, "cat /proc/sys/net/ipv4/conf/segment/forwarding /proc/sys/net/ipv4/conf/uplink/forwarding"); got != "0\n0\n" {
+		t.Errorf("forwarding is left: %s", got)
+	}
+	if _, err := os.Stat(forwardingFile); err == nil {
+		t.Errorf("%s is left", forwardingFile)
+	}
+}
+
+// TestBesideFirewalld is a guest's life on a hub's machine that has a firewalld.
+func TestBesideFirewalld(t *testing.T) {
+	config, hub := alone(t)
+	beyond(t)
+	d := firewalldtest.New(t)
+	d.Start()
+	files, ruleset := d.Files(), sh(t, "nft list ruleset")
+	const rules = "ipv4 filter FORWARD 0 -i segment -o uplink -j ACCEPT\nipv4 nat POSTROUTING 0 -o uplink -j MASQUERADE\n"
+
+	kill := start(t, config)
+	if missing := lacks(t, hub); len(missing) > 0 {
+		await(t, "the hub to have told firewalld", func() bool { return len(lacks(t, hub)) == 0 })
+	}
+	join(t) // firewalld lets DHCP in, too
+	if !passes() {
+		t.Error("a guest's packets don't pass")
+	}
+	if got := d.Cmd("--direct", "--get-all-rules"); got != rules {
+		t.Errorf("direct rules: %s", got)
+	}
+	d.Cmd("--reload")
+	await(t, "packets to pass after a reload", func() bool { return passes() && d.Cmd("--direct", "--get-all-rules") == rules })
+	// What somebody takes away is named, and told again by the next hub.
+	d.Cmd("--zone=trusted", "--remove-interface=segment")
+	d.Cmd(append([]string{"--direct", "--remove-rule"}, strings.Fields(strings.Split(rules, "\n")[1])...)...)
+	if diff := cmp.Diff([]string{
+		"direct rule ipv4 nat POSTROUTING 0 -o uplink -j MASQUERADE (firewall-cmd --direct --add-rule ipv4 nat POSTROUTING 0 -o uplink -j MASQUERADE)",
+		"passage through firewalld's inet firewalld filter_FORWARD (reject in filter_FWD_public)",
+	}, lacks(t, hub)); diff != "" {
+		t.Errorf("missing: %s", diff)
+	}
+	if err := clear(t, config); err == nil || !strings.Contains(err.Error(), "a hub runs here") {
+		t.Errorf("clear beside a hub: %v", err)
+	}
+	kill()
+	kill = start(t, config)
+	await(t, "packets to pass with the next hub", func() bool { return passes() && d.Cmd("--direct", "--get-all-rules") == rules })
+	kill()
+	if !passes() {
+		t.Error("a hub that has ended takes its way with it")
+	}
+
+	for range 2 {
+		if err := clear(t, config); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := d.Cmd("--direct", "--get-all-rules"); got != "" {
+		t.Errorf("direct rules are left: %s", got)
+	}
+	if zones := d.Cmd("--list-all-zones"); strings.Contains(zones, "segment") {
+		t.Errorf("the segment is left: %s", zones)
+	}
+	// iptables leaves empty tables of its own, and firewalld the chains of a zone that
+	// had something in it.
+	sh(t, "nft delete table ip filter; nft delete table ip nat")
+	d.Cmd("--reload")
+	cleared(t, ruleset)
+	if diff := cmp.Diff(files, d.Files()); diff != "" {
+		t.Errorf("firewalld's files: %s", diff)
+	}
+}
+
+// TestBesideOthers is the same with what Docker and ufw make.
+func TestBesideOthers(t *testing.T) {
+	for name, rules := range map[string]string{
+		"Docker": `table ip filter {
+			chain DOCKER-USER { return; }
+			chain FORWARD { type filter hook forward priority filter; policy drop; jump DOCKER-USER
+				iifname "docker0" oifname != "docker0" counter accept; }
+}`,
+		"ufw": `table ip filter {
+			chain ufw-before-forward { ct state related,established accept; }
+			chain FORWARD { type filter hook forward priority filter; policy drop; jump ufw-before-forward; }
+}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			config, hub := alone(t)
+			beyond(t)
+			file := write(t, t.TempDir()+"/rules", rules+"\n")
+			sh(t, "nft -f "+file)
+			t.Cleanup(func() { afterwards(t, "nft flush ruleset") })
+			ruleset := sh(t, "nft list ruleset")
+			kill := start(t, config)
+			if missing := lacks(t, hub); len(missing) > 0 {
+				t.Errorf("missing: %q", missing)
+			}
+			join(t)
+			if !passes() {
+				t.Error("a guest's packets don't pass")
+			}
+			// It is made anew while the hub runs.
+			sh(t, "nft delete table ip filter; nft -f "+file)
+			if missing := lacks(t, hub); len(missing) != 1 || missing[0] != "passage through "+name+"'s ip filter FORWARD (policy drop)" {
+				t.Errorf("missing: %q", missing)
+			}
+			kill()
+			kill = start(t, config)
+			lacks(t, hub)
+			if !passes() {
+				t.Error("a guest's packets don't pass with the next hub")
+			}
+			kill()
+			if err := clear(t, config); err != nil {
+				t.Fatal(err)
+			}
+			cleared(t, ruleset)
+		})
+	}
+}
