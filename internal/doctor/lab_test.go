@@ -5,15 +5,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
+	"os/signal"
+	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
 	"ingot/internal/doctor"
+	"ingot/internal/firewalld/firewalldtest"
 	"ingot/internal/lab"
+	"ingot/internal/need"
 )
 
 // labMain is what a lab calls this test binary for.
@@ -23,6 +29,10 @@ func labMain(what string, args []string) error {
 		return lab.Hold(os.Stdin, os.Stdout)
 	case "enter":
 		return lab.Enter(args[0], args[2:])
+	case "supervise":
+		ctx, stop := signal.NotifyContext(context.Background(), unix.SIGTERM)
+		defer stop()
+		return lab.Supervise(ctx, args[0], os.Stdin, slog.New(slog.NewTextHandler(os.Stderr, nil)))
 	case "listen": // until its standard input ends
 		l, err := net.Listen("tcp", args[0])
 		if err != nil {
@@ -36,10 +46,9 @@ func labMain(what string, args []string) error {
 	return fmt.Errorf("unknown: %s", what)
 }
 
-// A real lab is looked at from outside: what is wrong in one of its machines is
-// found there, and mended there.
-func TestInALab(t *testing.T) {
-	p := wired(t, false)
+// inALab makes a real lab.
+func inALab(t *testing.T) *lab.Lab {
+	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -68,6 +77,14 @@ func TestInALab(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return l
+}
+
+// A real lab is looked at from outside: what is wrong in one of its machines is
+// found there, and mended there.
+func TestInALab(t *testing.T) {
+	p := wired(t, false)
+	l := inALab(t)
 	p.Exists, p.Device, p.Networks = true, l.Device(), []netip.Prefix{l.Subnet, l.Uplink}
 	for _, m := range l.Machines {
 		p.Machines = append(p.Machines, doctor.Machine{
@@ -95,7 +112,7 @@ func TestInALab(t *testing.T) {
 		mend(t, expect(t, "bridges", p, doctor.Warn, "br_netfilter is on in host-0"), p)
 	}
 
-	c := l.Command(t.Context(), "host-0", self, "lab", "listen", ":9090")
+	c := l.Command(t.Context(), "host-0", l.Binary, "lab", "listen", ":9090")
 	in, err := c.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -114,4 +131,57 @@ func TestInALab(t *testing.T) {
 	expect(t, "ports", p, doctor.Fail, fmt.Sprintf("port 9090/tcp of host-0 is held by doctor.test (pid %d)", c.Process.Pid))
 	p.Machines[1].Roles = [][]string{{"lab", "listen", ":9090"}}
 	expect(t, "ports", p, doctor.Pass, "nobody else")
+}
+
+// TestFirewalldBeneathALab has a lab on a machine with a real firewalld, which drops
+// its packets until it is told, and whenever it has forgotten.
+func TestFirewalldBeneathALab(t *testing.T) {
+	need.Binary(t, "ping")
+	p := wired(t, false)
+	sh(t, `set -e; ip netns add world; ip link add port type veth peer name eth0 netns world; ip link set port master up0 up
+		ip -n world addr add 203.0.113.1/24 dev eth0; ip -n world link set eth0 up`)
+	t.Cleanup(func() { sh(t, "ip netns del world") })
+	d := firewalldtest.New(t)
+	d.Start()
+	files := d.Files()
+	expect(t, "firewall", p, doctor.Pass, "`ingot up` lets itself pass firewalld's inet firewalld filter_FORWARD")
+	l := inALab(t)
+	passes := func() bool {
+		return l.Command(t.Context(), "network-hub", "ping", "-c", "1", "-W", "1", "203.0.113.1").Run() == nil
+	}
+	f := expect(t, "firewall", p, doctor.Warn, "dropped by firewalld's inet firewalld filter_FORWARD (reject in ")
+	if want := "firewall-cmd --zone=trusted --change-interface=ingot-t"; f.Fix != want || passes() {
+		t.Errorf("packets pass: %v; fix: %s, want %s", passes(), f.Fix, want)
+	}
+	mend(t, f, p)
+	if !passes() {
+		t.Error("packets don't pass")
+	}
+	d.Cmd("--reload")
+	if err := l.TellFirewalld(t.Context()); err != nil || !passes() {
+		t.Errorf("told by `ingot up`: %v, packets pass: %v", err, passes())
+	}
+	if err := l.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, how := range []func(){func() { d.Cmd("--reload") }, func() { d.Stop(); d.Start() }} {
+		how()
+		for tries := 0; !passes(); tries++ {
+			if tries == 20 {
+				t.Fatal("the supervisor does not tell firewalld again")
+			}
+		}
+	}
+	if got := d.Cmd("--direct", "--get-all-rules"); got != "" { // those are the hub's affair, in its own machine
+		t.Errorf("direct rules: %s", got)
+	}
+	if err := l.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if zones := d.Cmd("--list-all-zones"); strings.Contains(zones, "ingot-t") {
+		t.Errorf("left after the lab: %s", zones)
+	}
+	if diff := cmp.Diff(files, d.Files()); diff != "" {
+		t.Errorf("firewalld's files: %s", diff)
+	}
 }

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"ingot/internal/dhcp"
+	"ingot/internal/firewalld"
 	"ingot/internal/lab"
 	"ingot/internal/link"
 	"ingot/internal/nat"
@@ -66,7 +67,7 @@ func lookForwarding(_ context.Context, p Patient) Finding {
 // legacyTables is where the kernel lists what iptables-legacy has made.
 const legacyTables = "/proc/net/ip_tables_names"
 
-func lookFirewall(_ context.Context, p Patient) Finding {
+func lookFirewall(ctx context.Context, p Patient) Finding {
 	if os.Geteuid() != 0 {
 		return skip("only root sees it")
 	}
@@ -97,7 +98,10 @@ func lookFirewall(_ context.Context, p Patient) Finding {
 	for _, o := range obstacles {
 		names = append(names, o.String())
 	}
-	if !p.running() && !slices.ContainsFunc(obstacles, func(o nat.Obstacle) bool { return o.By != nat.ByPolicy }) {
+	// What runs has told firewalld already.
+	told := !p.running() && firewalld.Running(ctx)
+	passed := func(o nat.Obstacle) bool { return o.By == nat.ByPolicy || told && o.Owner == "firewalld" }
+	if !p.running() && !slices.ContainsFunc(obstacles, func(o nat.Obstacle) bool { return !passed(o) }) {
 		return pass("`ingot up` lets itself pass " + strings.Join(names, ", ") + rest)
 	}
 	return dropped(p.Device, obstacles, names, rest)
@@ -108,10 +112,10 @@ func lookFirewall(_ context.Context, p Patient) Finding {
 func dropped(device string, obstacles []nat.Obstacle, names []string, rest string) Finding {
 	var fixes []string
 	var others []nat.Obstacle
-	firewalld := false
+	asked := false
 	for _, o := range obstacles {
 		if o.Owner == "firewalld" {
-			firewalld = true
+			asked = true
 		} else {
 			others = append(others, o)
 			for _, way := range []string{"iifname", "oifname"} {
@@ -119,15 +123,15 @@ func dropped(device string, obstacles []nat.Obstacle, names []string, rest strin
 			}
 		}
 	}
-	trust := []string{"--zone=trusted", "--add-interface=" + device}
-	if firewalld {
-		fixes = append(fixes, "firewall-cmd "+strings.Join(trust, " "))
+	if asked {
+		fixes = append(fixes, "firewall-cmd --zone=trusted --change-interface="+device)
 	}
 	return warn("forwarded packets are dropped by "+strings.Join(names, ", ")+rest, "microVMs reach nothing beyond this machine", strings.Join(fixes, "; ")).
 		mendedBy(func(ctx context.Context) error {
 			var errs []error
-			if firewalld {
-				errs = append(errs, do(ctx, "firewall-cmd", trust...))
+			if asked {
+				_, err := firewalld.Set(ctx, firewalld.Wants{Trusted: []string{device}})
+				errs = append(errs, err)
 			}
 			return errors.Join(append(errs, nat.LetPass(device, others))...)
 		})

@@ -13,7 +13,6 @@ import (
 
 	"ingot/internal/hub"
 	"ingot/internal/lab"
-	"ingot/internal/nat"
 	"ingot/internal/pki"
 	"ingot/internal/vpn"
 )
@@ -79,8 +78,10 @@ func (u *up) makeCertificates(context.Context) (string, error) {
 
 func (u *up) makeMachines(ctx context.Context) (string, error) {
 	_, err := u.lab.Ensure(ctx)
-	if there, _ := nat.Present("firewalld"); there {
-		u.say("note: firewalld refuses what it does not know; so that microVMs reach the world:\n  firewall-cmd --zone=trusted --add-interface=%s", u.lab.Device())
+	if err == nil {
+		if err := u.lab.TellFirewalld(ctx); err != nil {
+			u.say("note: microVMs may reach nothing beyond this machine: %v", err)
+		}
 	}
 	var names []string
 	for _, m := range u.env.Machines {

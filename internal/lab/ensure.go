@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ingot/internal/firewalld"
 	"ingot/internal/link"
 	"ingot/internal/nat"
 )
@@ -338,6 +339,16 @@ func (l *Lab) openUplink(ctx context.Context) (changed bool, err error) {
 		}
 	}
 	return changed, nil
+}
+
+// firewalld is what the lab asks of this machine's firewalld, if that runs: what comes
+// from the hub is to pass. What it may reach is for the lab's own table to say.
+func (l *Lab) firewalld() firewalld.Wants { return firewalld.Wants{Trusted: []string{l.Device()}} }
+
+// TellFirewalld asks that of it now. The supervisor keeps it so.
+func (l *Lab) TellFirewalld(ctx context.Context) error {
+	_, err := firewalld.Set(ctx, l.firewalld())
+	return err
 }
 
 func (l *Lab) rules() nat.Lab {

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"ingot/internal/firewalld"
 	"ingot/internal/link"
 	"ingot/internal/nat"
 	"ingot/internal/run"
@@ -37,7 +38,8 @@ func (l *Lab) Remove(ctx context.Context) error {
 	for _, m := range machines {
 		problems = append(problems, link.UnpinNamespace(l.pin(m)))
 	}
-	problems = append(problems, link.Remove(l.Device()), nat.Remove(l.Device()), nat.RemovePassage(l.Device()), l.restoreForwarding(ctx))
+	problems = append(problems, link.Remove(l.Device()), nat.Remove(l.Device()), nat.RemovePassage(l.Device()),
+		firewalld.Withdraw(ctx, l.firewalld()), l.restoreForwarding(ctx))
 	for mounted(l.RunDir) {
 		if err := unix.Unmount(l.RunDir, unix.MNT_DETACH); err != nil {
 			problems = append(problems, fmt.Errorf("unmount %s: %w", l.RunDir, err))

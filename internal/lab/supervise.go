@@ -23,6 +23,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"ingot/internal/firewalld"
 	"ingot/internal/link"
 	"ingot/internal/logfile"
 	"ingot/internal/run"
@@ -285,6 +286,9 @@ func Supervise(ctx context.Context, runDir string, in io.Reader, log *slog.Logge
 		running.Go(func() { err := logs.Run(ctx); logUnbounded(log, err) })
 	}
 	logUnbounded(log, err)
+	if l, err := Open(runDir); err == nil {
+		running.Go(func() { firewalld.Keep(ctx, l.firewalld(), log) })
+	}
 	for {
 		l, err := Open(runDir)
 		if err != nil {
