@@ -161,4 +161,9 @@ registry: /var/lib/ingot/registry
 		m.remove(t, v.Spec.GetUid())
 	}
 	is("one")
+
+	// What it leaves in force is taken back when somebody says so.
+	sh(t, "set -e; nft list table ip ingot; ! ingot hub clear --config "+m.dir+"/hub.yaml")
+	killHub()
+	sh(t, "set -e; nft list table ip ingot; ingot hub clear --config "+m.dir+"/hub.yaml; ! nft list table ip ingot")
 }
