@@ -125,8 +125,15 @@ func TestWithoutBus(t *testing.T) {
 // TestKeep has packets pass a real firewalld for as long as they are to, however often
 // it forgets, and leaves it as it was.
 func TestKeep(t *testing.T) {
+	for _, line := range []string{"FirewallBackend=nftables", "FirewallBackend=iptables", "FlushAllOnReload=no"} {
+		t.Run(line, func(t *testing.T) { testKeep(t, line) })
+	}
+}
+
+func testKeep(t *testing.T, line string) {
 	between(t)
 	d := firewalldtest.New(t)
+	d.Set(line)
 	before := d.Files()
 	ctx, cancel := context.WithCancel(t.Context())
 	kept := make(chan error, 1)

@@ -81,6 +81,26 @@ func New(t testing.TB) *Daemon {
 	return d
 }
 
+// Set sets one line of firewalld.conf: FirewallBackend=iptables.
+func (d *Daemon) Set(line string) {
+	d.t.Helper()
+	path := d.dir + "/etc/firewalld.conf"
+	key, _, _ := strings.Cut(line, "=")
+	b, err := os.ReadFile(path)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	lines := strings.Split(string(b), "\n")
+	for i := range lines {
+		if strings.HasPrefix(lines[i], key+"=") {
+			lines[i] = line
+		}
+	}
+	if err := os.WriteFile(path, []byte(strings.Join(lines, "\n")), 0o644); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
 // Start starts firewalld, and waits until it has its rules.
 func (d *Daemon) Start() {
 	d.t.Helper()
