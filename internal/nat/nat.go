@@ -113,6 +113,8 @@ func (h Hub) table() (*batch, error) {
 	b.rule(postrouting, "the segment's own ways to published ports", oif(h.Inside), source(h.Segment), passedOn(), asAsked())
 	h.publish(b, platform)
 	input := b.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nftables.ChainPolicyAccept)
+	// First what comes most often.
+	b.rule(input, "names for the segment", iif(h.Inside), port(unix.IPPROTO_UDP, 53), accept)
 	b.rule(input, "this machine", iif("lo"), accept)
 	b.rule(input, "machines", iif(h.Inside), sourceIn(platform), accept)
 	if h.Trusted.IsValid() {
@@ -137,7 +139,7 @@ func (h Hub) table() (*batch, error) {
 // once, which takes time and fills its table: names of the hub's own address on the
 // segment, and DHCP. No rule of ours asks about those.
 func (h Hub) untrack(b *batch, platform *nftables.Set) {
-	notrack := []expr.Any{&expr.Notrack{}}
+	notrack := []expr.Any{&expr.Notrack{}, &expr.Verdict{Kind: expr.VerdictAccept}}
 	questions := b.chain("questions", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw, nftables.ChainPolicyAccept)
 	b.rule(questions, "for names", iif(h.Inside), port(unix.IPPROTO_UDP, 53), destinationIn(platform), notrack)
 	b.rule(questions, "for leases", iif(h.Inside), port(unix.IPPROTO_UDP, 67), destinationIn(platform), notrack)
