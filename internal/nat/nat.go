@@ -29,6 +29,9 @@ type Hub struct {
 	Platform   []netip.Addr
 	Management []uint16 // TCP ports
 	VPN        VPN      // zero: there is none
+	// Tailnet is one more, whose peers come under the hub's address: its subnet is
+	// everybody's, and machines know nothing of it. Zero: there is none.
+	Tailnet    VPN
 	Segment    netip.Prefix
 	Published  []Published // what leads from outside to microVMs
 	Restricted []Restricted
@@ -106,9 +109,15 @@ func (h Hub) table() (*batch, error) {
 	if h.VPN.Interface != "" {
 		b.rule(forward, "peers into the segment", iif(h.VPN.Interface), oif(h.Inside), source(h.VPN.Subnet), accept)
 	}
+	if h.Tailnet.Interface != "" {
+		b.rule(forward, "tailnet into the segment", iif(h.Tailnet.Interface), oif(h.Inside), source(h.Tailnet.Subnet), accept)
+	}
 	b.rule(forward, "published ports", oif(h.Inside), passedOn(), accept)
 	postrouting := b.chain("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, nftables.ChainPriorityNATSource, nftables.ChainPolicyAccept)
 	b.rule(postrouting, h.masqueradeText(), oif(h.Outside), []expr.Any{&expr.Masq{}})
+	if h.Tailnet.Interface != "" {
+		b.rule(postrouting, "tailnet under this machine's address", oif(h.Inside), source(h.Tailnet.Subnet), []expr.Any{&expr.Masq{}})
+	}
 	// Who is on the segment too would be answered directly, by somebody it has not asked.
 	b.rule(postrouting, "the segment's own ways to published ports", oif(h.Inside), source(h.Segment), passedOn(), asAsked())
 	h.publish(b, platform)
@@ -123,6 +132,10 @@ func (h Hub) table() (*batch, error) {
 	if h.VPN.Interface != "" {
 		b.rule(input, "peers", iif(h.VPN.Interface), source(h.VPN.Subnet), accept)
 		b.rule(input, "no guest to the VPN's port", iif(h.Inside), port(unix.IPPROTO_UDP, h.VPN.Port), drop)
+	}
+	if h.Tailnet.Interface != "" {
+		b.rule(input, "tailnet", iif(h.Tailnet.Interface), source(h.Tailnet.Subnet), accept)
+		b.rule(input, "no guest to the tailnet's port", iif(h.Inside), port(unix.IPPROTO_UDP, h.Tailnet.Port), drop)
 	}
 	for _, number := range h.Management {
 		b.rule(input, fmt.Sprintf("nobody else to %d", number), port(unix.IPPROTO_TCP, number), drop)

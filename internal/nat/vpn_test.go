@@ -21,6 +21,12 @@ func TestVPNGoldens(t *testing.T) {
 		t.Fatal(err)
 	}
 	golden(t, "hub-vpn.nft", "ip", nat.Table)
+	tailnet := hub
+	tailnet.Tailnet = nat.VPN{Interface: "tailscale0", Subnet: netip.MustParsePrefix("100.64.0.0/10"), Port: 41641}
+	if err := nat.SetHub(tailnet); err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "hub-tailnet.nft", "ip", nat.Table)
 	if err := nat.SetHub(hub); err != nil {
 		t.Fatal(err)
 	}
