@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 
 	"ingot/internal/dhcp"
 	"ingot/internal/firewalld"
 	"ingot/internal/link"
 	"ingot/internal/nat"
+	"ingot/internal/tailscale"
 	"ingot/internal/vpn"
 )
 
@@ -28,6 +30,10 @@ func (c Config) firewalld() firewalld.Wants {
 		w.Trusted = append(w.Trusted, vpnInterface)
 		w.Open = append(w.Open, firewalld.Port{Interface: c.Uplink, Number: c.VPN.Port})
 	}
+	if c.Tailscale != nil {
+		w.Trusted = append(w.Trusted, tailscale.Interface)
+		w.Open = append(w.Open, firewalld.Port{Interface: c.Uplink, Number: tailscale.Port})
+	}
 	return w
 }
 
@@ -38,7 +44,11 @@ func (h *Hub) passOthers() error {
 	if err != nil {
 		return err
 	}
-	for _, name := range []string{h.c.Interface, h.c.Uplink} {
+	forwarding, err := h.c.forwarding()
+	if err != nil {
+		return err
+	}
+	for _, name := range forwarding {
 		if _, noted := before[name]; noted {
 			continue
 		}
@@ -53,7 +63,7 @@ func (h *Hub) passOthers() error {
 	if err != nil {
 		return fmt.Errorf("note what was forwarded: %w", err)
 	}
-	for _, name := range []string{h.c.Interface, h.c.Uplink} {
+	for _, name := range forwarding {
 		if _, err := nat.SetForwarding(name, true); err != nil {
 			return err
 		}
@@ -63,6 +73,23 @@ func (h *Hub) passOthers() error {
 		h.log.Info("let the segment pass", "chains", added)
 	}
 	return err
+}
+
+// forwarding are the interfaces by which packets come that the machine is to forward.
+// With Tailscale it is all there are, or tailscaled tells everybody that forwarding is
+// off: the hub's rules drop what is not said to pass.
+func (c Config) forwarding() (names []string, err error) {
+	names = []string{c.Interface, c.Uplink}
+	if c.Tailscale == nil {
+		return names, nil
+	}
+	all, err := link.List()
+	for _, i := range all {
+		if i.Name != "lo" && !slices.Contains(names, i.Name) {
+			names = append(names, i.Name)
+		}
+	}
+	return names, err
 }
 
 func forwardedBefore() (map[string]bool, error) {

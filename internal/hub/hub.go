@@ -24,6 +24,7 @@ import (
 	"ingot/internal/pki"
 	"ingot/internal/registry"
 	"ingot/internal/run"
+	"ingot/internal/tailscale"
 	"ingot/internal/vpn"
 	"ingot/internal/wire"
 )
@@ -54,6 +55,7 @@ type Config struct {
 	TokenFile string       `yaml:"token-file"`
 	Registry  string       `yaml:"registry"` // directory
 	VPN       *VPN         `yaml:"vpn,omitempty"`
+	Tailscale *Tailscale   `yaml:"tailscale,omitempty"`
 
 	DHCP         DHCP           `yaml:"dhcp,omitempty"`
 	Reservations []Reservation  `yaml:"reservations,omitempty"`
@@ -132,6 +134,9 @@ func ParseConfig(text []byte) (Config, error) {
 	if err == nil && c.VPN != nil {
 		err = c.VPN.check(c.Subnet)
 	}
+	if err == nil && c.Tailscale != nil {
+		err = c.Tailscale.check()
+	}
 	for _, m := range c.Machines {
 		if !m.Address.Is4() && err == nil {
 			err = fmt.Errorf("machines: %s of %s is no IPv4 address", m.Address, m.Name)
@@ -172,8 +177,9 @@ type Hub struct {
 	guests   *guests
 	heard    run.Task // has the guests hear hosts
 	access   *accesses
-	vpn      *vpn.Server   // nil: nobody comes in
-	again    chan struct{} // a new configuration has come
+	vpn      *vpn.Server       // nil: nobody comes in
+	tailnet  *tailscale.Router // nil: nor by Tailscale
+	again    chan struct{}     // a new configuration has come
 }
 
 // New makes a hub of its configuration.
@@ -207,6 +213,10 @@ func New(c Config, log *slog.Logger) (*Hub, error) {
 	if v := c.VPN; v != nil {
 		names = append(names, v.Subnet)
 		h.vpn = vpn.New(vpn.Settings{Dir: vpnDir, Interface: vpnInterface, Subnet: v.Subnet, Port: v.Port, Log: log})
+	}
+	if c.Tailscale != nil {
+		names = append(names, tailscale.Addresses)
+		h.tailnet = h.newTailnet()
 	}
 	h.access = h.newAccesses()
 	port := func(p uint16) netip.AddrPort { return netip.AddrPortFrom(c.Address, p) }
@@ -266,6 +276,7 @@ func (h *Hub) Run(ctx context.Context, others ...run.Task) error {
 	} else if err := vpn.Forget(vpnDir, vpnInterface); err != nil {
 		return err
 	}
+	tasks = append(tasks, h.tailnetTasks()...)
 	return run.All(ctx, h.log, append(tasks, others...)...)
 }
 
@@ -301,6 +312,9 @@ func (h *Hub) rules(x inForce) nat.Hub {
 	}
 	if v := h.c.VPN; v != nil {
 		rules.VPN = nat.VPN{Interface: vpnInterface, Subnet: v.Subnet, Port: v.Port}
+	}
+	if h.c.Tailscale != nil {
+		rules.Tailnet = nat.VPN{Interface: tailscale.Interface, Subnet: tailscale.Addresses, Port: tailscale.Port}
 	}
 	return rules
 }

@@ -50,6 +50,9 @@ type manifest struct {
 // names in an archive. What else a hub learns to keep is added here.
 func (c Config) kept(images bool) map[string]string {
 	all := map[string]string{leasesName: leasesFile, "dhcp": filepath.Dir(importedFile), "vpn": vpnDir, "guests": guestsFile, "access": accessFile}
+	if c.Tailscale != nil {
+		all["tailscale"] = tailscaleDir // a hub that is to be in no tailnet would log the other out
+	}
 	if images {
 		all[imagesName] = c.Registry
 	}
@@ -59,7 +62,7 @@ func (c Config) kept(images bool) map[string]string {
 // declared is what says how a hub is, and who it is: that of a machine which has it
 // already stays.
 func (c Config) declared() map[string]string {
-	return map[string]string{"hub.yaml": c.file, "pki": c.PKI, "token": c.TokenFile}
+	return map[string]string{"hub.yaml": c.file, "pki": c.PKI, "token": c.TokenFile, "tailscale-key": TailscaleKey}
 }
 
 // Export writes an archive (tar) of all that makes a hub: its configuration, with its
@@ -223,7 +226,7 @@ func Import(ctx context.Context, r io.Reader, file, version string, replaced boo
 // checkPlaces says whether an archive may choose the places that its configuration has:
 // what is there is replaced, and must be nothing but Ingot's, and one thing each.
 func (c Config) checkPlaces() error {
-	taken := map[string]string{"hub.yaml": "/etc/ingot/hub.yaml", "what import unpacks": stagedDir}
+	taken := map[string]string{"hub.yaml": "/etc/ingot/hub.yaml", "tailscale-key": TailscaleKey, "tailscale": tailscaleDir, "what import unpacks": stagedDir}
 	maps.Copy(taken, c.kept(false))
 	for _, place := range []struct{ key, path string }{{"pki", c.PKI}, {"token-file", c.TokenFile}, {"registry", c.Registry}} {
 		if path.Clean(place.path) != place.path || !within("/etc/ingot", place.path) && !within("/var/lib/ingot", place.path) {
@@ -371,7 +374,7 @@ func unpack(r io.Reader, dir string) error {
 		return err
 	}
 	defer root.Close()
-	known := Config{}.kept(true)
+	known := Config{Tailscale: &Tailscale{}}.kept(true)
 	for name := range (Config{}).declared() {
 		known[name] = ""
 	}

@@ -25,6 +25,50 @@ import (
 	"ingot/internal/vpn"
 )
 
+// TestMoveTailscale: a hub that moves is who it was in a tailnet, where it is to be in one.
+func TestMoveTailscale(t *testing.T) {
+	config, _ := alone(t)
+	text := usual(t, config)
+	write(t, config, text+"tailscale: {hostname: lab-hub}\n")
+	c, err := ReadConfig(config, "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	state := mkdir(t, tailscaleDir) + "/tailscaled.state"
+	for path, text := range map[string]string{state: "who it is", TailscaleKey: "tskey-auth-x"} {
+		if err := replace(path, []byte(text)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var archive bytes.Buffer
+	if err := Export(&archive, c, false); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		config string // of the new machine; empty: none
+		there  bool
+	}{{"", true}, {text, false}} {
+		for _, gone := range []string{"/etc/ingot", "/var/lib/ingot", leasesFile, config} {
+			if err := os.RemoveAll(gone); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if c.config != "" {
+			write(t, config, c.config)
+		}
+		if _, err := Import(t.Context(), bytes.NewReader(archive.Bytes()), config, "test", false); err != nil {
+			t.Fatal(err)
+		}
+		info, err := os.Stat(state)
+		if there := err == nil; there != c.there || there && info.Mode() != 0o600 {
+			t.Errorf("with configuration %q: %v, %v", c.config, info, err)
+		}
+		if info, err := os.Stat(TailscaleKey); err != nil || info.Mode() != 0o600 {
+			t.Errorf("the key: %v, %v", info, err)
+		}
+	}
+}
+
 // A hub moves to a new machine, which has nothing: there it is who it was, with every
 // lease, and its VPN's peers.
 func TestMove(t *testing.T) {

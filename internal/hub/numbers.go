@@ -50,6 +50,9 @@ func (h *Hub) Numbers(ctx context.Context) (Numbers, error) {
 		f := h.vpn.Facts()
 		n.VPN, n.Serving["vpn"] = &f, f.Error == nil
 	}
+	if h.tailnet != nil {
+		n.Serving["tailscale"] = h.tailnet.Facts(ctx).Error == nil
+	}
 	in, err := nat.Forwarding(h.c.Interface)
 	out, err2 := nat.Forwarding(h.c.Uplink)
 	n.NAT.Forwarding = in && out

@@ -16,6 +16,7 @@ import (
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/internal/link"
 	"ingot/internal/nat"
+	"ingot/internal/tailscale"
 )
 
 func (s *service) PublishPorts(ctx context.Context, r *ingotv1.PublishPortsRequest) (*ingotv1.PublishPortsResponse, error) {
@@ -142,6 +143,9 @@ func (h *Hub) needed(p nat.Port) error {
 	}
 	if h.c.VPN != nil {
 		own[fmt.Sprint("udp ", h.c.VPN.Port)] = "the VPN"
+	}
+	if h.c.Tailscale != nil {
+		own[fmt.Sprint("udp ", tailscale.Port)] = "tailscaled"
 	}
 	what := own[fmt.Sprint(p.Protocol, " ", p.Port)]
 	if what == "" && listensAt(p) {

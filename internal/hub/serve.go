@@ -182,6 +182,7 @@ func (s *service) Facts(ctx context.Context, _ *emptypb.Empty) (*ingotv1.HubFact
 	f := &ingotv1.HubFacts{
 		Version: s.c.version, Uptime: durationpb.New(time.Since(s.began)), RssBytes: wire.RSS(), ConfigFile: s.c.file,
 		Dhcp: s.dhcpFacts(), Nat: s.natFacts(ctx), Registry: s.registryFacts(ctx), Vpn: s.vpnFacts(), Hosts: s.hostFacts(),
+		Tailscale: s.tailscaleFacts(ctx),
 	}
 	f.Hostname, _ = os.Hostname()
 	if s.c.Metrics.IsValid() {

@@ -1859,7 +1859,8 @@ type HubFacts struct {
 	ConfigFile    string                 `protobuf:"bytes,10,opt,name=config_file,json=configFile,proto3" json:"config_file,omitempty"`
 	Vpn           *VPNFacts              `protobuf:"bytes,11,opt,name=vpn,proto3" json:"vpn,omitempty"` // unset: the hub has none
 	Hosts         []*HeardHost           `protobuf:"bytes,12,rep,name=hosts,proto3" json:"hosts,omitempty"`
-	Metrics       string                 `protobuf:"bytes,14,opt,name=metrics,proto3" json:"metrics,omitempty"` // ADDRESS:PORT where Prometheus finds its metrics; empty: nowhere
+	Metrics       string                 `protobuf:"bytes,14,opt,name=metrics,proto3" json:"metrics,omitempty"`     // ADDRESS:PORT where Prometheus finds its metrics; empty: nowhere
+	Tailscale     *TailscaleFacts        `protobuf:"bytes,15,opt,name=tailscale,proto3" json:"tailscale,omitempty"` // unset: the hub is in no tailnet
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1983,6 +1984,13 @@ func (x *HubFacts) GetMetrics() string {
 		return x.Metrics
 	}
 	return ""
+}
+
+func (x *HubFacts) GetTailscale() *TailscaleFacts {
+	if x != nil {
+		return x.Tailscale
+	}
+	return nil
 }
 
 // HeardHost is a host whose microVMs the hub knows, because it watches them.
@@ -2171,6 +2179,163 @@ func (x *VPNFacts) GetPeers() []*VPNPeer {
 	return nil
 }
 
+// TailscaleFacts say how the hub is as a subnet router of a tailnet.
+type TailscaleFacts struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Serving       bool                   `protobuf:"varint,1,opt,name=serving,proto3" json:"serving,omitempty"`
+	Error         string                 `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`     // why nobody comes in
+	Version       string                 `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"` // tailscaled's
+	State         string                 `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`     // in tailscaled's words: Running
+	Name          string                 `protobuf:"bytes,5,opt,name=name,proto3" json:"name,omitempty"`       // the hub's, in the tailnet
+	Addresses     []string               `protobuf:"bytes,6,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	LoginServer   string                 `protobuf:"bytes,7,opt,name=login_server,json=loginServer,proto3" json:"login_server,omitempty"`
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=expires,proto3" json:"expires,omitempty"` // the login; unset: never
+	Expired       bool                   `protobuf:"varint,9,opt,name=expired,proto3" json:"expired,omitempty"`
+	Route         string                 `protobuf:"bytes,10,opt,name=route,proto3" json:"route,omitempty"`
+	Advertised    bool                   `protobuf:"varint,11,opt,name=advertised,proto3" json:"advertised,omitempty"` // the route is offered to the tailnet
+	Approved      bool                   `protobuf:"varint,12,opt,name=approved,proto3" json:"approved,omitempty"`     // by the tailnet's administrator: peers use it
+	Userspace     bool                   `protobuf:"varint,13,opt,name=userspace,proto3" json:"userspace,omitempty"`   // there is no device for packets: tailscaled passes them on itself
+	Peers         int32                  `protobuf:"varint,14,opt,name=peers,proto3" json:"peers,omitempty"`
+	Socket        string                 `protobuf:"bytes,15,opt,name=socket,proto3" json:"socket,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TailscaleFacts) Reset() {
+	*x = TailscaleFacts{}
+	mi := &file_ingot_v1_hub_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TailscaleFacts) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TailscaleFacts) ProtoMessage() {}
+
+func (x *TailscaleFacts) ProtoReflect() protoreflect.Message {
+	mi := &file_ingot_v1_hub_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TailscaleFacts.ProtoReflect.Descriptor instead.
+func (*TailscaleFacts) Descriptor() ([]byte, []int) {
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *TailscaleFacts) GetServing() bool {
+	if x != nil {
+		return x.Serving
+	}
+	return false
+}
+
+func (x *TailscaleFacts) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *TailscaleFacts) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *TailscaleFacts) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *TailscaleFacts) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *TailscaleFacts) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *TailscaleFacts) GetLoginServer() string {
+	if x != nil {
+		return x.LoginServer
+	}
+	return ""
+}
+
+func (x *TailscaleFacts) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
+func (x *TailscaleFacts) GetExpired() bool {
+	if x != nil {
+		return x.Expired
+	}
+	return false
+}
+
+func (x *TailscaleFacts) GetRoute() string {
+	if x != nil {
+		return x.Route
+	}
+	return ""
+}
+
+func (x *TailscaleFacts) GetAdvertised() bool {
+	if x != nil {
+		return x.Advertised
+	}
+	return false
+}
+
+func (x *TailscaleFacts) GetApproved() bool {
+	if x != nil {
+		return x.Approved
+	}
+	return false
+}
+
+func (x *TailscaleFacts) GetUserspace() bool {
+	if x != nil {
+		return x.Userspace
+	}
+	return false
+}
+
+func (x *TailscaleFacts) GetPeers() int32 {
+	if x != nil {
+		return x.Peers
+	}
+	return 0
+}
+
+func (x *TailscaleFacts) GetSocket() string {
+	if x != nil {
+		return x.Socket
+	}
+	return ""
+}
+
 type DHCPFacts struct {
 	state        protoimpl.MessageState `protogen:"open.v1"`
 	Serving      bool                   `protobuf:"varint,1,opt,name=serving,proto3" json:"serving,omitempty"`
@@ -2201,7 +2366,7 @@ type DHCPFacts struct {
 
 func (x *DHCPFacts) Reset() {
 	*x = DHCPFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[36]
+	mi := &file_ingot_v1_hub_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2213,7 +2378,7 @@ func (x *DHCPFacts) String() string {
 func (*DHCPFacts) ProtoMessage() {}
 
 func (x *DHCPFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[36]
+	mi := &file_ingot_v1_hub_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2226,7 +2391,7 @@ func (x *DHCPFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DHCPFacts.ProtoReflect.Descriptor instead.
 func (*DHCPFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{36}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *DHCPFacts) GetServing() bool {
@@ -2382,7 +2547,7 @@ type ForeignDHCP struct {
 
 func (x *ForeignDHCP) Reset() {
 	*x = ForeignDHCP{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[37]
+	mi := &file_ingot_v1_hub_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2394,7 +2559,7 @@ func (x *ForeignDHCP) String() string {
 func (*ForeignDHCP) ProtoMessage() {}
 
 func (x *ForeignDHCP) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[37]
+	mi := &file_ingot_v1_hub_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2407,7 +2572,7 @@ func (x *ForeignDHCP) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ForeignDHCP.ProtoReflect.Descriptor instead.
 func (*ForeignDHCP) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{37}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ForeignDHCP) GetServer() string {
@@ -2451,7 +2616,7 @@ type DNSFacts struct {
 
 func (x *DNSFacts) Reset() {
 	*x = DNSFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[38]
+	mi := &file_ingot_v1_hub_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2463,7 +2628,7 @@ func (x *DNSFacts) String() string {
 func (*DNSFacts) ProtoMessage() {}
 
 func (x *DNSFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[38]
+	mi := &file_ingot_v1_hub_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2476,7 +2641,7 @@ func (x *DNSFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DNSFacts.ProtoReflect.Descriptor instead.
 func (*DNSFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{38}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *DNSFacts) GetServing() bool {
@@ -2527,7 +2692,7 @@ type NATFacts struct {
 
 func (x *NATFacts) Reset() {
 	*x = NATFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[39]
+	mi := &file_ingot_v1_hub_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2539,7 +2704,7 @@ func (x *NATFacts) String() string {
 func (*NATFacts) ProtoMessage() {}
 
 func (x *NATFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[39]
+	mi := &file_ingot_v1_hub_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2552,7 +2717,7 @@ func (x *NATFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NATFacts.ProtoReflect.Descriptor instead.
 func (*NATFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{39}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *NATFacts) GetForwarding() bool {
@@ -2601,7 +2766,7 @@ type NATRule struct {
 
 func (x *NATRule) Reset() {
 	*x = NATRule{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[40]
+	mi := &file_ingot_v1_hub_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2613,7 +2778,7 @@ func (x *NATRule) String() string {
 func (*NATRule) ProtoMessage() {}
 
 func (x *NATRule) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[40]
+	mi := &file_ingot_v1_hub_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2626,7 +2791,7 @@ func (x *NATRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NATRule.ProtoReflect.Descriptor instead.
 func (*NATRule) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{40}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *NATRule) GetRule() string {
@@ -2656,7 +2821,7 @@ type RegistryFacts struct {
 
 func (x *RegistryFacts) Reset() {
 	*x = RegistryFacts{}
-	mi := &file_ingot_v1_hub_proto_msgTypes[41]
+	mi := &file_ingot_v1_hub_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2668,7 +2833,7 @@ func (x *RegistryFacts) String() string {
 func (*RegistryFacts) ProtoMessage() {}
 
 func (x *RegistryFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_ingot_v1_hub_proto_msgTypes[41]
+	mi := &file_ingot_v1_hub_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2681,7 +2846,7 @@ func (x *RegistryFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegistryFacts.ProtoReflect.Descriptor instead.
 func (*RegistryFacts) Descriptor() ([]byte, []int) {
-	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{41}
+	return file_ingot_v1_hub_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *RegistryFacts) GetServing() bool {
@@ -2841,7 +3006,7 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\atimeout\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\atimeout\"H\n" +
 	"\fPingResponse\x128\n" +
 	"\n" +
-	"round_trip\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\troundTrip\"\x80\x04\n" +
+	"round_trip\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\troundTrip\"\xb8\x04\n" +
 	"\bHubFacts\x12\x1a\n" +
 	"\bhostname\x18\x01 \x01(\tR\bhostname\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x121\n" +
@@ -2859,7 +3024,8 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"configFile\x12$\n" +
 	"\x03vpn\x18\v \x01(\v2\x12.ingot.v1.VPNFactsR\x03vpn\x12)\n" +
 	"\x05hosts\x18\f \x03(\v2\x13.ingot.v1.HeardHostR\x05hosts\x12\x18\n" +
-	"\ametrics\x18\x0e \x01(\tR\ametrics\"\x9a\x01\n" +
+	"\ametrics\x18\x0e \x01(\tR\ametrics\x126\n" +
+	"\ttailscale\x18\x0f \x01(\v2\x18.ingot.v1.TailscaleFactsR\ttailscale\"\x9a\x01\n" +
 	"\tHeardHost\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05heard\x18\x02 \x01(\bR\x05heard\x121\n" +
@@ -2876,7 +3042,26 @@ const file_ingot_v1_hub_proto_rawDesc = "" +
 	"\bendpoint\x18\a \x01(\tR\bendpoint\x12\x1d\n" +
 	"\n" +
 	"public_key\x18\b \x01(\tR\tpublicKey\x12'\n" +
-	"\x05peers\x18\t \x03(\v2\x11.ingot.v1.VPNPeerR\x05peers\"\xdf\x05\n" +
+	"\x05peers\x18\t \x03(\v2\x11.ingot.v1.VPNPeerR\x05peers\"\xb3\x03\n" +
+	"\x0eTailscaleFacts\x12\x18\n" +
+	"\aserving\x18\x01 \x01(\bR\aserving\x12\x14\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\x12\x18\n" +
+	"\aversion\x18\x03 \x01(\tR\aversion\x12\x14\n" +
+	"\x05state\x18\x04 \x01(\tR\x05state\x12\x12\n" +
+	"\x04name\x18\x05 \x01(\tR\x04name\x12\x1c\n" +
+	"\taddresses\x18\x06 \x03(\tR\taddresses\x12!\n" +
+	"\flogin_server\x18\a \x01(\tR\vloginServer\x124\n" +
+	"\aexpires\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x18\n" +
+	"\aexpired\x18\t \x01(\bR\aexpired\x12\x14\n" +
+	"\x05route\x18\n" +
+	" \x01(\tR\x05route\x12\x1e\n" +
+	"\n" +
+	"advertised\x18\v \x01(\bR\n" +
+	"advertised\x12\x1a\n" +
+	"\bapproved\x18\f \x01(\bR\bapproved\x12\x1c\n" +
+	"\tuserspace\x18\r \x01(\bR\tuserspace\x12\x14\n" +
+	"\x05peers\x18\x0e \x01(\x05R\x05peers\x12\x16\n" +
+	"\x06socket\x18\x0f \x01(\tR\x06socket\"\xdf\x05\n" +
 	"\tDHCPFacts\x12\x18\n" +
 	"\aserving\x18\x01 \x01(\bR\aserving\x12\x14\n" +
 	"\x05error\x18\x02 \x01(\tR\x05error\x12\x1c\n" +
@@ -2965,7 +3150,7 @@ func file_ingot_v1_hub_proto_rawDescGZIP() []byte {
 	return file_ingot_v1_hub_proto_rawDescData
 }
 
-var file_ingot_v1_hub_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
+var file_ingot_v1_hub_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_ingot_v1_hub_proto_goTypes = []any{
 	(*ListLeasesRequest)(nil),     // 0: ingot.v1.ListLeasesRequest
 	(*ListLeasesResponse)(nil),    // 1: ingot.v1.ListLeasesResponse
@@ -3003,92 +3188,95 @@ var file_ingot_v1_hub_proto_goTypes = []any{
 	(*HubFacts)(nil),              // 33: ingot.v1.HubFacts
 	(*HeardHost)(nil),             // 34: ingot.v1.HeardHost
 	(*VPNFacts)(nil),              // 35: ingot.v1.VPNFacts
-	(*DHCPFacts)(nil),             // 36: ingot.v1.DHCPFacts
-	(*ForeignDHCP)(nil),           // 37: ingot.v1.ForeignDHCP
-	(*DNSFacts)(nil),              // 38: ingot.v1.DNSFacts
-	(*NATFacts)(nil),              // 39: ingot.v1.NATFacts
-	(*NATRule)(nil),               // 40: ingot.v1.NATRule
-	(*RegistryFacts)(nil),         // 41: ingot.v1.RegistryFacts
-	(*timestamppb.Timestamp)(nil), // 42: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 43: google.protobuf.Duration
-	(*InterfaceFacts)(nil),        // 44: ingot.v1.InterfaceFacts
-	(*emptypb.Empty)(nil),         // 45: google.protobuf.Empty
+	(*TailscaleFacts)(nil),        // 36: ingot.v1.TailscaleFacts
+	(*DHCPFacts)(nil),             // 37: ingot.v1.DHCPFacts
+	(*ForeignDHCP)(nil),           // 38: ingot.v1.ForeignDHCP
+	(*DNSFacts)(nil),              // 39: ingot.v1.DNSFacts
+	(*NATFacts)(nil),              // 40: ingot.v1.NATFacts
+	(*NATRule)(nil),               // 41: ingot.v1.NATRule
+	(*RegistryFacts)(nil),         // 42: ingot.v1.RegistryFacts
+	(*timestamppb.Timestamp)(nil), // 43: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 44: google.protobuf.Duration
+	(*InterfaceFacts)(nil),        // 45: ingot.v1.InterfaceFacts
+	(*emptypb.Empty)(nil),         // 46: google.protobuf.Empty
 }
 var file_ingot_v1_hub_proto_depIdxs = []int32{
 	2,  // 0: ingot.v1.ListLeasesResponse.leases:type_name -> ingot.v1.Lease
-	42, // 1: ingot.v1.Lease.starts:type_name -> google.protobuf.Timestamp
-	42, // 2: ingot.v1.Lease.ends:type_name -> google.protobuf.Timestamp
+	43, // 1: ingot.v1.Lease.starts:type_name -> google.protobuf.Timestamp
+	43, // 2: ingot.v1.Lease.ends:type_name -> google.protobuf.Timestamp
 	2,  // 3: ingot.v1.LeaseEvent.lease:type_name -> ingot.v1.Lease
 	2,  // 4: ingot.v1.ImportLeasesRequest.leases:type_name -> ingot.v1.Lease
 	10, // 5: ingot.v1.ImportLeasesResponse.left:type_name -> ingot.v1.NotImported
 	13, // 6: ingot.v1.ConfigureDHCPResponse.left:type_name -> ingot.v1.LeftLine
 	19, // 7: ingot.v1.AddVPNPeerResponse.peer:type_name -> ingot.v1.VPNPeer
 	19, // 8: ingot.v1.ListVPNPeersResponse.peers:type_name -> ingot.v1.VPNPeer
-	42, // 9: ingot.v1.VPNPeer.added:type_name -> google.protobuf.Timestamp
-	42, // 10: ingot.v1.VPNPeer.handshake:type_name -> google.protobuf.Timestamp
+	43, // 9: ingot.v1.VPNPeer.added:type_name -> google.protobuf.Timestamp
+	43, // 10: ingot.v1.VPNPeer.handshake:type_name -> google.protobuf.Timestamp
 	20, // 11: ingot.v1.PublishPortsRequest.ports:type_name -> ingot.v1.Port
 	20, // 12: ingot.v1.UnpublishPortsRequest.ports:type_name -> ingot.v1.Port
 	26, // 13: ingot.v1.ListPortsResponse.ports:type_name -> ingot.v1.PublishedPort
 	20, // 14: ingot.v1.PublishedPort.port:type_name -> ingot.v1.Port
 	30, // 15: ingot.v1.ListEgressResponse.egress:type_name -> ingot.v1.Egress
-	43, // 16: ingot.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
-	43, // 17: ingot.v1.PingResponse.round_trip:type_name -> google.protobuf.Duration
-	43, // 18: ingot.v1.HubFacts.uptime:type_name -> google.protobuf.Duration
-	44, // 19: ingot.v1.HubFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
-	36, // 20: ingot.v1.HubFacts.dhcp:type_name -> ingot.v1.DHCPFacts
-	38, // 21: ingot.v1.HubFacts.dns:type_name -> ingot.v1.DNSFacts
-	39, // 22: ingot.v1.HubFacts.nat:type_name -> ingot.v1.NATFacts
-	41, // 23: ingot.v1.HubFacts.registry:type_name -> ingot.v1.RegistryFacts
+	44, // 16: ingot.v1.PingRequest.timeout:type_name -> google.protobuf.Duration
+	44, // 17: ingot.v1.PingResponse.round_trip:type_name -> google.protobuf.Duration
+	44, // 18: ingot.v1.HubFacts.uptime:type_name -> google.protobuf.Duration
+	45, // 19: ingot.v1.HubFacts.interfaces:type_name -> ingot.v1.InterfaceFacts
+	37, // 20: ingot.v1.HubFacts.dhcp:type_name -> ingot.v1.DHCPFacts
+	39, // 21: ingot.v1.HubFacts.dns:type_name -> ingot.v1.DNSFacts
+	40, // 22: ingot.v1.HubFacts.nat:type_name -> ingot.v1.NATFacts
+	42, // 23: ingot.v1.HubFacts.registry:type_name -> ingot.v1.RegistryFacts
 	35, // 24: ingot.v1.HubFacts.vpn:type_name -> ingot.v1.VPNFacts
 	34, // 25: ingot.v1.HubFacts.hosts:type_name -> ingot.v1.HeardHost
-	43, // 26: ingot.v1.HeardHost.silent:type_name -> google.protobuf.Duration
-	19, // 27: ingot.v1.VPNFacts.peers:type_name -> ingot.v1.VPNPeer
-	43, // 28: ingot.v1.DHCPFacts.default_lease:type_name -> google.protobuf.Duration
-	43, // 29: ingot.v1.DHCPFacts.max_lease:type_name -> google.protobuf.Duration
-	37, // 30: ingot.v1.DHCPFacts.foreign:type_name -> ingot.v1.ForeignDHCP
-	43, // 31: ingot.v1.DHCPFacts.since_conflict:type_name -> google.protobuf.Duration
-	43, // 32: ingot.v1.DHCPFacts.since_exhausted:type_name -> google.protobuf.Duration
-	43, // 33: ingot.v1.ForeignDHCP.since:type_name -> google.protobuf.Duration
-	40, // 34: ingot.v1.NATFacts.rules:type_name -> ingot.v1.NATRule
-	0,  // 35: ingot.v1.Hub.ListLeases:input_type -> ingot.v1.ListLeasesRequest
-	6,  // 36: ingot.v1.Hub.WatchLeases:input_type -> ingot.v1.WatchLeasesRequest
-	3,  // 37: ingot.v1.Hub.Reserve:input_type -> ingot.v1.ReserveRequest
-	4,  // 38: ingot.v1.Hub.Unreserve:input_type -> ingot.v1.UnreserveRequest
-	5,  // 39: ingot.v1.Hub.ReleaseLease:input_type -> ingot.v1.ReleaseLeaseRequest
-	8,  // 40: ingot.v1.Hub.ImportLeases:input_type -> ingot.v1.ImportLeasesRequest
-	11, // 41: ingot.v1.Hub.ConfigureDHCP:input_type -> ingot.v1.ConfigureDHCPRequest
-	45, // 42: ingot.v1.Hub.Facts:input_type -> google.protobuf.Empty
-	14, // 43: ingot.v1.Hub.AddVPNPeer:input_type -> ingot.v1.AddVPNPeerRequest
-	16, // 44: ingot.v1.Hub.RemoveVPNPeer:input_type -> ingot.v1.RemoveVPNPeerRequest
-	17, // 45: ingot.v1.Hub.ListVPNPeers:input_type -> ingot.v1.ListVPNPeersRequest
-	21, // 46: ingot.v1.Hub.PublishPorts:input_type -> ingot.v1.PublishPortsRequest
-	23, // 47: ingot.v1.Hub.UnpublishPorts:input_type -> ingot.v1.UnpublishPortsRequest
-	24, // 48: ingot.v1.Hub.ListPorts:input_type -> ingot.v1.ListPortsRequest
-	27, // 49: ingot.v1.Hub.SetEgress:input_type -> ingot.v1.SetEgressRequest
-	28, // 50: ingot.v1.Hub.ListEgress:input_type -> ingot.v1.ListEgressRequest
-	31, // 51: ingot.v1.Hub.Ping:input_type -> ingot.v1.PingRequest
-	1,  // 52: ingot.v1.Hub.ListLeases:output_type -> ingot.v1.ListLeasesResponse
-	7,  // 53: ingot.v1.Hub.WatchLeases:output_type -> ingot.v1.LeaseEvent
-	2,  // 54: ingot.v1.Hub.Reserve:output_type -> ingot.v1.Lease
-	45, // 55: ingot.v1.Hub.Unreserve:output_type -> google.protobuf.Empty
-	45, // 56: ingot.v1.Hub.ReleaseLease:output_type -> google.protobuf.Empty
-	9,  // 57: ingot.v1.Hub.ImportLeases:output_type -> ingot.v1.ImportLeasesResponse
-	12, // 58: ingot.v1.Hub.ConfigureDHCP:output_type -> ingot.v1.ConfigureDHCPResponse
-	33, // 59: ingot.v1.Hub.Facts:output_type -> ingot.v1.HubFacts
-	15, // 60: ingot.v1.Hub.AddVPNPeer:output_type -> ingot.v1.AddVPNPeerResponse
-	45, // 61: ingot.v1.Hub.RemoveVPNPeer:output_type -> google.protobuf.Empty
-	18, // 62: ingot.v1.Hub.ListVPNPeers:output_type -> ingot.v1.ListVPNPeersResponse
-	22, // 63: ingot.v1.Hub.PublishPorts:output_type -> ingot.v1.PublishPortsResponse
-	45, // 64: ingot.v1.Hub.UnpublishPorts:output_type -> google.protobuf.Empty
-	25, // 65: ingot.v1.Hub.ListPorts:output_type -> ingot.v1.ListPortsResponse
-	45, // 66: ingot.v1.Hub.SetEgress:output_type -> google.protobuf.Empty
-	29, // 67: ingot.v1.Hub.ListEgress:output_type -> ingot.v1.ListEgressResponse
-	32, // 68: ingot.v1.Hub.Ping:output_type -> ingot.v1.PingResponse
-	52, // [52:69] is the sub-list for method output_type
-	35, // [35:52] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	36, // 26: ingot.v1.HubFacts.tailscale:type_name -> ingot.v1.TailscaleFacts
+	44, // 27: ingot.v1.HeardHost.silent:type_name -> google.protobuf.Duration
+	19, // 28: ingot.v1.VPNFacts.peers:type_name -> ingot.v1.VPNPeer
+	43, // 29: ingot.v1.TailscaleFacts.expires:type_name -> google.protobuf.Timestamp
+	44, // 30: ingot.v1.DHCPFacts.default_lease:type_name -> google.protobuf.Duration
+	44, // 31: ingot.v1.DHCPFacts.max_lease:type_name -> google.protobuf.Duration
+	38, // 32: ingot.v1.DHCPFacts.foreign:type_name -> ingot.v1.ForeignDHCP
+	44, // 33: ingot.v1.DHCPFacts.since_conflict:type_name -> google.protobuf.Duration
+	44, // 34: ingot.v1.DHCPFacts.since_exhausted:type_name -> google.protobuf.Duration
+	44, // 35: ingot.v1.ForeignDHCP.since:type_name -> google.protobuf.Duration
+	41, // 36: ingot.v1.NATFacts.rules:type_name -> ingot.v1.NATRule
+	0,  // 37: ingot.v1.Hub.ListLeases:input_type -> ingot.v1.ListLeasesRequest
+	6,  // 38: ingot.v1.Hub.WatchLeases:input_type -> ingot.v1.WatchLeasesRequest
+	3,  // 39: ingot.v1.Hub.Reserve:input_type -> ingot.v1.ReserveRequest
+	4,  // 40: ingot.v1.Hub.Unreserve:input_type -> ingot.v1.UnreserveRequest
+	5,  // 41: ingot.v1.Hub.ReleaseLease:input_type -> ingot.v1.ReleaseLeaseRequest
+	8,  // 42: ingot.v1.Hub.ImportLeases:input_type -> ingot.v1.ImportLeasesRequest
+	11, // 43: ingot.v1.Hub.ConfigureDHCP:input_type -> ingot.v1.ConfigureDHCPRequest
+	46, // 44: ingot.v1.Hub.Facts:input_type -> google.protobuf.Empty
+	14, // 45: ingot.v1.Hub.AddVPNPeer:input_type -> ingot.v1.AddVPNPeerRequest
+	16, // 46: ingot.v1.Hub.RemoveVPNPeer:input_type -> ingot.v1.RemoveVPNPeerRequest
+	17, // 47: ingot.v1.Hub.ListVPNPeers:input_type -> ingot.v1.ListVPNPeersRequest
+	21, // 48: ingot.v1.Hub.PublishPorts:input_type -> ingot.v1.PublishPortsRequest
+	23, // 49: ingot.v1.Hub.UnpublishPorts:input_type -> ingot.v1.UnpublishPortsRequest
+	24, // 50: ingot.v1.Hub.ListPorts:input_type -> ingot.v1.ListPortsRequest
+	27, // 51: ingot.v1.Hub.SetEgress:input_type -> ingot.v1.SetEgressRequest
+	28, // 52: ingot.v1.Hub.ListEgress:input_type -> ingot.v1.ListEgressRequest
+	31, // 53: ingot.v1.Hub.Ping:input_type -> ingot.v1.PingRequest
+	1,  // 54: ingot.v1.Hub.ListLeases:output_type -> ingot.v1.ListLeasesResponse
+	7,  // 55: ingot.v1.Hub.WatchLeases:output_type -> ingot.v1.LeaseEvent
+	2,  // 56: ingot.v1.Hub.Reserve:output_type -> ingot.v1.Lease
+	46, // 57: ingot.v1.Hub.Unreserve:output_type -> google.protobuf.Empty
+	46, // 58: ingot.v1.Hub.ReleaseLease:output_type -> google.protobuf.Empty
+	9,  // 59: ingot.v1.Hub.ImportLeases:output_type -> ingot.v1.ImportLeasesResponse
+	12, // 60: ingot.v1.Hub.ConfigureDHCP:output_type -> ingot.v1.ConfigureDHCPResponse
+	33, // 61: ingot.v1.Hub.Facts:output_type -> ingot.v1.HubFacts
+	15, // 62: ingot.v1.Hub.AddVPNPeer:output_type -> ingot.v1.AddVPNPeerResponse
+	46, // 63: ingot.v1.Hub.RemoveVPNPeer:output_type -> google.protobuf.Empty
+	18, // 64: ingot.v1.Hub.ListVPNPeers:output_type -> ingot.v1.ListVPNPeersResponse
+	22, // 65: ingot.v1.Hub.PublishPorts:output_type -> ingot.v1.PublishPortsResponse
+	46, // 66: ingot.v1.Hub.UnpublishPorts:output_type -> google.protobuf.Empty
+	25, // 67: ingot.v1.Hub.ListPorts:output_type -> ingot.v1.ListPortsResponse
+	46, // 68: ingot.v1.Hub.SetEgress:output_type -> google.protobuf.Empty
+	29, // 69: ingot.v1.Hub.ListEgress:output_type -> ingot.v1.ListEgressResponse
+	32, // 70: ingot.v1.Hub.Ping:output_type -> ingot.v1.PingResponse
+	54, // [54:71] is the sub-list for method output_type
+	37, // [37:54] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_ingot_v1_hub_proto_init() }
@@ -3103,7 +3291,7 @@ func file_ingot_v1_hub_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ingot_v1_hub_proto_rawDesc), len(file_ingot_v1_hub_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   42,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
