@@ -40,6 +40,9 @@ func (s *survey) hubStep() step {
 		if v := facts().GetVpn(); v != nil {
 			all = append(all, vpnStep(v, facts().GetInterfaces()))
 		}
+		if t := facts().GetTailscale(); t != nil {
+			all = append(all, tailscaleStep(t))
+		}
 		if address := facts().GetMetrics(); address != "" {
 			all = append(all, metricsStep(address))
 		}
