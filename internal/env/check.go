@@ -72,6 +72,7 @@ func (d *Declaration) checkNetwork(m *mistakes) {
 		m.add("uplink", "%s overlaps with subnet %s", d.Uplink, d.Subnet)
 	}
 	d.checkVPN(m)
+	d.checkTailscale(m)
 	d.checkDHCP(m)
 }
 

@@ -47,6 +47,7 @@ func down(ctx context.Context, e Env, out io.Writer) error {
 	if err != nil {
 		return err
 	}
+	leaveTailnet(ctx, e.Name, binary, out)
 	if err := e.Lab(binary).Remove(ctx); err != nil {
 		return fmt.Errorf("take %s down: %w", e.Name, err)
 	}

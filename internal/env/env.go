@@ -44,6 +44,8 @@ type Env struct {
 	Machines []Machine
 	MicroVMs []MicroVM // those that the file declares
 
+	Tailscale Tailscale
+
 	Resolvers []netip.AddrPort // that the hub asks; none: this machine's
 }
 
@@ -145,6 +147,9 @@ func readKept(path string, b []byte) (Env, error) {
 			return Env{}, fmt.Errorf("read %s: vpn must have subnet and port: %w", path, errdefs.ErrInvalidArgument)
 		}
 	}
+	if d.Tailscale != nil {
+		e.Tailscale = *d.Tailscale
+	}
 	if d.Name == "" || !d.Subnet.IsValid() || !d.Uplink.IsValid() {
 		return Env{}, fmt.Errorf("read %s: name, subnet and uplink must be there: %w", path, errdefs.ErrInvalidArgument)
 	}
@@ -198,12 +203,20 @@ type form struct {
 	DNS      *dnsForm      `yaml:"dns,omitempty"`
 	Machines []machineForm `yaml:"machines"`
 	MicroVMs []MicroVM     `yaml:"microvms,omitempty"`
+
+	Tailscale *tailscaleForm `yaml:"tailscale,omitempty"`
 }
 
 type vpnForm struct {
 	Subnet   netip.Prefix `yaml:"subnet"`
 	Port     uint16       `yaml:"port"`
 	Endpoint string       `yaml:"endpoint,omitempty"`
+}
+
+type tailscaleForm struct {
+	KeyFile  string `yaml:"auth_key_file"`
+	Server   string `yaml:"login_server,omitempty"`
+	Hostname string `yaml:"hostname"`
 }
 
 type dnsForm struct {
@@ -221,6 +234,9 @@ func (e Env) marshal() ([]byte, error) {
 	f := form{Format: format, Name: e.Name, Subnet: e.Subnet, Uplink: e.Uplink, DHCP: e.DHCP.form(), MicroVMs: e.MicroVMs}
 	if e.VPN.On() {
 		f.VPN = &vpnForm{e.VPN.Subnet, e.VPN.Port, e.VPN.Endpoint}
+	}
+	if t := e.Tailscale; t.On() {
+		f.Tailscale = &tailscaleForm{t.KeyFile, t.Server, t.Hostname}
 	}
 	if len(e.Resolvers) > 0 {
 		f.DNS = &dnsForm{e.Resolvers}
@@ -418,7 +434,11 @@ func (e Env) Lab(binary string) *lab.Lab {
 	for _, m := range e.Machines {
 		var roles []lab.Role
 		if m.Hub {
-			roles = append(roles, lab.Role{Name: "hub", Args: []string{"hub"}, Files: append([]string{hubFile}, secrets...)})
+			files := append([]string{hubFile}, secrets...)
+			if e.Tailscale.On() {
+				files = append(files, hub.TailscaleKey)
+			}
+			roles = append(roles, lab.Role{Name: "hub", Args: []string{"hub"}, Files: files})
 		}
 		if m.Host {
 			roles = append(roles, lab.Role{Name: "containerd", Args: []string{"containerd"}},

@@ -29,7 +29,8 @@ type Declaration struct {
 	Name           string
 	Subnet, Uplink netip.Prefix
 	DHCP           DHCP
-	VPN            *VPN // nil: none
+	VPN            *VPN       // nil: none
+	Tailscale      *Tailscale // nil: the hub is in no tailnet
 	Resolvers      []netip.AddrPort
 	Machines       []Machine // none: the usual three
 	MicroVMs       []MicroVM
@@ -126,7 +127,8 @@ func (r *reader) read(root *yaml.Node, d *Declaration) {
 				},
 			})
 		},
-		"dns": func(n *yaml.Node, key string) { r.mapping(n, key, r.dnsFields(d)) },
+		"tailscale": func(n *yaml.Node, key string) { r.tailscale(n, key, d) },
+		"dns":       func(n *yaml.Node, key string) { r.mapping(n, key, r.dnsFields(d)) },
 		"machines": func(n *yaml.Node, key string) {
 			r.list(n, key, func(n *yaml.Node, key string) { d.Machines = append(d.Machines, r.machine(n, key)) })
 		},

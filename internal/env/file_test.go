@@ -111,7 +111,7 @@ func TestMistakes(t *testing.T) {
 		{"two documents", "format: 2\n---\nformat: 2\n", []string{"2: one document is enough: take away what begins here"}},
 		{"no format", "name: lab\n", []string{"1: format is missing: begin with `format: 2`"}},
 		{"format of another version", "\nformat: 3\n", []string{"2: format: 3 is not known to this version, which reads format 2"}},
-		{"a key", "format: 2\nsubnets: 10.0.0.0/24\n", []string{`2: there is no key "subnets", only dhcp, dns, format, machines, microvms, name, subnet, uplink, vpn`}},
+		{"a key", "format: 2\nsubnets: 10.0.0.0/24\n", []string{`2: there is no key "subnets", only dhcp, dns, format, machines, microvms, name, subnet, tailscale, uplink, vpn`}},
 		{"a key twice", "format: 2\nname: a\nname: b\n", []string{"3: name: it is there already in line 2"}},
 		{"a key inside", "format: 2\nmachines:\n- name: a\n  adress: 10.0.0.1\n  roles: [hub, host]\n", []string{`4: machines[0]: there is no key "adress", only address, name, roles`}},
 		{"a name", "format: 2\nname: My_Lab\n", []string{`2: name: "My_Lab" is not a name: only lower-case letters, digits and dashes, at most 32`}},

@@ -108,6 +108,9 @@ func (u *up) files(ctx context.Context, m Machine) ([]file, error) {
 		if err := add(hubFile, u.hubConfig(ctx, m)); err != nil {
 			return nil, err
 		}
+		if u.authKey != "" {
+			files = append(files, file{hub.TailscaleKey, []byte(u.authKey)})
+		}
 	}
 	if m.Host {
 		if err := add(hostFile, u.hostConfig(m)); err != nil {
@@ -152,6 +155,9 @@ func (u *up) hubConfig(ctx context.Context, m Machine) hub.Config {
 	}
 	if v := u.env.VPN; v.On() {
 		c.VPN = &hub.VPN{Subnet: v.Subnet, Port: v.Port, Endpoint: v.endpoint(ctx)}
+	}
+	if t := u.env.Tailscale; t.On() {
+		c.Tailscale = &hub.Tailscale{Server: t.Server, Hostname: t.Hostname}
 	}
 	c.Reservations = u.env.reservations()
 	c.Upstreams, _ = u.env.upstreams() // configure says what it means if there are none

@@ -32,6 +32,7 @@ func (u *up) check(ctx context.Context) (string, error) {
 	}
 	u.lab = u.env.Lab(u.Binary)
 	o = append(o, u.collisions()...)
+	o = append(o, u.tailscaleObjections()...)
 	o = append(o, u.lost()...)
 	o = append(o, u.vmPlan().objections(u.Force)...)
 	if len(o) > 0 && u.DryRun { // what would be done without them is worth knowing

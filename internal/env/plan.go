@@ -33,7 +33,7 @@ func (d *Declaration) resolve(name string, was *Env, free freeSubnet) (Env, erro
 			e.Subnet, err = free(usualSubnet, append(d.DHCP.relayed(), d.Uplink, d.vpnSubnet())...)
 		}
 		if e.Uplink = d.Uplink; !e.Uplink.IsValid() && err == nil {
-			e.Uplink, err = free(usualUplink, append(d.DHCP.relayed(), e.Subnet, d.vpnSubnet())...)
+			e.Uplink, err = free(d.usualUplink(), append(d.DHCP.relayed(), e.Subnet, d.vpnSubnet())...)
 		}
 		if err != nil {
 			return Env{}, err
@@ -56,6 +56,9 @@ func (d *Declaration) resolve(name string, was *Env, free freeSubnet) (Env, erro
 		if at := slices.IndexFunc(e.networks(), p.Overlaps); at >= 0 {
 			m.add(fmt.Sprintf("dhcp.subnets[%d].subnet", i), "%s overlaps with %s, which the environment has", p, e.networks()[at])
 		}
+	}
+	if d.Tailscale != nil {
+		e.Tailscale = d.resolveTailscale(&m, e)
 	}
 	var problem *Mistake
 	if len(m.all) == 0 {
@@ -124,6 +127,15 @@ func changes(was *Env, e Env) []string {
 		say("- VPN: its peers can't come in any more; it is kept who they are")
 	default:
 		say("~ VPN: %s, was %s: peers need other configurations", e.VPN, was.VPN)
+	}
+	switch {
+	case e.Tailscale == was.Tailscale:
+	case !was.Tailscale.On():
+		say("+ Tailscale: %s", e.Tailscale)
+	case !e.Tailscale.On():
+		say("- Tailscale: the hub leaves the tailnet")
+	default:
+		say("~ Tailscale: %s, was %s", e.Tailscale, was.Tailscale)
 	}
 	if was.Name != "" && was.resolvers() != e.resolvers() || was.Name == "" && len(e.Resolvers) > 0 {
 		say("~ DNS asks %s", e.resolvers())

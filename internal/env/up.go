@@ -41,11 +41,12 @@ type up struct {
 	states  map[string]lab.State // by machine
 	have    []placed             // microVMs
 
-	env    Env
-	lab    *lab.Lab
-	token  pki.Secret
-	conns  Conns
-	choice *lab.FileLock // while the network is being chosen
+	env     Env
+	lab     *lab.Lab
+	token   pki.Secret
+	authKey pki.Secret // of the tailnet; empty: the hub has one, or needs none
+	conns   Conns
+	choice  *lab.FileLock // while the network is being chosen
 
 	stamp    []byte // of the images that this program makes
 	building *building

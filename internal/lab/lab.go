@@ -86,7 +86,7 @@ func (l *Lab) RootEnd() netip.Addr { return l.Uplink.Masked().Addr().Next() }
 
 // port is the name, on the hub, of a machine's wire to the segment.
 func port(machine string) string {
-	taken := []string{"all", "default", "lo", "segment", "hub0", "wire0", "vpn0", Segment, Uplink, Bridge, Port}
+	taken := []string{"all", "default", "lo", "segment", "hub0", "wire0", "vpn0", "tailscale0", Segment, Uplink, Bridge, Port}
 	if len(machine) > 15 || slices.Contains(taken, machine) || strings.HasPrefix(machine, "fl") { // fltap…: guests'
 		return fmt.Sprintf("m-%x", []byte(link.MAC(machine)[1:5]))
 	}
