@@ -109,6 +109,7 @@ func TestE2E(t *testing.T) {
 		if script == "down" { // other environments come and go beside this one
 			run("debian", debianEnv)
 			t.Run("killed", func(t *testing.T) { testKilled(t, program) })
+			t.Run("tailscale", func(t *testing.T) { testTailscale(t, program) })
 		}
 		// One after the other: a script's faults must not be another's.
 		if !run(script, e2eEnv) && script == "up" {
