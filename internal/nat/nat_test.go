@@ -159,7 +159,7 @@ func TestCheckHubNamesWhatIsMissing(t *testing.T) {
 			}
 		}
 	}
-	if count != 6+8 {
+	if count != 6+9 {
 		t.Errorf("%d rules are said to be missing", count)
 	}
 	if err := nat.Remove(nat.Table); err != nil {
