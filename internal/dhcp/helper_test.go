@@ -22,10 +22,14 @@ import (
 )
 
 // TestMain runs the tests in network and mount namespaces of their own, where
-// /run is empty: named network namespaces in it end with them.
+// /run is empty: named network namespaces in it end with them. Or it is a server.
 func TestMain(m *testing.M) {
+	if line := os.Getenv(serverEnv); line != "" {
+		fmt.Fprintln(os.Stderr, serve(line))
+		os.Exit(1)
+	}
 	if os.Getenv("IN_NETNS") != "" {
-		if os.Getuid() == 0 && os.Getenv("IN_NETNS") == "first" {
+		if os.Getuid() == 0 {
 			if err := privateRun(); err != nil {
 				fmt.Fprintln(os.Stderr, err)
 				os.Exit(1)
@@ -34,7 +38,7 @@ func TestMain(m *testing.M) {
 		os.Exit(m.Run())
 	}
 	c := exec.Command("/proc/self/exe", os.Args[1:]...)
-	c.Env = append(os.Environ(), "IN_NETNS=first")
+	c.Env = append(os.Environ(), "IN_NETNS=1")
 	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
 	if os.Getuid() == 0 {
 		c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
@@ -58,7 +62,11 @@ func privateRun() error {
 var a = netip.MustParseAddr
 
 func config(t testing.TB) Config {
-	dir := t.TempDir()
+	t.Helper()
+	return configIn(t.TempDir())
+}
+
+func configIn(dir string) Config {
 	return Config{
 		Interface: "srv", Server: a("192.168.10.2"), Authoritative: true,
 		Subnets: []Subnet{{
