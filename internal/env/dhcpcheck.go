@@ -315,7 +315,7 @@ func (d *Declaration) place(k keptAddress) given {
 func (d *Declaration) checkMachinesAddresses(m *mistakes, machines []Machine) {
 	for _, k := range d.keptAddresses() {
 		for _, machine := range machines {
-			if machine.Address == k.Address {
+			if k.Address.IsValid() && machine.Address == k.Address {
 				m.add(k.key+".address", "%s is %s's", k.Address, machine.Name)
 			}
 		}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"time"
 
 	"ingot/internal/dhcp"
 	"ingot/internal/firewalld"
@@ -139,10 +140,18 @@ func Clear(ctx context.Context, c Config) error {
 	return nil
 }
 
+// firewalldTime is how long who asks for facts waits for firewalld.
+const firewalldTime = 2 * time.Second
+
 // inTheWay names what the machine's other rules lack for the segment's packets to pass.
 func (c Config) inTheWay(ctx context.Context) ([]string, error) {
 	w := c.firewalld()
-	missing, err := firewalld.Missing(ctx, firewalld.Wants{Rules: w.Rules})
+	limited, cancel := context.WithTimeout(ctx, firewalldTime)
+	defer cancel()
+	missing, err := firewalld.Missing(limited, firewalld.Wants{Rules: w.Rules})
+	if limited.Err() != nil && ctx.Err() == nil {
+		missing, err = []string{"what firewalld has: it does not answer"}, nil
+	}
 	obstacles, err2 := nat.Obstacles(c.Interface, c.Uplink)
 	for _, o := range obstacles {
 		missing = append(missing, "passage through "+o.String())

@@ -55,6 +55,9 @@ func (h *Hub) tailnetTasks() []run.Task {
 		return []run.Task{h.tailnet, run.Func("log of tailscaled", h.boundTailscaleLog)}
 	}
 	if _, err := os.Stat(tailscaleDir); errors.Is(err, os.ErrNotExist) {
+		if err := remove(TailscaleKey); err != nil {
+			h.log.Warn("a key for Tailscale stays, which nobody needs", "err", err)
+		}
 		return nil
 	}
 	return []run.Task{run.Func("leave the tailnet", h.leaveTailnet)}

@@ -300,6 +300,7 @@ func TestTailscale(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatal("tailscaled runs on without a hub")
 		}
+		time.Sleep(20 * time.Millisecond)
 	}
 	start(t, n.config(section))
 	again := n.await("back", func(f *ingotv1.TailscaleFacts) bool { return f.GetServing() && f.GetApproved() })
@@ -327,6 +328,7 @@ func forwards(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatal(sh(t, "tailscale status"))
 		}
+		time.Sleep(100 * time.Millisecond)
 	}
 }
 

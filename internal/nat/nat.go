@@ -149,7 +149,7 @@ func (h Hub) table() (*batch, error) {
 }
 
 // untrack has the kernel keep no connections of what is asked often and answered at
-// once, which takes time and fills its table: names of the hub's own address on the
+// once, which takes time and fills its table: names, of a machine's address on the
 // segment, and DHCP. No rule of ours asks about those.
 func (h Hub) untrack(b *batch, platform *nftables.Set) {
 	notrack := []expr.Any{&expr.Notrack{}, &expr.Verdict{Kind: expr.VerdictAccept}}

@@ -30,9 +30,16 @@ type daemon struct {
 	log   string
 }
 
+// errOther is of a tailscaled that this process has not started, and has nothing to say to.
+var errOther = fmt.Errorf("another tailscaled runs at %s, which is this machine's own: systemctl disable --now tailscaled", Socket)
+
 // start starts tailscaled. It ends with this process, however that ends: no other could
 // be started beside it.
 func start(dir, logFile string) (*daemon, error) {
+	if c, err := net.Dial("unix", Socket); err == nil {
+		c.Close()
+		return nil, errOther
+	}
 	path, err := program("tailscaled")
 	if err != nil {
 		return nil, err
@@ -113,7 +120,9 @@ func (d *daemon) stop() {
 		d.cmd.Process.Kill()
 		<-d.ended
 	}
-	exec.Command(d.cmd.Path, "--cleanup").Run()
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	exec.CommandContext(ctx, d.cmd.Path, "--cleanup").Run()
 }
 
 // command runs tailscale, the command. Its last line is the error: warnings come before.

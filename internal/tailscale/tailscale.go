@@ -265,7 +265,8 @@ func (r *Router) up(ctx context.Context, how ...string) error {
 }
 
 // Forget logs out who was logged in at dir, if anybody was, and removes what was kept of
-// it. What could not be told the tailnet is in the error. If ctx ends before, all stays.
+// it. What could not be told the tailnet is in the error. If ctx ends before, or this machine's
+// own tailscaled is in the way, all stays.
 func Forget(ctx context.Context, dir, logFile string) error {
 	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -281,6 +282,9 @@ func Forget(ctx context.Context, dir, logFile string) error {
 	}
 	if ctx.Err() != nil {
 		return ctx.Err()
+	}
+	if errors.Is(err, errOther) {
+		return err
 	}
 	if err != nil {
 		err = fmt.Errorf("log out of the tailnet, whose administrator may still see this machine: %w", err)
