@@ -11,52 +11,23 @@ import (
 	"os/exec"
 	"path/filepath"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
-	"golang.org/x/sys/unix"
 
 	"ingot/internal/need"
+	"ingot/internal/tests"
 )
 
-// TestMain runs the tests in network and mount namespaces of their own, where
-// /run is empty: named network namespaces in it end with them. Or it is a server.
+// TestMain runs the tests where /run is empty, since named network namespaces are
+// pinned there; or a server.
 func TestMain(m *testing.M) {
 	if line := os.Getenv(serverEnv); line != "" {
 		fmt.Fprintln(os.Stderr, serve(line))
 		os.Exit(1)
 	}
-	if os.Getenv("IN_NETNS") != "" {
-		if os.Getuid() == 0 {
-			if err := privateRun(); err != nil {
-				fmt.Fprintln(os.Stderr, err)
-				os.Exit(1)
-			}
-		}
-		os.Exit(m.Run())
-	}
-	c := exec.Command("/proc/self/exe", os.Args[1:]...)
-	c.Env = append(os.Environ(), "IN_NETNS=1")
-	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
-	if os.Getuid() == 0 {
-		c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
-	}
-	if err := c.Run(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-}
-
-func privateRun() error {
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("make mounts private: %w", err)
-	}
-	if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, ""); err != nil {
-		return fmt.Errorf("mount /run: %w", err)
-	}
-	return nil
+	tests.Apart(m, tests.Fresh("tmpfs", "/run"))
 }
 
 var a = netip.MustParseAddr

@@ -3,50 +3,23 @@ package firewalld_test
 import (
 	"bytes"
 	"context"
-	"fmt"
 	"log/slog"
 	"net/netip"
-	"os"
 	"os/exec"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
 
 	"ingot/internal/firewalld"
 	"ingot/internal/firewalld/firewalldtest"
 	"ingot/internal/need"
+	"ingot/internal/tests"
 )
 
-// TestMain runs the tests in network and mount namespaces of their own.
 func TestMain(m *testing.M) {
-	if os.Getenv("IN_NETNS") != "" {
-		if os.Getuid() == 0 {
-			for _, err := range []error{
-				unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""),
-				unix.Mount("sysfs", "/sys", "sysfs", 0, ""), unix.Mount("tmpfs", "/run", "tmpfs", 0, ""),
-			} {
-				if err != nil {
-					fmt.Fprintln(os.Stderr, err)
-					os.Exit(1)
-				}
-			}
-		}
-		os.Exit(m.Run())
-	}
-	c := exec.Command("/proc/self/exe", os.Args[1:]...)
-	c.Env = append(os.Environ(), "IN_NETNS=1")
-	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
-	if os.Getuid() == 0 {
-		c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
-	}
-	if err := c.Run(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
+	tests.Apart(m, tests.Fresh("sysfs", "/sys"), tests.Fresh("tmpfs", "/run"))
 }
 
 func sh(t *testing.T, line string) {
@@ -86,17 +59,6 @@ func between(t *testing.T) {
 // passes says whether a guest reaches the world.
 func passes() bool {
 	return exec.Command("ip", "netns", "exec", "guest", "ping", "-c", "1", "-W", "1", "203.0.113.2").Run() == nil
-}
-
-func await(t *testing.T, what string, is func() bool) {
-	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
-	for !is() {
-		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain for %s", what)
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
 }
 
 func told(t *testing.T, d *firewalldtest.Daemon, want string) {
@@ -141,7 +103,7 @@ func testKeep(t *testing.T, line string) {
 	defer func() { cancel(); <-kept }()
 
 	d.Start() // later than we
-	await(t, "packets to pass", passes)
+	tests.Await(t, 20*time.Second, "packets to pass", passes)
 	told(t, d, rules)
 	missing, err := firewalld.Missing(t.Context(), wants)
 	if err != nil || len(missing) > 0 {
@@ -158,14 +120,14 @@ func testKeep(t *testing.T, line string) {
 	}
 	for range 3 {
 		d.Cmd("--reload")
-		await(t, "packets to pass after a reload", func() bool { return passes() && d.Cmd("--direct", "--get-all-rules") == rules })
+		tests.Await(t, 20*time.Second, "packets to pass after a reload", func() bool { return passes() && d.Cmd("--direct", "--get-all-rules") == rules })
 	}
 	d.Stop()
 	if changed, err := firewalld.Set(t.Context(), wants); changed || err != nil {
 		t.Errorf("without firewalld: changed %v, %v", changed, err)
 	}
 	d.Start()
-	await(t, "packets to pass after a restart", func() bool { return passes() && d.Cmd("--direct", "--get-all-rules") == rules })
+	tests.Await(t, 20*time.Second, "packets to pass after a restart", func() bool { return passes() && d.Cmd("--direct", "--get-all-rules") == rules })
 
 	cancel()
 	if err := <-kept; err != nil {

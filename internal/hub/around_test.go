@@ -14,6 +14,7 @@ import (
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/internal/firewalld/firewalldtest"
 	"ingot/internal/need"
+	"ingot/internal/tests"
 )
 
 // beyond puts a world behind the hub's uplink, to which there is no way back but by
@@ -44,17 +45,6 @@ func join(t *testing.T) {
 
 func passes() bool {
 	return exec.Command("ip", "netns", "exec", "guest", "ping", "-c", "1", "-W", "1", "203.0.113.2").Run() == nil
-}
-
-func await(t *testing.T, what string, is func() bool) {
-	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
-	for !is() {
-		if time.Now().After(deadline) {
-			t.Fatalf("waited in vain for %s", what)
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
 }
 
 // lacks is what the hub says that its rules lack.
@@ -101,7 +91,7 @@ func TestBesideFirewalld(t *testing.T) {
 
 	kill := start(t, config)
 	if missing := lacks(t, hub); len(missing) > 0 {
-		await(t, "the hub to have told firewalld", func() bool { return len(lacks(t, hub)) == 0 })
+		tests.Await(t, 20*time.Second, "the hub to have told firewalld", func() bool { return len(lacks(t, hub)) == 0 })
 	}
 	join(t) // firewalld lets DHCP in, too
 	if !passes() {
@@ -111,7 +101,7 @@ func TestBesideFirewalld(t *testing.T) {
 		t.Errorf("direct rules: %s", got)
 	}
 	d.Cmd("--reload")
-	await(t, "packets to pass after a reload", func() bool { return passes() && d.Cmd("--direct", "--get-all-rules") == rules })
+	tests.Await(t, 20*time.Second, "packets to pass after a reload", func() bool { return passes() && d.Cmd("--direct", "--get-all-rules") == rules })
 	// What somebody takes away is named, and told again by the next hub.
 	d.Cmd("--zone=trusted", "--remove-interface=segment")
 	d.Cmd(append([]string{"--direct", "--remove-rule"}, strings.Fields(strings.Split(rules, "\n")[1])...)...)
@@ -126,7 +116,7 @@ func TestBesideFirewalld(t *testing.T) {
 	}
 	kill()
 	kill = start(t, config)
-	await(t, "packets to pass with the next hub", func() bool { return passes() && d.Cmd("--direct", "--get-all-rules") == rules })
+	tests.Await(t, 20*time.Second, "packets to pass with the next hub", func() bool { return passes() && d.Cmd("--direct", "--get-all-rules") == rules })
 	kill()
 	if !passes() {
 		t.Error("a hub that has ended takes its way with it")

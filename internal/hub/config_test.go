@@ -64,20 +64,7 @@ func TestDHCPIsWrittenWhole(t *testing.T) {
 	c.Reservations = []hub.Reservation{
 		{MicroVM: "default/web", Address: addr("192.168.10.10")}, {MAC: "02:00:00:00:00:01", Address: addr("192.168.10.11")}, {ClientID: "01:0a", Address: addr("10.7.0.9")},
 	}
-	read := func(c hub.Config) (hub.Config, error) {
-		t.Helper()
-		text, err := yaml.Marshal(c)
-		if err != nil {
-			t.Fatal(err)
-		}
-		path := filepath.Join(t.TempDir(), "hub.yaml")
-		if err := os.WriteFile(path, text, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		got, err := hub.ReadConfig(path, "test")
-		return got, err
-	}
-	got, err := read(c)
+	got, err := written(t, c)
 	if err != nil || !reflect.DeepEqual(got.DHCP, c.DHCP) || !reflect.DeepEqual(got.Reservations, c.Reservations) {
 		t.Errorf("got  %+v, %+v, %v\nwant %+v, %+v", got.DHCP, got.Reservations, err, c.DHCP, c.Reservations)
 	}
@@ -95,7 +82,7 @@ func TestDHCPIsWrittenWhole(t *testing.T) {
 		wrong := c
 		wrong.DHCP.Options, wrong.DHCP.Subnets, wrong.Reservations = slices.Clone(c.DHCP.Options), slices.Clone(c.DHCP.Subnets), slices.Clone(c.Reservations)
 		change(&wrong)
-		if _, err := read(wrong); err == nil || !strings.Contains(err.Error(), want) || !errdefs.IsInvalidArgument(err) {
+		if _, err := written(t, wrong); err == nil || !strings.Contains(err.Error(), want) || !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%v, want %q", err, want)
 		}
 	}
@@ -112,17 +99,23 @@ func TestConfigIsWrittenWhole(t *testing.T) {
 		if at != "" {
 			c.Metrics = netip.MustParseAddrPort(at)
 		}
-		text, err := yaml.Marshal(c)
-		if err != nil {
-			t.Fatal(err)
-		}
-		path := filepath.Join(t.TempDir(), "hub.yaml")
-		if err := os.WriteFile(path, text, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		got, err := hub.ReadConfig(path, "test")
+		got, err := written(t, c)
 		if err != nil || got.Metrics != c.Metrics {
-			t.Errorf("%q becomes %v, %v, by\n%s", at, got.Metrics, err, text)
+			t.Errorf("%q becomes %v, %v", at, got.Metrics, err)
 		}
 	}
+}
+
+// written is what a hub reads of a configuration that was written for it.
+func written(t *testing.T, c hub.Config) (hub.Config, error) {
+	t.Helper()
+	text, err := yaml.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "hub.yaml")
+	if err := os.WriteFile(path, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return hub.ReadConfig(path, "test")
 }

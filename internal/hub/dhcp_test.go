@@ -14,6 +14,7 @@ import (
 
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/internal/need"
+	"ingot/internal/tests"
 )
 
 // twoMachines are the hub and a host, which is silent.
@@ -156,12 +157,8 @@ func TestDHCPAsConfigured(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { dhcpcd.Process.Kill(); dhcpcd.Wait() }()
-	routes := ""
-	for range 100 {
-		if routes = sh(t, "ip -n guest route show"); strings.Contains(routes, "10.8.0.0/14 via 192.168.10.5 ") && strings.Contains(routes, "default via 192.168.10.2 ") {
-			return
-		}
-		time.Sleep(100 * time.Millisecond)
-	}
-	t.Errorf("it has the routes\n%s", routes)
+	tests.Await(t, 10*time.Second, "the routes", func() bool {
+		routes := sh(t, "ip -n guest route show")
+		return strings.Contains(routes, "10.8.0.0/14 via 192.168.10.5 ") && strings.Contains(routes, "default via 192.168.10.2 ")
+	})
 }

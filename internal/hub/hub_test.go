@@ -12,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -20,52 +19,37 @@ import (
 
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/internal/nat"
+	"ingot/internal/tests"
 )
 
 // hubEnv is set in processes that are hubs, to their configuration file.
 const hubEnv = "INGOT_TEST_HUB"
 
-// TestMain runs the tests in network and mount namespaces of their own, where the
-// hub's files are not this machine's; or a hub.
+// TestMain runs the tests where the hub's files are not this machine's; or a hub.
 func TestMain(m *testing.M) {
-	err := func() error {
-		if file := os.Getenv(hubEnv); file != "" {
-			c, err := ReadConfig(file, "test")
-			if err != nil {
-				return err
-			}
-			h, err := New(c, slog.New(slog.NewTextHandler(os.Stderr, nil)))
-			if err != nil {
-				return err
-			}
-			return h.Run(context.Background())
-		}
-		if os.Getenv("IN_NETNS") != "" {
-			if os.Getuid() == 0 {
-				if err := ownFiles(); err != nil {
-					return err
-				}
-			}
-			os.Exit(m.Run())
-		}
-		c := exec.Command("/proc/self/exe", os.Args[1:]...)
-		c.Env = append(os.Environ(), "IN_NETNS=1")
-		c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
-		if os.Getuid() == 0 {
-			c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
-		}
-		return c.Run()
-	}()
-	if err != nil {
+	file := os.Getenv(hubEnv)
+	if file == "" {
+		tests.Apart(m, ownFiles)
+	}
+	if err := runHub(file); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
 }
 
-func ownFiles() error {
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("make mounts private: %w", err)
+func runHub(file string) error {
+	c, err := ReadConfig(file, "test")
+	if err != nil {
+		return err
 	}
+	h, err := New(c, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	if err != nil {
+		return err
+	}
+	return h.Run(context.Background())
+}
+
+func ownFiles() error {
 	// Programs that tests run look here, and find iptables by way of a link.
 	kept := map[string][]byte{}
 	for _, path := range []string{"/etc/passwd", "/etc/protocols"} {
@@ -79,8 +63,8 @@ func ownFiles() error {
 		leads[path], _ = os.Readlink(path)
 	}
 	for _, dir := range []string{"/run", "/etc", "/var/lib"} {
-		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
-			return fmt.Errorf("mount %s: %w", dir, err)
+		if err := tests.Fresh("tmpfs", dir)(); err != nil {
+			return err
 		}
 	}
 	if err := os.Mkdir("/etc/alternatives", 0o755); err != nil {

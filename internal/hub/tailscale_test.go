@@ -24,6 +24,7 @@ import (
 	ingotv1 "ingot/api/ingot/v1"
 	"ingot/internal/need"
 	"ingot/internal/tailscale"
+	"ingot/internal/tests"
 )
 
 // buildTailscale compiles tailscale, tailscaled and the tailnet of the tests. The parent of
@@ -294,14 +295,8 @@ func TestTailscale(t *testing.T) {
 	sh(t, "kill -KILL "+was)
 	n.await("back", func(f *ingotv1.TailscaleFacts) bool { return f.GetServing() && f.GetApproved() && tailscaled(t) != was })
 	reaches("after tailscaled was killed")
-	was = tailscaled(t)
 	kill()
-	for deadline := time.Now().Add(5 * time.Second); tailscaled(t) != ""; { // nobody would find it
-		if time.Now().After(deadline) {
-			t.Fatal("tailscaled runs on without a hub")
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
+	tests.Await(t, 5*time.Second, "the end of tailscaled, which nobody would find", func() bool { return tailscaled(t) == "" })
 	start(t, n.config(section))
 	again := n.await("back", func(f *ingotv1.TailscaleFacts) bool { return f.GetServing() && f.GetApproved() })
 	if again.GetAddresses()[0] != f.GetAddresses()[0] {
@@ -323,13 +318,7 @@ func TestTailscale(t *testing.T) {
 // the machine forwards.
 func forwards(t *testing.T) {
 	t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
-	for strings.Contains(sh(t, "tailscale status"), "forwarding") {
-		if time.Now().After(deadline) {
-			t.Fatal(sh(t, "tailscale status"))
-		}
-		time.Sleep(100 * time.Millisecond)
-	}
+	tests.Await(t, 30*time.Second, "tailscaled to find that the machine forwards", func() bool { return !strings.Contains(sh(t, "tailscale status"), "forwarding") })
 }
 
 // TestTailscaleWithoutDevice: where there is no /dev/net/tun, tailscaled passes connections
@@ -357,16 +346,11 @@ func TestTailscaleWithoutDevice(t *testing.T) {
 	if f, err := n.hub.Facts(t.Context(), &emptypb.Empty{}, grpc.WaitForReady(true)); err != nil || f.GetTailscale() != nil {
 		t.Errorf("without the section: %v, %v", f.GetTailscale(), err)
 	}
-	for deadline := time.Now().Add(20 * time.Second); ; {
+	tests.Await(t, 20*time.Second, "nothing of the tailnet to be left", func() bool {
 		_, dir := os.Stat(tailscaleDir)
 		_, key := os.Stat(TailscaleKey)
-		if errors.Is(dir, os.ErrNotExist) && errors.Is(key, os.ErrNotExist) && tailscaled(t) == "" {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("of the tailnet there is left: %v, %v, process %q", dir, key, tailscaled(t))
-		}
-	}
+		return errors.Is(dir, os.ErrNotExist) && errors.Is(key, os.ErrNotExist) && tailscaled(t) == ""
+	})
 	if b, err := io.ReadAll(log); err != nil || !strings.Contains(string(b), "control: client.Logout()") {
 		t.Errorf("the tailnet was not told: %v\n%s", err, b)
 	}

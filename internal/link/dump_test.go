@@ -2,42 +2,14 @@ package link
 
 import (
 	"fmt"
-	"os"
-	"os/exec"
 	"sync"
-	"syscall"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"ingot/internal/need"
+	"ingot/internal/tests"
 )
 
-// TestMain runs the tests in a network namespace of their own, with a view of it in
-// /sys.
-func TestMain(m *testing.M) {
-	if os.Getenv("IN_NETNS") != "" {
-		for _, err := range []error{
-			unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""), unix.Mount("sysfs", "/sys", "sysfs", 0, ""),
-		} {
-			if err != nil {
-				fmt.Fprintln(os.Stderr, err)
-				os.Exit(1)
-			}
-		}
-	}
-	if os.Getenv("IN_NETNS") != "" || os.Getuid() != 0 {
-		os.Exit(m.Run())
-	}
-	c := exec.Command("/proc/self/exe", os.Args[1:]...)
-	c.Env = append(os.Environ(), "IN_NETNS=1")
-	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
-	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
-	if err := c.Run(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-}
+func TestMain(m *testing.M) { tests.Apart(m, tests.Fresh("sysfs", "/sys")) }
 
 // A list that is asked for while interfaces come and go is whole.
 func TestListWhileChanging(t *testing.T) {

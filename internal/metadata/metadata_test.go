@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"runtime"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -20,22 +19,10 @@ import (
 	"ingot/internal/link"
 	"ingot/internal/metadata"
 	"ingot/internal/need"
+	"ingot/internal/tests"
 )
 
-// TestMain runs the tests again in a network namespace of their own.
-func TestMain(m *testing.M) {
-	const inside = "INGOT_METADATA_TEST_NETNS"
-	if os.Getenv(inside) != "" || os.Geteuid() != 0 {
-		os.Exit(m.Run())
-	}
-	c := exec.Command("/proc/self/exe", os.Args[1:]...)
-	c.Env = append(os.Environ(), inside+"=1")
-	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
-	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
-	if err := c.Run(); err != nil {
-		os.Exit(1)
-	}
-}
+func TestMain(m *testing.M) { tests.Apart(m) }
 
 // guest is a network namespace whose card is behind a device of the host's. All
 // guests have the same addresses.

@@ -12,47 +12,22 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
 
 	"ingot/internal/link"
 	"ingot/internal/nat"
 	"ingot/internal/need"
+	"ingot/internal/tests"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
 
-// TestMain runs the tests in a network namespace of their own, with what /sys and
-// /run know of it.
+// TestMain has /sys and /run know of the tests' own network namespace.
 func TestMain(m *testing.M) {
-	if os.Getenv("IN_NETNS") != "" {
-		if os.Getuid() == 0 {
-			for _, err := range []error{
-				unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, ""),
-				unix.Mount("sysfs", "/sys", "sysfs", 0, ""), unix.Mount("tmpfs", "/run", "tmpfs", 0, ""),
-			} {
-				if err != nil {
-					fmt.Fprintln(os.Stderr, err)
-					os.Exit(1)
-				}
-			}
-		}
-		os.Exit(m.Run())
-	}
-	c := exec.Command("/proc/self/exe", os.Args[1:]...)
-	c.Env = append(os.Environ(), "IN_NETNS=1")
-	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
-	if os.Getuid() == 0 {
-		c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
-	}
-	if err := c.Run(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
+	tests.Apart(m, tests.Fresh("sysfs", "/sys"), tests.Fresh("tmpfs", "/run"))
 }
 
 var (

@@ -16,10 +16,10 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
 
 	"ingot/internal/link"
 	"ingot/internal/need"
+	"ingot/internal/tests"
 )
 
 // serverEnv is set in processes that are servers, to their directory.
@@ -29,35 +29,16 @@ var subnet = netip.MustParsePrefix("10.91.0.0/24")
 
 const port = 51820
 
-// TestMain runs the tests in network and mount namespaces of their own, or a server.
+// TestMain runs the tests, or a server.
 func TestMain(m *testing.M) {
-	err := func() error {
-		if dir := os.Getenv(serverEnv); dir != "" {
-			return server(dir).Run(context.Background())
+	if dir := os.Getenv(serverEnv); dir != "" {
+		if err := server(dir).Run(context.Background()); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
 		}
-		if os.Getenv("IN_NETNS") != "" {
-			if os.Getuid() == 0 {
-				if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-					return err
-				}
-				if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, ""); err != nil {
-					return err
-				}
-			}
-			os.Exit(m.Run())
-		}
-		c := exec.Command("/proc/self/exe", os.Args[1:]...)
-		c.Env = append(os.Environ(), "IN_NETNS=1")
-		c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
-		if os.Getuid() == 0 {
-			c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}
-		}
-		return c.Run()
-	}()
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
+		os.Exit(0)
 	}
+	tests.Apart(m, tests.Fresh("tmpfs", "/run"))
 }
 
 func server(dir string) *Server {

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"ingot/internal/need"
+	"ingot/internal/tests"
 )
 
 // Daemon is a firewalld that may run.
@@ -74,7 +75,7 @@ func New(t testing.TB) *Daemon {
 		bus.end()
 		os.RemoveAll("/run/dbus")
 	})
-	d.await("the system bus", func() bool {
+	tests.Await(d.t, 30*time.Second, "the system bus", func() bool {
 		_, err := os.Stat("/run/dbus/system_bus_socket")
 		return err == nil
 	})
@@ -106,7 +107,7 @@ func (d *Daemon) Start() {
 	d.t.Helper()
 	d.process = d.start("firewalld", d.root+"/usr/sbin/firewalld", "--nofork", "--nopid",
 		"--system-config", d.dir+"/etc", "--default-config", d.root+"/usr/lib/firewalld", "--log-file", d.dir+"/firewalld.own.log")
-	d.await("firewalld (see its log below)", func() bool { return d.command("--state").Run() == nil })
+	tests.Await(d.t, 30*time.Second, "firewalld (see its log below)", func() bool { return d.command("--state").Run() == nil })
 }
 
 // Stop ends firewalld, which takes its rules away.
@@ -192,16 +193,5 @@ func (p *process) end() {
 	case <-time.After(10 * time.Second):
 		p.cmd.Process.Kill()
 		<-p.gone
-	}
-}
-
-func (d *Daemon) await(what string, is func() bool) {
-	d.t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
-	for !is() {
-		if time.Now().After(deadline) {
-			d.t.Fatalf("%s does not come", what)
-		}
-		time.Sleep(50 * time.Millisecond)
 	}
 }
