@@ -2,7 +2,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -68,10 +67,7 @@ func dialLocal(port uint16) (*os.File, error) {
 	}
 	err = syscall.SetsockoptTimeval(fd, syscall.SOL_SOCKET, syscall.SO_SNDTIMEO, &dialTime) // which is connect's, too
 	if err == nil {
-		err = syscall.Connect(fd, &syscall.SockaddrInet4{Port: int(port), Addr: [4]byte{127, 0, 0, 1}})
-	}
-	if errors.Is(err, syscall.EINPROGRESS) || errors.Is(err, syscall.EAGAIN) {
-		err = syscall.ETIMEDOUT
+		err = connectLocal(fd, port)
 	}
 	if err == nil {
 		err = syscall.SetNonblock(fd, true) // reads and writes wait on the poller
@@ -81,6 +77,26 @@ func dialLocal(port uint16) (*os.File, error) {
 		return nil, &Error{Code: 111, Text: fmt.Sprintf("connect to port %d of the guest: %v", port, err)}
 	}
 	return os.NewFile(uintptr(fd), fmt.Sprintf("port %d", port)), nil
+}
+
+// connectLocal goes on where a signal, with which Go's scheduler is free, has interrupted
+// it: the kernel does not by itself where there is a time limit (signal(7)).
+func connectLocal(fd int, port uint16) error {
+	for began := time.Now(); ; {
+		switch err := syscall.Connect(fd, &syscall.SockaddrInet4{Port: int(port), Addr: [4]byte{127, 0, 0, 1}}); err {
+		case syscall.EISCONN:
+			return nil
+		case syscall.EINTR:
+			if time.Since(began) < time.Duration(dialTime.Nano()) {
+				continue
+			}
+			return syscall.ETIMEDOUT
+		case syscall.EINPROGRESS, syscall.EALREADY, syscall.EAGAIN: // its limit
+			return syscall.ETIMEDOUT
+		default:
+			return err
+		}
+	}
 }
 
 func shutdownWrite(conn *os.File) { shutdown(conn, syscall.SHUT_WR) }

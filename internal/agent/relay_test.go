@@ -5,11 +5,17 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io"
 	"net"
+	"os"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // listen serves one connection on the guest's loopback.
@@ -30,6 +36,73 @@ func listen(t *testing.T, serve func(*net.TCPConn)) uint16 {
 	})
 	t.Cleanup(func() { l.Close(); serving.Wait() })
 	return uint16(l.Addr().(*net.TCPAddr).Port)
+}
+
+// TestDialIsInterrupted: signals come while a server is slow to take a connection, and it is
+// there all the same.
+func TestDialIsInterrupted(t *testing.T) {
+	l, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(l)
+	if err := errors.Join(unix.Bind(l, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), unix.Listen(l, 0)); err != nil {
+		t.Fatal(err)
+	}
+	at, err := unix.Getsockname(l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := uint16(at.(*unix.SockaddrInet4).Port)
+	first, err := dialLocal(port) // takes the one place in the queue
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	thread, dialled := make(chan int), make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		thread <- unix.Gettid()
+		conn, err := dialLocal(port)
+		if err == nil {
+			conn.Close()
+		}
+		dialled <- err
+	}()
+	tid := <-thread
+	for tick := time.Tick(10 * time.Millisecond); !waits(t, tid); <-tick { // for the queue
+	}
+	for range 5 {
+		if err := unix.Tgkill(unix.Getpid(), tid, unix.SIGURG); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case err := <-dialled:
+			t.Fatalf("with no place in the queue: %v", err)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	for range 2 {
+		conn, _, err := unix.Accept(l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(conn)
+	}
+	if err := <-dialled; err != nil {
+		t.Error(err)
+	}
+}
+
+// waits says whether a thread waits for a connection.
+func waits(t *testing.T, tid int) bool {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/syscall", tid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.HasPrefix(string(b), fmt.Sprint(unix.SYS_CONNECT, " "))
 }
 
 // The client's end of input is the server's, which may still say something.
