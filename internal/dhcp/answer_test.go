@@ -535,13 +535,13 @@ func logOf(t *testing.T, s *Server) []byte {
 func TestForeignServersAreForgotten(t *testing.T) {
 	s, now := table(t, nil)
 	for n := range addr4(2 * maxForeign) {
-		s.heard(1+n, 0, mac(byte(n)))
+		s.heard(Foreign{Server: (1 + n).netip(), MAC: mac(byte(n))})
 	}
 	if n := len(s.Facts().Foreign); n != maxForeign {
 		t.Errorf("%d servers are remembered", n)
 	}
 	*now = now.Add(foreignStale)
-	s.heard(100, 0, mac(100))
+	s.heard(Foreign{Server: addr4(100).netip(), MAC: mac(100)})
 	if f := s.Facts().Foreign; len(f) != 1 || f[0].Server != addr4(100).netip() {
 		t.Errorf("later: %+v", f)
 	}

@@ -10,8 +10,6 @@ import (
 	"net/netip"
 	"slices"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // Foreign is another DHCP server on the segment.
@@ -23,25 +21,19 @@ type Foreign struct {
 }
 
 const (
-	seekAgain    = 10 * time.Minute
-	seekFirst    = 200 * time.Millisecond
+	seekAgain    = 2 * time.Minute
 	foreignStale = 3 * seekAgain
 )
 
-// seekForeign asks the segment for an address, as a client would, and for options
-// alone: whoever answers is another server. dhcpd looks for a second whether an
-// address is used before it offers one, but it answers the INFORM at once. What
-// is offered is not taken.
+// seekForeign looks again and again who else serves the segment.
 func (s *Server) seekForeign(ctx context.Context, wire *sockets) error {
-	for wait := seekFirst; ; wait = seekAgain {
-		for _, k := range []kind{kindInform, kindDiscover} {
-			if err := wire.sendFrame(broadcastMAC, unix.ETH_P_IP, question(k, wire.iface.HardwareAddr, s.own)); err != nil {
-				s.mu.Lock()
-				s.note(s.c.Log.Warn, "seek other DHCP servers", "err", err)
-				s.unlock()
-			}
+	for {
+		if err := wire.seek(ctx, s.heard); err != nil {
+			s.mu.Lock()
+			s.note(s.c.Log.Warn, "seek other DHCP servers", "err", err)
+			s.unlock()
 		}
-		if !sleep(ctx, wait) {
+		if !sleep(ctx, seekAgain) {
 			return nil
 		}
 	}
@@ -64,28 +56,21 @@ func question(k kind, mac net.HardwareAddr, own addr4) []byte {
 	return appendFrame(nil, mac, broadcastMAC, own, broadcast4, clientPort, serverPort, b[:smallest])
 }
 
-// listenForeign hears what other servers say to their clients, and to us.
-func (s *Server) listenForeign(ctx context.Context, wire *sockets) error {
-	return packets(ctx, wire.iface, wire.client, func(frame []byte) {
-		if server, offered := serverOf(frame); server != 0 && server != s.own {
-			s.heard(server, offered, slices.Clone(net.HardwareAddr(frame[6:12])))
-		}
-	})
-}
-
 // heard takes note of another server.
-func (s *Server) heard(server, offered addr4, mac net.HardwareAddr) {
+func (s *Server) heard(f Foreign) {
 	s.mu.Lock()
 	defer s.unlock()
+	server := from(f.Server)
 	old, known := s.foreign[server]
 	if !known {
 		maps.DeleteFunc(s.foreign, func(_ addr4, f Foreign) bool { return s.c.Now().Sub(f.Seen) >= foreignStale })
 		if len(s.foreign) >= maxForeign {
 			return
 		}
-		s.note(s.c.Log.Warn, "another DHCP server is on the segment", "ip", server, "mac", mac)
+		s.note(s.c.Log.Warn, "another DHCP server is on the segment", "ip", f.Server, "mac", f.MAC)
 	}
-	s.foreign[server] = Foreign{Server: server.netip(), MAC: mac, Offers: cmp.Or(offered.netip(), old.Offers), Seen: s.c.Now()}
+	f.Offers, f.Seen = cmp.Or(f.Offers, old.Offers), s.c.Now()
+	s.foreign[server] = f
 }
 
 // maxForeign keeps a forger from filling the memory.

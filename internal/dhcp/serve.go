@@ -70,7 +70,6 @@ func (s *Server) run(ctx context.Context) error {
 	group.Go(func() error { return j.run(ctx) })
 	group.Go(func() error { return s.listenARP(ctx, wire) })
 	group.Go(func() error { return s.probe(ctx, wire) })
-	group.Go(func() error { return s.listenForeign(ctx, wire) })
 	group.Go(func() error { return s.seekForeign(ctx, wire) })
 	group.Go(func() error {
 		if !sleep(ctx, s.c.Settle) {

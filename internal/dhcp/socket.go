@@ -28,7 +28,6 @@ type sockets struct {
 	server *net.UDPConn
 	raw    int      // sends whole frames
 	arp    *os.File // ARP, whole frames
-	client *os.File // what goes to clients' port, whole frames
 }
 
 func openSockets(ctx context.Context, iface *net.Interface, own addr4) (_ *sockets, err error) {
@@ -44,10 +43,7 @@ func openSockets(ctx context.Context, iface *net.Interface, own addr4) (_ *socke
 	if w.raw, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0); err != nil {
 		return nil, fmt.Errorf("open packet socket: %w", err)
 	}
-	if w.arp, err = listenPackets(iface, unix.ETH_P_ARP, nil); err != nil {
-		return nil, err
-	}
-	w.client, err = listenPackets(iface, unix.ETH_P_IP, toClients)
+	w.arp, err = listenPackets(iface, unix.ETH_P_ARP, nil)
 	return w, err
 }
 
@@ -59,10 +55,8 @@ func (w *sockets) Close() error {
 	if w.raw >= 0 {
 		errs = append(errs, unix.Close(w.raw))
 	}
-	for _, f := range []*os.File{w.arp, w.client} {
-		if f != nil {
-			errs = append(errs, f.Close())
-		}
+	if w.arp != nil {
+		errs = append(errs, w.arp.Close())
 	}
 	return errors.Join(errs...)
 }

@@ -212,7 +212,7 @@ func (h Hub) restrict(b *batch, forward *nftables.Chain) {
 		})
 	}
 	m := b.mapOf(&nftables.Set{Name: "egress", IsMap: true, KeyType: nftables.TypeEtherAddr, DataType: nftables.TypeVerdict}, entries)
-	b.rule(forward, "what microVMs may open outside", iif(h.Inside), oif(h.Outside), opening(), []expr.Any{
+	b.rule(forward, "what microVMs may open outside", opening(), iif(h.Inside), oif(h.Outside), []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyIIFTYPE, Register: 1},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: binaryutil.NativeEndian.PutUint16(unix.ARPHRD_ETHER)},
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseLLHeader, Offset: 6, Len: 6},

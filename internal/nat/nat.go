@@ -99,10 +99,13 @@ func (h Hub) table() (*batch, error) {
 	platform := b.addresses("platform", h.Platform)
 	h.untrack(b, platform)
 	forward := b.chain("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, nftables.ChainPriorityFilter, nftables.ChainPolicyDrop)
+	// First what most packets are: the order is for speed.
+	if len(h.Restricted) > 0 {
+		h.restrict(b, forward)
+	}
+	b.rule(forward, "what goes on", established(), accept)
 	b.rule(forward, "no packets of no connection", iif(h.Inside), oif(h.Outside), invalid(), drop)
-	h.restrict(b, forward)
 	b.rule(forward, h.forwardText(), iif(h.Inside), oif(h.Outside), accept)
-	b.rule(forward, "answers", established(), accept)
 	if h.Trusted.IsValid() {
 		b.rule(forward, "trusted into the segment", iif(h.Outside), oif(h.Inside), source(h.Trusted), accept)
 	}
@@ -123,7 +126,7 @@ func (h Hub) table() (*batch, error) {
 	h.publish(b, platform)
 	input := b.chain("input", nftables.ChainTypeFilter, nftables.ChainHookInput, nftables.ChainPriorityFilter, nftables.ChainPolicyAccept)
 	// First what comes most often.
-	b.rule(input, "names for the segment", iif(h.Inside), port(unix.IPPROTO_UDP, 53), accept)
+	b.rule(input, "names for the segment", port(unix.IPPROTO_UDP, 53), iif(h.Inside), accept)
 	b.rule(input, "this machine", iif("lo"), accept)
 	b.rule(input, "machines", iif(h.Inside), sourceIn(platform), accept)
 	if h.Trusted.IsValid() {
@@ -154,12 +157,12 @@ func (h Hub) table() (*batch, error) {
 func (h Hub) untrack(b *batch, platform *nftables.Set) {
 	notrack := []expr.Any{&expr.Notrack{}, &expr.Verdict{Kind: expr.VerdictAccept}}
 	questions := b.chain("questions", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, nftables.ChainPriorityRaw, nftables.ChainPolicyAccept)
-	b.rule(questions, "for names", iif(h.Inside), port(unix.IPPROTO_UDP, 53), destinationIn(platform), notrack)
-	b.rule(questions, "for leases", iif(h.Inside), port(unix.IPPROTO_UDP, 67), destinationIn(platform), notrack)
-	b.rule(questions, "for leases, of anybody", iif(h.Inside), port(unix.IPPROTO_UDP, 67), destination(everybody), notrack)
+	b.rule(questions, "for names", port(unix.IPPROTO_UDP, 53), iif(h.Inside), destinationIn(platform), notrack)
+	b.rule(questions, "for leases", port(unix.IPPROTO_UDP, 67), iif(h.Inside), destinationIn(platform), notrack)
+	b.rule(questions, "for leases, of anybody", port(unix.IPPROTO_UDP, 67), iif(h.Inside), destination(everybody), notrack)
 	answers := b.chain("answers", nftables.ChainTypeFilter, nftables.ChainHookOutput, nftables.ChainPriorityRaw, nftables.ChainPolicyAccept)
-	b.rule(answers, "about names", oif(h.Inside), udpFrom(53), sourceIn(platform), notrack)
-	b.rule(answers, "about leases", oif(h.Inside), udpFrom(67), sourceIn(platform), notrack)
+	b.rule(answers, "about names", udpFrom(53), oif(h.Inside), sourceIn(platform), notrack)
+	b.rule(answers, "about leases", udpFrom(67), oif(h.Inside), sourceIn(platform), notrack)
 }
 
 var everybody = netip.MustParsePrefix("255.255.255.255/32") // on the segment

@@ -134,7 +134,7 @@ func TestCheckHubNamesWhatIsMissing(t *testing.T) {
 			}
 		}
 	}
-	if count != 6+9 {
+	if count != 5+9 {
 		t.Errorf("%d rules are said to be missing", count)
 	}
 	if err := nat.Remove(nat.Table); err != nil {
