@@ -28,12 +28,14 @@ const (
 // seekForeign looks again and again who else serves the segment.
 func (s *Server) seekForeign(ctx context.Context, wire *sockets) error {
 	for {
-		if err := wire.seek(ctx, s.heard); err != nil {
+		wait := seekAgain
+		if err := wire.seek(ctx, s.heard); err != nil { // as while the interface is down
 			s.mu.Lock()
 			s.note(s.c.Log.Warn, "seek other DHCP servers", "err", err)
 			s.unlock()
+			wait = seekTime
 		}
-		if !sleep(ctx, seekAgain) {
+		if !sleep(ctx, wait) {
 			return nil
 		}
 	}

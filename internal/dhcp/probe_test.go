@@ -84,6 +84,17 @@ func TestForeignServerIsSeen(t *testing.T) {
 	}
 }
 
+// The interface is down when the server begins: it asks again soon after.
+func TestForeignServerIsSeenOnceTheInterfaceIsUp(t *testing.T) {
+	segment(t)
+	sh(t, "ip -n client addr add 192.168.10.9/25 dev cli; ip link set srv down")
+	s, _ := start(t, config(t))
+	sh(t, "ip link set srv up")
+	other := background(t, in+serverLine(t, "cli", "192.168.10.9", "192.168.10.0/25", "192.168.10.100", "192.168.10.110", filepath.Join(t.TempDir(), "leases")))
+	eventually(t, "the other serves", func() bool { return strings.Contains(other.String(), "serving") })
+	eventually(t, "it is seen", func() bool { return len(s.Facts().Foreign) == 1 })
+}
+
 // isc-dhcp-server, as it is: it looks for a second before it offers.
 func TestRealForeignServerIsSeen(t *testing.T) {
 	need.Binary(t, "dhcpd")
