@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -35,6 +36,29 @@ type Port struct {
 	Number    uint16
 }
 
+// Without is what w has and others have not.
+func (w Wants) Without(others Wants) Wants {
+	return Wants{without(w.Rules, others.Rules), without(w.Trusted, others.Trusted), without(w.Sources, others.Sources), without(w.Open, others.Open)}
+}
+
+func without[T comparable](all, others []T) (left []T) {
+	for _, x := range all {
+		if !slices.Contains(others, x) {
+			left = append(left, x)
+		}
+	}
+	return left
+}
+
+// With is what w or others have.
+func (w Wants) With(others Wants) Wants {
+	more := others.Without(w)
+	return Wants{
+		slices.Concat(w.Rules, more.Rules), slices.Concat(w.Trusted, more.Trusted),
+		slices.Concat(w.Sources, more.Sources), slices.Concat(w.Open, more.Open),
+	}
+}
+
 // patience is how long firewalld may take for all that it is told at once. While it
 // starts it answers nobody.
 const patience = time.Minute
@@ -42,10 +66,20 @@ const patience = time.Minute
 // Set gives firewalld what it has not got, and says whether there was any. Where no
 // firewalld runs there is nothing to do.
 func Set(ctx context.Context, w Wants) (changed bool, err error) {
+	return set(ctx, w, nil)
+}
+
+// set is Set that calls note, if there is one, with each thing before firewalld is given it.
+func set(ctx context.Context, w Wants, note func(Wants) error) (changed bool, err error) {
 	err = w.each(ctx, func(ctx context.Context, i item) error {
 		has, err := i.has(ctx)
 		if err != nil || has {
 			return err
+		}
+		if note != nil {
+			if err := note(i.wanted); err != nil {
+				return err
+			}
 		}
 		changed = true
 		return i.add(ctx)
@@ -117,9 +151,9 @@ func (w Wants) each(ctx context.Context, f func(context.Context, item) error) er
 }
 
 // Keep gives firewalld what is wanted now, when it starts, and when it has been
-// reloaded, which makes it forget. It ends with ctx. On a machine that has no system
-// bus it does nothing.
-func Keep(ctx context.Context, w Wants, log *slog.Logger) error {
+// reloaded, which makes it forget. Note, which may be nil, is called
+// before with what it has not got already. Keep ends with ctx. On a machine that has no system bus it does nothing.
+func Keep(ctx context.Context, w Wants, note func(Wants) error, log *slog.Logger) error {
 	const first, last = time.Second, time.Minute
 	for delay := first; ; delay = min(2*delay, last) {
 		b, err := open(ctx)
@@ -129,7 +163,7 @@ func Keep(ctx context.Context, w Wants, log *slog.Logger) error {
 		}
 		if err == nil {
 			delay = first
-			err = b.keep(ctx, w, log)
+			err = b.keep(ctx, w, note, log)
 			b.conn.Close()
 		}
 		if ctx.Err() != nil {
@@ -145,7 +179,7 @@ func Keep(ctx context.Context, w Wants, log *slog.Logger) error {
 }
 
 // keep follows one connection to the bus until that ends.
-func (b bus) keep(ctx context.Context, w Wants, log *slog.Logger) error {
+func (b bus) keep(ctx context.Context, w Wants, note func(Wants) error, log *slog.Logger) error {
 	heard := make(chan *dbus.Signal, 16)
 	b.conn.Signal(heard)
 	for _, match := range [][]dbus.MatchOption{
@@ -157,7 +191,7 @@ func (b bus) keep(ctx context.Context, w Wants, log *slog.Logger) error {
 		}
 	}
 	for {
-		changed, err := Set(ctx, w)
+		changed, err := set(ctx, w, note)
 		switch {
 		case ctx.Err() != nil:
 			return nil

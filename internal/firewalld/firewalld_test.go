@@ -79,7 +79,7 @@ func TestWithoutBus(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	var log bytes.Buffer
-	if err := firewalld.Keep(ctx, wants, slog.New(slog.NewTextHandler(&log, nil))); err != nil || log.Len() > 0 {
+	if err := firewalld.Keep(ctx, wants, nil, slog.New(slog.NewTextHandler(&log, nil))); err != nil || log.Len() > 0 {
 		t.Errorf("Keep: %v, %s", err, log.String())
 	}
 }
@@ -99,7 +99,7 @@ func testKeep(t *testing.T, line string) {
 	before := d.Files()
 	ctx, cancel := context.WithCancel(t.Context())
 	kept := make(chan error, 1)
-	go func() { kept <- firewalld.Keep(ctx, wants, slog.New(slog.NewTextHandler(t.Output(), nil))) }()
+	go func() { kept <- firewalld.Keep(ctx, wants, nil, slog.New(slog.NewTextHandler(t.Output(), nil))) }()
 	defer func() { cancel(); <-kept }()
 
 	d.Start() // later than we

@@ -3,6 +3,7 @@ package firewalld
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"strconv"
 	"strings"
 
@@ -55,6 +56,7 @@ func (b bus) zoneOf(ctx context.Context, at dbus.ObjectPath, method, what string
 
 // item is one thing that is wanted.
 type item struct {
+	wanted    Wants // it alone
 	text, fix string
 	has, kept func(context.Context) (bool, error) // at run time; for good
 	add       func(context.Context) error
@@ -65,17 +67,21 @@ func (i item) String() string { return fmt.Sprintf("%s (%s)", i.text, i.fix) }
 
 func (w Wants) items(b bus) []item {
 	var all []item
+	add := func(i item, alone Wants) {
+		i.wanted = alone
+		all = append(all, i)
+	}
 	for _, rule := range w.Rules {
-		all = append(all, b.rule(rule))
+		add(b.rule(rule), Wants{Rules: []string{rule}})
 	}
 	for _, iface := range w.Trusted {
-		all = append(all, b.member(iface, "Interface"))
+		add(b.member(iface, "Interface"), Wants{Trusted: []string{iface}})
 	}
 	for _, source := range w.Sources {
-		all = append(all, b.member(source.String(), "Source"))
+		add(b.member(source.String(), "Source"), Wants{Sources: []netip.Prefix{source}})
 	}
 	for _, port := range w.Open {
-		all = append(all, b.port(port))
+		add(b.port(port), Wants{Open: []Port{port}})
 	}
 	return all
 }

@@ -2,10 +2,8 @@ package hub
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"time"
 
@@ -38,6 +36,36 @@ func (c Config) firewalld() firewalld.Wants {
 	return w
 }
 
+// toldFile has what a hub has given firewalld, which forgets as much at a reboot.
+const toldFile = "/run/ingot-hub-firewalld.json"
+
+// keepFirewalld takes back from firewalld what an earlier hub gave it and this one does not
+// want, and keeps it told of what this one does.
+func (h *Hub) keepFirewalld(ctx context.Context, ready func()) error {
+	ready()
+	var told firewalld.Wants
+	if err := readJSON(toldFile, &told); err != nil {
+		return err
+	}
+	wants := h.c.firewalld()
+	stale := told.Without(wants)
+	if err := firewalld.Withdraw(ctx, stale); ctx.Err() != nil {
+		return nil
+	} else if err != nil {
+		h.log.Warn("firewalld lets more pass than is wanted", "err", err)
+	} else {
+		told = told.Without(stale)
+	}
+	note := func(given firewalld.Wants) error {
+		told = told.With(given)
+		return replaceJSON(toldFile, told)
+	}
+	if err := note(firewalld.Wants{}); err != nil {
+		return err
+	}
+	return firewalld.Keep(ctx, wants, note, h.log)
+}
+
 // passOthers lets the machine forward, and the segment pass others' chains. It comes
 // after the hub's own rules: without them the machine would forward whatever comes.
 func (h *Hub) passOthers() error {
@@ -57,12 +85,8 @@ func (h *Hub) passOthers() error {
 			return err
 		}
 	}
-	b, err := json.Marshal(before)
-	if err == nil {
-		err = replace(forwardingFile, b)
-	}
-	if err != nil {
-		return fmt.Errorf("note what was forwarded: %w", err)
+	if err := replaceJSON(forwardingFile, before); err != nil {
+		return err
 	}
 	for _, name := range forwarding {
 		if _, err := nat.SetForwarding(name, true); err != nil {
@@ -95,17 +119,8 @@ func (c Config) forwarding() (names []string, err error) {
 
 func forwardedBefore() (map[string]bool, error) {
 	before := map[string]bool{}
-	b, err := os.ReadFile(forwardingFile)
-	if errors.Is(err, os.ErrNotExist) {
-		return before, nil
-	}
-	if err == nil {
-		err = json.Unmarshal(b, &before)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", forwardingFile, err)
-	}
-	return before, nil
+	err := readJSON(forwardingFile, &before)
+	return before, err
 }
 
 // Clear takes back what a hub has set on its machine and leaves in force when it ends,
@@ -121,6 +136,10 @@ func Clear(ctx context.Context, c Config) error {
 	if err != nil {
 		return err
 	}
+	var told firewalld.Wants
+	if err := readJSON(toldFile, &told); err != nil {
+		return err
+	}
 	// Forwarding first: what is not forwarded needs no rules.
 	problems := []error{}
 	for name, on := range before {
@@ -130,14 +149,11 @@ func Clear(ctx context.Context, c Config) error {
 		_, err := nat.SetForwarding(name, on)
 		problems = append(problems, err)
 	}
-	problems = append(problems, firewalld.Withdraw(ctx, c.firewalld()), nat.RemovePassage(c.Interface), nat.Remove(nat.Table), vpn.Forget(vpnDir, vpnInterface))
+	problems = append(problems, firewalld.Withdraw(ctx, told.With(c.firewalld())), nat.RemovePassage(c.Interface), nat.Remove(nat.Table), vpn.Forget(vpnDir, vpnInterface))
 	if err := errors.Join(problems...); err != nil {
 		return err
 	}
-	if err := os.Remove(forwardingFile); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	return nil
+	return errors.Join(remove(forwardingFile), remove(toldFile))
 }
 
 // firewalldTime is how long who asks for facts waits for firewalld.

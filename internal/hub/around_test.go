@@ -3,6 +3,7 @@ package hub
 import (
 	"os"
 	"os/exec"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	ingotv1 "ingot/api/ingot/v1"
+	"ingot/internal/firewalld"
 	"ingot/internal/firewalld/firewalldtest"
 	"ingot/internal/need"
 	"ingot/internal/tests"
@@ -75,8 +77,10 @@ func cleared(t *testing.T, ruleset string) {
 	if got := sh(t, "cat /proc/sys/net/ipv4/conf/segment/forwarding /proc/sys/net/ipv4/conf/uplink/forwarding"); got != "0\n0\n" {
 		t.Errorf("forwarding is left: %s", got)
 	}
-	if _, err := os.Stat(forwardingFile); err == nil {
-		t.Errorf("%s is left", forwardingFile)
+	for _, file := range []string{forwardingFile, toldFile} {
+		if _, err := os.Stat(file); err == nil {
+			t.Errorf("%s is left", file)
+		}
 	}
 }
 
@@ -138,6 +142,75 @@ func TestBesideFirewalld(t *testing.T) {
 	sh(t, "nft delete table ip filter; nft delete table ip nat")
 	d.Cmd("--reload")
 	cleared(t, ruleset)
+	if diff := cmp.Diff(files, d.Files()); diff != "" {
+		t.Errorf("firewalld's files: %s", diff)
+	}
+}
+
+// TestFirewalldAfterChange: what a hub's configuration wants no more is taken back by the
+// next hub. What others have given firewalld, be it the same, stays.
+func TestFirewalldAfterChange(t *testing.T) {
+	config, hub := alone(t)
+	beyond(t)
+	d := firewalldtest.New(t)
+	d.Start()
+	sh(t, "ip link add other type veth peer name farther")
+	t.Cleanup(func() { afterwards(t, "ip link del other") })
+	// Somebody's own: at run time, before there was a hub, and beside what it will want.
+	for _, own := range [][]string{
+		{"--zone=trusted", "--add-source=100.64.0.0/30"}, {"--zone=trusted", "--add-interface=mine0"}, {"--add-port=51821/udp"},
+		{"--direct", "--add-rule", "ipv4", "filter", "FORWARD", "0", "-i", "mine0", "-j", "ACCEPT"},
+	} {
+		d.Cmd(own...)
+	}
+	has := func() string { return d.Cmd("--list-all-zones") + d.Cmd("--direct", "--get-all-rules") }
+	files, before := d.Files(), has()
+	b, err := os.ReadFile(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := string(b)
+	told := func(what string, c string) string {
+		t.Helper()
+		write(t, config, c)
+		kill := start(t, config)
+		defer kill()
+		if _, err := hub.Facts(t.Context(), &emptypb.Empty{}, grpc.WaitForReady(true)); err != nil {
+			t.Fatal(err)
+		}
+		parsed, err := ParseConfig([]byte(c))
+		if err != nil {
+			t.Fatal(err)
+		}
+		// It has given it all, and the next moment noted it has nothing else.
+		tests.Await(t, 20*time.Second, what, func() bool {
+			missing, err := firewalld.Missing(t.Context(), parsed.firewalld())
+			var noted firewalld.Wants
+			return err == nil && len(missing) == 0 && readJSON(toldFile, &noted) == nil && reflect.DeepEqual(noted.Without(parsed.firewalld()), firewalld.Wants{})
+		})
+		return has()
+	}
+	plain := told("a plain hub", first)
+	told("a hub with more", first+"trusted: 100.64.0.0/30\nvpn: {subnet: 10.91.0.0/24, port: 51820}\n")
+	d.Cmd("--zone=trusted", "--query-interface=vpn0")
+	d.Cmd("--query-port=51820/udp")
+	told("a hub with another port", first+"trusted: 10.9.0.0/16\nvpn: {subnet: 10.91.0.0/24, port: 51821}\n")
+	if zones := has(); strings.Contains(zones, "51820") || !strings.Contains(zones, "10.9.0.0/16") {
+		t.Errorf("with another port and source: %s", zones)
+	}
+	told("a hub of another uplink", strings.Replace(first, "uplink: uplink", "uplink: other", 1))
+	if rules := d.Cmd("--direct", "--get-all-rules"); strings.Contains(rules, "uplink") || !strings.Contains(rules, "-o other") {
+		t.Errorf("with another uplink: %s", rules)
+	}
+	if diff := cmp.Diff(plain, told("the first again", first)); diff != "" {
+		t.Errorf("the first again, firewalld has something else: %s", diff)
+	}
+	if err := clear(t, config); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(before, has()); diff != "" {
+		t.Errorf("cleared, firewalld has something else: %s", diff)
+	}
 	if diff := cmp.Diff(files, d.Files()); diff != "" {
 		t.Errorf("firewalld's files: %s", diff)
 	}

@@ -19,7 +19,6 @@ import (
 
 	"ingot/internal/dhcp"
 	"ingot/internal/dns"
-	"ingot/internal/firewalld"
 	"ingot/internal/nat"
 	"ingot/internal/pki"
 	"ingot/internal/registry"
@@ -267,10 +266,7 @@ func (h *Hub) Run(ctx context.Context, others ...run.Task) error {
 		ready()
 		return h.shown.Run(ctx)
 	})}
-	tasks = append(tasks, run.Func("configuration", h.awaitConfig), run.Func("firewalld", func(ctx context.Context, ready func()) error {
-		ready()
-		return firewalld.Keep(ctx, h.c.firewalld(), h.log)
-	}))
+	tasks = append(tasks, run.Func("configuration", h.awaitConfig), run.Func("firewalld", h.keepFirewalld))
 	if h.vpn != nil {
 		tasks = append(tasks, h.vpn)
 	} else if err := vpn.Forget(vpnDir, vpnInterface); err != nil {

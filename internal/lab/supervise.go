@@ -287,7 +287,7 @@ func Supervise(ctx context.Context, runDir string, in io.Reader, log *slog.Logge
 	}
 	logUnbounded(log, err)
 	if l, err := Open(runDir); err == nil {
-		running.Go(func() { firewalld.Keep(ctx, l.firewalld(), log) })
+		running.Go(func() { firewalld.Keep(ctx, l.firewalld(), nil, log) })
 	}
 	for {
 		l, err := Open(runDir)
