@@ -77,7 +77,10 @@ func (h *Hub) passOthers() error {
 	if err != nil {
 		return err
 	}
-	for _, name := range forwarding {
+	if err := putBack(before, forwarding); err != nil {
+		return err
+	}
+	for _, name := range append([]string{everywhere}, forwarding...) {
 		if _, noted := before[name]; noted {
 			continue
 		}
@@ -117,6 +120,34 @@ func (c Config) forwarding() (names []string, err error) {
 	return names, err
 }
 
+// everywhere is what the kernel calls all interfaces there are. The hub notes it, and does
+// not set it: that is for others, such as Docker.
+const everywhere = "all"
+
+// putBack has interfaces that are not wanted any more forward what they did before there
+// was a hub, and takes them out of before.
+func putBack(before map[string]bool, wanted []string) error {
+	all, err := nat.Forwarding(everywhere)
+	if err != nil {
+		return err
+	}
+	theirs := all && !before[everywhere] // somebody wants all to forward since
+	var problems []error
+	for name, on := range before {
+		if name == everywhere || slices.Contains(wanted, name) {
+			continue
+		}
+		if _, err := link.Get(name); err == nil && (on || !theirs) { // else it is gone, with its setting
+			if _, err := nat.SetForwarding(name, on); err != nil {
+				problems = append(problems, err)
+				continue
+			}
+		}
+		delete(before, name)
+	}
+	return errors.Join(problems...)
+}
+
 func forwardedBefore() (map[string]bool, error) {
 	before := map[string]bool{}
 	err := readJSON(forwardingFile, &before)
@@ -141,14 +172,7 @@ func Clear(ctx context.Context, c Config) error {
 		return err
 	}
 	// Forwarding first: what is not forwarded needs no rules.
-	problems := []error{}
-	for name, on := range before {
-		if _, err := link.Get(name); err != nil {
-			continue // gone, with its setting
-		}
-		_, err := nat.SetForwarding(name, on)
-		problems = append(problems, err)
-	}
+	problems := []error{putBack(before, nil)}
 	problems = append(problems, firewalld.Withdraw(ctx, told.With(c.firewalld())), nat.RemovePassage(c.Interface), nat.Remove(nat.Table), vpn.Forget(vpnDir, vpnInterface))
 	if err := errors.Join(problems...); err != nil {
 		return err

@@ -216,6 +216,50 @@ func TestFirewalldAfterChange(t *testing.T) {
 	}
 }
 
+// TestForwardingAfterChange: an interface that a hub has had forward, and does not want any
+// more, forwards again what it did before; unless somebody else wants that since.
+func TestForwardingAfterChange(t *testing.T) {
+	config, hub := alone(t)
+	b, err := os.ReadFile(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain := string(b)
+	const proc = "/proc/sys/net/ipv4/conf/"
+	was := strings.TrimSpace(sh(t, "cat "+proc+"all/forwarding"))
+	t.Cleanup(func() {
+		afterwards(t, "ip link del other; ip link del open; echo "+was+" >"+proc+"all/forwarding; rm -f "+forwardingFile)
+	})
+	sh(t, `set -e; for i in other open; do ip link add $i type veth peer name $i-end; done
+		for i in all lo segment uplink world other other-end open-end; do echo 0 >`+proc+`$i/forwarding; done; echo 1 >`+proc+`open/forwarding`)
+	after := func(what, text, want string) {
+		t.Helper()
+		write(t, config, text)
+		kill := start(t, config)
+		defer kill()
+		if _, err := hub.Facts(t.Context(), &emptypb.Empty{}, grpc.WaitForReady(true)); err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Join(strings.Fields(sh(t, "cd "+proc+"; cat segment/forwarding uplink/forwarding other/forwarding open/forwarding")), " "); got != want {
+			t.Errorf("%s: segment, uplink, other and open forward %s, want %s", what, got, want)
+		}
+	}
+	const tailscale = "tailscale: {hostname: lab-hub}\n" // all of them, whether there is a tailscaled or not
+	elsewhere := strings.Replace(plain, "uplink: uplink", "uplink: other", 1)
+	after("with Tailscale", plain+tailscale, "1 1 1 1")
+	after("without", plain, "1 1 0 1")
+	after("with another uplink", elsewhere, "1 0 1 1")
+	after("with Tailscale again", plain+tailscale, "1 1 1 1")
+	sh(t, "echo 1 >/proc/sys/net/ipv4/ip_forward") // as Docker does when it starts
+	after("without, but all are to forward", plain, "1 1 1 1")
+	if err := clear(t, config); err != nil {
+		t.Fatal(err)
+	}
+	if got := sh(t, "cat "+proc+"segment/forwarding"); got != "1\n" {
+		t.Errorf("cleared, the segment forwards %s, and all are to", got)
+	}
+}
+
 // TestBesideOthers is the same with what Docker and ufw make.
 func TestBesideOthers(t *testing.T) {
 	for name, rules := range map[string]string{
