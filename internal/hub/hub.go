@@ -134,7 +134,7 @@ func ParseConfig(text []byte) (Config, error) {
 		err = c.VPN.check(c.Subnet)
 	}
 	if err == nil && c.Tailscale != nil {
-		err = c.Tailscale.check()
+		err = c.Tailscale.check(c)
 	}
 	for _, m := range c.Machines {
 		if !m.Address.Is4() && err == nil {

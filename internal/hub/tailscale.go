@@ -3,6 +3,8 @@ package hub
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 
@@ -21,9 +23,26 @@ type Tailscale struct {
 	Hostname string `yaml:"hostname"`               // the hub's, in the tailnet
 }
 
-func (t Tailscale) check() error {
+// check finds fault with a hub in a tailnet, whose peers must be told from all others.
+func (t Tailscale) check(c Config) error {
 	if t.Hostname == "" {
 		return errors.New("tailscale: hostname: it is missing")
+	}
+	type network struct {
+		field  string
+		prefix netip.Prefix
+	}
+	others := []network{{"subnet", c.Subnet}, {"trusted", c.Trusted}}
+	if c.VPN != nil {
+		others = append(others, network{"vpn: subnet", c.VPN.Subnet})
+	}
+	for _, n := range c.DHCP.Subnets {
+		others = append(others, network{"dhcp: subnets", n.Prefix})
+	}
+	for _, n := range others {
+		if n.prefix.IsValid() && n.prefix.Overlaps(tailscale.Addresses) {
+			return fmt.Errorf("%s: %s overlaps with %s, which tailnets give their peers", n.field, n.prefix, tailscale.Addresses)
+		}
 	}
 	return nil
 }
