@@ -10,6 +10,21 @@ import (
 	"strings"
 )
 
+// Port is where a resolver is if nobody says otherwise.
+const Port = 53
+
+// ParseUpstream reads a resolver's address, with its port or without one.
+func ParseUpstream(text string) (netip.AddrPort, error) {
+	at, err := netip.ParseAddrPort(text)
+	if ip, bad := netip.ParseAddr(text); bad == nil {
+		at, err = netip.AddrPortFrom(ip, Port), nil
+	}
+	if err != nil || at.Port() == 0 || at.Addr().IsUnspecified() {
+		return netip.AddrPort{}, fmt.Errorf("%q is not a resolver's address, nor ADDRESS:PORT", text)
+	}
+	return at, nil
+}
+
 // SystemUpstreams reads the machine's resolvers. Those on loopback can't be
 // reached from another network namespace: where systemd-resolved is in charge,
 // its own list is read instead.
@@ -46,7 +61,7 @@ func nameservers(file string) ([]string, error) {
 		}
 		ip, err := netip.ParseAddr(words[1])
 		if err == nil && !ip.IsLoopback() && ip.Zone() == "" {
-			servers = append(servers, netip.AddrPortFrom(ip, 53).String())
+			servers = append(servers, netip.AddrPortFrom(ip, Port).String())
 		}
 	}
 	return servers, nil

@@ -12,21 +12,15 @@ import (
 	"ingot/internal/hub"
 )
 
-// dnsPort is where resolvers are, if nobody says otherwise.
-const dnsPort = 53
-
 // dnsFields are the keys of dns.
 func (r *reader) dnsFields(d *Declaration) fields {
 	return fields{"upstreams": func(n *yaml.Node, key string) {
 		r.list(n, key, func(n *yaml.Node, key string) {
 			text := r.text(n, key)
-			at, err := netip.ParseAddrPort(text)
-			if ip, bad := netip.ParseAddr(text); bad == nil {
-				at, err = netip.AddrPortFrom(ip, dnsPort), nil
-			}
+			at, err := dns.ParseUpstream(text)
 			switch {
 			case text == "":
-			case err != nil || !at.Addr().Is4() || at.Port() == 0 || at.Addr().IsUnspecified():
+			case err != nil || !at.Addr().Is4():
 				r.add(key, "%q is not a resolver's IPv4 address, nor ADDRESS:PORT", text)
 			case at.Addr().IsLoopback():
 				r.add(key, "%s is the hub's own loopback: say where the resolver is reached from elsewhere", text)

@@ -24,18 +24,24 @@ func TestConfigIsChecked(t *testing.T) {
 		domain:                              "",
 		domain + "trusted: 100.64.0.0/30\n": "",
 		domain + "trusted: fd00::/64\n":     "trusted: fd00::/64 is no IPv4 prefix",
-		domain + "machines: [{name: host-0, address: \"fd00::3\"}]\n":                                             "machines: fd00::3 of host-0 is no IPv4 address",
-		domain + "vpn: {subnet: 10.91.0.0/24, port: 51820}\n":                                                     "",
-		domain + "vpn: {subnet: 10.91.0.0/24}\n":                                                                  "vpn: port: it is missing",
-		domain + "vpn: {subnet: \"fd00::/64\", port: 51820}\n":                                                    "vpn: subnet: fd00::/64 is no IPv4 prefix with room for peers",
-		domain + "vpn: {subnet: 192.168.0.0/16, port: 51820}\n":                                                   "vpn: subnet: 192.168.0.0/16 overlaps with 192.168.10.0/25",
-		domain + "tailscale: {}\n":                                                                                "tailscale: hostname: it is missing",
-		domain + "tailscale: {hostname: x}\ntrusted: 10.9.0.0/16\n":                                               "",
-		domain + "tailscale: {hostname: x}\ntrusted: 100.64.0.0/30\n":                                             "trusted: 100.64.0.0/30 overlaps with 100.64.0.0/10, which tailnets give their peers",
-		domain + "tailscale: {hostname: x}\ntrusted: 0.0.0.0/0\n":                                                 "trusted: 0.0.0.0/0 overlaps with 100.64.0.0/10",
-		domain + "tailscale: {hostname: x}\nvpn: {subnet: 100.100.0.0/24, port: 51820}\n":                         "vpn: subnet: 100.100.0.0/24 overlaps with 100.64.0.0/10",
-		domain + "tailscale: {hostname: x}\ndhcp: {subnets: [{subnet: 10.7.0.0/24}, {subnet: 100.127.0.0/24}]}\n": "dhcp: subnets: 100.127.0.0/24 overlaps with 100.64.0.0/10",
-		domain + "vpn: {subnet: 100.100.0.0/24, port: 51820}\n":                                                   "",
+		domain + "machines: [{name: host-0, address: \"fd00::3\"}]\n":                                              "machines: fd00::3 of host-0 is no IPv4 address",
+		domain + "vpn: {subnet: 10.91.0.0/24, port: 51820}\n":                                                      "",
+		domain + "vpn: {subnet: 10.91.0.0/24}\n":                                                                   "vpn: port: it is missing",
+		domain + "vpn: {subnet: \"fd00::/64\", port: 51820}\n":                                                     "vpn: subnet: fd00::/64 is no IPv4 prefix with room for peers",
+		domain + "vpn: {subnet: 192.168.0.0/16, port: 51820}\n":                                                    "vpn: subnet: 192.168.0.0/16 overlaps with 192.168.10.0/25",
+		domain + "dns-upstreams: [192.0.2.1, '192.0.2.1:5353', '2001:db8::1', '[2001:db8::1]:5353', 127.0.0.53]\n": "",
+		domain + "dns-upstreams: [192.0.2.1, dns.example.org]\n":                                                   "dns-upstreams: \"dns.example.org\" is not a resolver's address, nor ADDRESS:PORT",
+		domain + "dns-upstreams: ['dns.example.org:53']\n":                                                         "dns-upstreams: \"dns.example.org:53\" is not",
+		domain + "dns-upstreams: ['192.0.2.1:0']\n":                                                                "dns-upstreams: \"192.0.2.1:0\" is not",
+		domain + "dns-upstreams: [0.0.0.0]\n":                                                                      "dns-upstreams: \"0.0.0.0\" is not",
+		domain + "dns-upstreams: ['']\n":                                                                           "dns-upstreams: \"\" is not",
+		domain + "tailscale: {}\n":                                                                                 "tailscale: hostname: it is missing",
+		domain + "tailscale: {hostname: x}\ntrusted: 10.9.0.0/16\n":                                                "",
+		domain + "tailscale: {hostname: x}\ntrusted: 100.64.0.0/30\n":                                              "trusted: 100.64.0.0/30 overlaps with 100.64.0.0/10, which tailnets give their peers",
+		domain + "tailscale: {hostname: x}\ntrusted: 0.0.0.0/0\n":                                                  "trusted: 0.0.0.0/0 overlaps with 100.64.0.0/10",
+		domain + "tailscale: {hostname: x}\nvpn: {subnet: 100.100.0.0/24, port: 51820}\n":                          "vpn: subnet: 100.100.0.0/24 overlaps with 100.64.0.0/10",
+		domain + "tailscale: {hostname: x}\ndhcp: {subnets: [{subnet: 10.7.0.0/24}, {subnet: 100.127.0.0/24}]}\n":  "dhcp: subnets: 100.127.0.0/24 overlaps with 100.64.0.0/10",
+		domain + "vpn: {subnet: 100.100.0.0/24, port: 51820}\n":                                                    "",
 		"":                        "domain: it is missing",
 		"domain: \"\"\n":          "domain: it is missing",
 		"domain: lab..internal\n": "domain: \"lab..internal\" is not a name",
@@ -52,6 +58,16 @@ func TestConfigIsChecked(t *testing.T) {
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("%q: %v, want %q", text, err, want)
 		}
+	}
+}
+
+// A resolver is at port 53, unless another one is said.
+func TestResolvers(t *testing.T) {
+	c, err := hub.ParseConfig([]byte("address: 192.168.10.2\nsubnet: 192.168.10.0/25\nrange-first: 192.168.10.26\nrange-last: 192.168.10.126\ndomain: lab.internal\n" +
+		"dns-upstreams: [192.0.2.1, '192.0.2.2:5353', '2001:db8::1', '[2001:db8::2]:5353']\n"))
+	want := []string{"192.0.2.1:53", "192.0.2.2:5353", "[2001:db8::1]:53", "[2001:db8::2]:5353"}
+	if err != nil || !slices.Equal(c.Upstreams, want) {
+		t.Errorf("%q, %v; want %q", c.Upstreams, err, want)
 	}
 }
 

@@ -49,8 +49,8 @@ type Config struct {
 	Trusted   netip.Prefix `yaml:"trusted"` // who reaches the segment from the uplink
 	Machines  []Machine    `yaml:"machines"`
 	Domain    string       `yaml:"domain"`
-	Upstreams []string     `yaml:"dns-upstreams"`
-	PKI       string       `yaml:"pki"` // directory of ca.pem, cert.pem, key.pem
+	Upstreams []string     `yaml:"dns-upstreams"` // resolvers: ADDRESS, or ADDRESS:PORT
+	PKI       string       `yaml:"pki"`           // directory of ca.pem, cert.pem, key.pem
 	TokenFile string       `yaml:"token-file"`
 	Registry  string       `yaml:"registry"` // directory
 	VPN       *VPN         `yaml:"vpn,omitempty"`
@@ -135,6 +135,13 @@ func ParseConfig(text []byte) (Config, error) {
 	}
 	if err == nil && c.Tailscale != nil {
 		err = c.Tailscale.check(c)
+	}
+	for i, text := range c.Upstreams {
+		at, bad := dns.ParseUpstream(text)
+		if bad != nil && err == nil {
+			err = fmt.Errorf("dns-upstreams: %w", bad)
+		}
+		c.Upstreams[i] = at.String()
 	}
 	for _, m := range c.Machines {
 		if !m.Address.Is4() && err == nil {
