@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -20,8 +21,11 @@ func (s *Server) export() error {
 		if path == "" {
 			continue
 		}
+		err := os.MkdirAll(filepath.Dir(path), 0o755)
 		// Nobody reads a part of it, also if this process is killed.
-		err := os.WriteFile(path+".new", []byte(text), 0o644)
+		if err == nil {
+			err = os.WriteFile(path+".new", []byte(text), 0o644)
+		}
 		if err == nil {
 			err = os.Rename(path+".new", path)
 		}

@@ -41,6 +41,23 @@ func TestExportsAreThePages(t *testing.T) {
 	}
 }
 
+// A machine that never had an isc-dhcp-server has no directories for its files.
+func TestExportMakesDirectories(t *testing.T) {
+	c := config(t)
+	c.ConfigFile, c.DefaultsFile = filepath.Join(t.TempDir(), "etc/dhcp/dhcpd.conf"), filepath.Join(t.TempDir(), "etc/default/isc-dhcp-server")
+	s, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.export(); err != nil {
+		t.Fatal(err)
+	}
+	if got := read(t, c.ConfigFile); got != page {
+		t.Errorf("got\n%s", got)
+	}
+	read(t, c.DefaultsFile)
+}
+
 // full is a configuration with all that an export can say.
 func full(t testing.TB) Config {
 	c := config(t)

@@ -80,11 +80,6 @@ func ownFiles() error {
 			return err
 		}
 	}
-	for _, file := range []string{leasesFile, dhcpConfigFile, dhcpDefaultsFile} {
-		if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
-			return err
-		}
-	}
 	return nil
 }
 
