@@ -309,9 +309,13 @@ func TestTailscale(t *testing.T) {
 	n.await("not approved any more", func(f *ingotv1.TailscaleFacts) bool { return f.GetServing() && f.GetAdvertised() && !f.GetApproved() })
 	n.say("approve lab-hub 192.168.10.0/25")
 	sh(t, "tailscale logout")
+	began := time.Now()
 	n.await("logged out by hand", func(f *ingotv1.TailscaleFacts) bool {
 		return strings.Contains(f.GetError(), "somebody has logged it out")
 	})
+	if took := time.Since(began); took > 3*time.Second {
+		t.Errorf("the hub saw after %s that it was logged out, which tailscaled had told it", took)
+	}
 }
 
 // forwards waits until tailscaled, which looks now and then, finds nothing amiss with what

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -196,21 +197,64 @@ func read(ctx context.Context) (s state, err error) {
 	return s, err
 }
 
+// watch sends whenever tailscaled has changed, or may have, until ctx ends. What has is for
+// read to say, whose form versions keep.
+func watch(ctx context.Context, changed chan<- struct{}) {
+	patient := http.Client{Transport: client.Transport}
+	tell := func() {
+		select {
+		case changed <- struct{}{}:
+		default: // who listens has not looked yet
+		}
+	}
+	for ; ctx.Err() == nil; sleep(ctx, pause) {
+		tell() // also where there is nothing to watch
+		bus, err := open(ctx, &patient, "watch-ipn-bus?mask="+busMask)
+		if err != nil {
+			continue
+		}
+		for messages := json.NewDecoder(bus); err == nil; err = messages.Decode(&struct{}{}) {
+			tell()
+		}
+		bus.Close()
+	}
+}
+
+// busMask has tailscaled send no netmaps, which can be long.
+const busMask = "8192"
+
+func sleep(ctx context.Context, d time.Duration) {
+	select {
+	case <-time.After(d):
+	case <-ctx.Done():
+	}
+}
+
 func get(ctx context.Context, what string, into any) error {
-	r, err := http.NewRequestWithContext(ctx, http.MethodGet, local+what, nil)
+	answer, err := open(ctx, &client, what)
 	if err != nil {
 		return err
 	}
-	answer, err := client.Do(r)
-	if err != nil {
-		return fmt.Errorf("ask tailscaled for its %s: %w", what, err)
-	}
-	defer answer.Body.Close()
-	if answer.StatusCode != http.StatusOK {
-		return fmt.Errorf("ask tailscaled for its %s: %s", what, answer.Status)
-	}
-	if err := json.NewDecoder(answer.Body).Decode(into); err != nil {
+	defer answer.Close()
+	if err := json.NewDecoder(answer).Decode(into); err != nil {
 		return fmt.Errorf("ask tailscaled for its %s: %w", what, err)
 	}
 	return nil
+}
+
+// open asks tailscaled for something, and is the beginning of its answer.
+func open(ctx context.Context, by *http.Client, what string) (io.ReadCloser, error) {
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, local+what, nil)
+	if err != nil {
+		return nil, err
+	}
+	answer, err := by.Do(r)
+	if err == nil && answer.StatusCode != http.StatusOK {
+		answer.Body.Close()
+		err = errors.New(answer.Status)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("ask tailscaled for its %s: %w", what, err)
+	}
+	return answer.Body, nil
 }

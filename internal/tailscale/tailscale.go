@@ -90,11 +90,14 @@ func program(name string) (string, error) {
 	return "", fmt.Errorf("%w: install the package tailscale, see https://tailscale.com/download/linux", err)
 }
 
-// Times of a router: between two looks, also where it has just begun, for one login, and
-// between a login that failed and the next.
+// Times of a router: between two looks where tailscaled has nothing to say, also where
+// nobody comes in and where it has just begun, and after it has said something; for one
+// login, and between a login that failed and the next.
 const (
+	rest       = time.Minute
 	pause      = 5 * time.Second
 	soon       = 500 * time.Millisecond
+	moment     = 200 * time.Millisecond
 	patience   = 30 * time.Second
 	firstDelay = 30 * time.Second
 	lastDelay  = 10 * time.Minute
@@ -156,11 +159,20 @@ func (r *Router) serve(ctx context.Context) error {
 	if err := d.answers(ctx); err != nil {
 		return err
 	}
+	changed := make(chan struct{}, 1)
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	watching.Go(func() { watch(ctx, changed) })
 	for {
 		err := r.tend(ctx)
 		r.set(err)
 		wait := pause
-		if errors.Is(err, errNotYet) {
+		switch {
+		case err == nil:
+			wait = rest
+		case errors.Is(err, errNotYet):
 			wait = soon
 		}
 		select {
@@ -168,6 +180,8 @@ func (r *Router) serve(ctx context.Context) error {
 			return nil
 		case <-d.ended:
 			return d.end()
+		case <-changed:
+			sleep(ctx, moment) // mostly there is more
 		case <-time.After(wait):
 		}
 	}
