@@ -14,9 +14,11 @@ import (
 
 	"ingot/internal/doctor"
 	"ingot/internal/need"
+	"ingot/internal/tests"
 )
 
-// TestMain runs the tests in network and mount namespaces of their own.
+// TestMain runs the tests in namespaces of their own, where named ones are pinned apart; or
+// what a lab is made of.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 2 && os.Args[1] == "lab" {
 		if err := labMain(os.Args[2], os.Args[3:]); err != nil {
@@ -25,38 +27,18 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	if os.Getenv("IN_NETNS") != "" || os.Getuid() != 0 {
-		if os.Getuid() == 0 && os.Getenv("AGAIN") == "" {
-			if err := unix.Mount("tmpfs", "/run", "tmpfs", 0, ""); err != nil { // named namespaces are pinned there
-				fmt.Fprintln(os.Stderr, err)
-				os.Exit(1)
-			}
-		}
-		os.Exit(m.Run())
-	}
-	if err := again(nil, &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS}, os.Args[1:]...); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
+	tests.Apart(m, tests.Fresh("tmpfs", "/run"))
 }
 
-// again runs this test binary once more.
-func again(t *testing.T, how *syscall.SysProcAttr, args ...string) error {
-	c := exec.Command("/proc/self/exe", args...)
-	c.Env = append(os.Environ(), "IN_NETNS=1")
-	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
-	c.SysProcAttr = how
-	if t == nil {
-		return c.Run()
-	}
+// again runs a test once more, in another process.
+func again(t *testing.T, how *syscall.SysProcAttr) {
 	t.Helper()
-	c.Stdout, c.Stderr = nil, nil
-	c.Env = append(c.Env, "AGAIN="+t.Name())
-	out, err := c.CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("%w\n%s", err, out)
+	c := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v")
+	c.Env = append(os.Environ(), "AGAIN="+t.Name())
+	c.SysProcAttr = how
+	if out, err := c.CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
 	}
-	return nil
 }
 
 func needs(t *testing.T) {
@@ -164,9 +146,7 @@ func TestWithoutRoot(t *testing.T) {
 	if os.Getenv("AGAIN") == "" {
 		need.Root(t)
 		nobody := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
-		if err := again(t, nobody, "-test.run=^TestWithoutRoot$", "-test.v"); err != nil {
-			t.Error(err)
-		}
+		again(t, nobody)
 		return
 	}
 	p := doctor.Patient{Dir: "/var/lib/ingot", Device: "ingot-nosuch"}
@@ -198,9 +178,7 @@ func TestNamespaceLimit(t *testing.T) {
 			Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS,
 			UidMappings: []syscall.SysProcIDMap{{Size: 1}}, GidMappings: []syscall.SysProcIDMap{{Size: 1}},
 		}
-		if err := again(t, how, "-test.run=^TestNamespaceLimit$", "-test.v"); err != nil {
-			t.Error(err)
-		}
+		again(t, how)
 		return
 	}
 	p := doctor.Patient{}
