@@ -9,8 +9,6 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
-	"github.com/google/nftables/userdata"
-	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -100,49 +98,14 @@ func sameChain(have, want *nftables.Chain) bool {
 }
 
 // comments are those of a chain's rules, none if there is no such chain; a rule without
-// one has an empty one. The library would read all of each rule, and fails at some.
+// one has an empty one.
 func comments(chain *nftables.Chain) ([]string, error) {
-	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
-	if err != nil {
-		return nil, err
-	}
-	defer c.Close()
-	which, err := netlink.MarshalAttributes([]netlink.Attribute{
-		{Type: unix.NFTA_RULE_TABLE, Data: []byte(chain.Table.Name + "\x00")}, {Type: unix.NFTA_RULE_CHAIN, Data: []byte(chain.Name + "\x00")},
-	})
-	if err != nil {
-		return nil, err
-	}
-	family := []byte{byte(chain.Table.Family), 0, 0, 0} // struct nfgenmsg
-	rules, err := c.Execute(netlink.Message{
-		Header: netlink.Header{Type: unix.NFNL_SUBSYS_NFTABLES<<8 | unix.NFT_MSG_GETRULE, Flags: netlink.Request | netlink.Dump},
-		Data:   append(family, which...),
-	})
-	if err != nil && !gone(err) {
-		return nil, err
-	}
+	rules, err := kernelRules(chain)
 	var texts []string
 	for _, r := range rules {
-		text, err := comment(r.Data[len(family):])
-		if err != nil {
-			return nil, err
-		}
-		texts = append(texts, text)
+		texts = append(texts, r.comment)
 	}
-	return texts, nil
-}
-
-func comment(rule []byte) (text string, err error) {
-	attributes, err := netlink.NewAttributeDecoder(rule)
-	if err != nil {
-		return "", err
-	}
-	for attributes.Next() {
-		if attributes.Type() == unix.NFTA_RULE_USERDATA {
-			text, _ = userdata.GetString(attributes.Bytes(), userdata.TypeComment)
-		}
-	}
-	return text, attributes.Err()
+	return texts, err
 }
 
 // elements are a set's, and whether there is such a set.

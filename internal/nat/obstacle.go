@@ -9,7 +9,6 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
-	"github.com/google/nftables/userdata"
 	"golang.org/x/sys/unix"
 )
 
@@ -40,7 +39,7 @@ func (o Obstacle) String() string {
 // connection state (an address, a port, a mark) is taken not to match: who drops
 // some ports only is no obstacle. What the old iptables interface holds is not seen.
 func Obstacles(from, to string) ([]Obstacle, error) {
-	r := &ruleset{conn: &nftables.Conn{}, rules: map[string][]*nftables.Rule{}}
+	r := &ruleset{conn: &nftables.Conn{}, rules: map[string][]kernelRule{}}
 	chains, err := r.conn.ListChains()
 	if err != nil {
 		return nil, fmt.Errorf("list nftables chains: %w", err)
@@ -114,7 +113,7 @@ type packet struct {
 type ruleset struct {
 	conn   *nftables.Conn
 	chains []*nftables.Chain
-	rules  map[string][]*nftables.Rule // by family, table and chain
+	rules  map[string][]kernelRule // by family, table and chain
 	err    error
 }
 
@@ -158,7 +157,7 @@ func (r *ruleset) walk(t *nftables.Table, chain string, p packet, depth int) (ex
 		return expr.VerdictContinue, ""
 	}
 	for _, rule := range r.of(t, chain) {
-		verdict, target, matches := r.ask(rule, p)
+		verdict, target, matches := r.ask(t, rule, p)
 		if !matches {
 			continue
 		}
@@ -177,12 +176,12 @@ func (r *ruleset) walk(t *nftables.Table, chain string, p packet, depth int) (ex
 	return expr.VerdictContinue, ""
 }
 
-func (r *ruleset) of(t *nftables.Table, chain string) []*nftables.Rule {
+func (r *ruleset) of(t *nftables.Table, chain string) []kernelRule {
 	key := fmt.Sprintf("%d %s %s", t.Family, t.Name, chain)
 	rules, known := r.rules[key]
 	if !known {
 		var err error
-		if rules, err = r.conn.GetRules(t, &nftables.Chain{Name: chain, Table: t}); err != nil && r.err == nil {
+		if rules, err = kernelRules(&nftables.Chain{Name: chain, Table: t}); err != nil && r.err == nil {
 			r.err = err
 		}
 		r.rules[key] = rules
@@ -191,9 +190,9 @@ func (r *ruleset) of(t *nftables.Table, chain string) []*nftables.Rule {
 }
 
 // describe names a rule that drops: by its comment, or by what it does.
-func describe(rule *nftables.Rule, chain string) string {
+func describe(rule kernelRule, chain string) string {
 	what := "drop"
-	for _, e := range rule.Exprs {
+	for _, e := range rule.expressions() {
 		switch e := e.(type) {
 		case *expr.Reject:
 			what = "reject"
@@ -202,16 +201,16 @@ func describe(rule *nftables.Rule, chain string) string {
 		}
 	}
 	what += " in " + chain
-	if text, ok := userdata.GetString(rule.UserData, userdata.TypeComment); ok {
-		what += ": " + text
+	if rule.comment != "" {
+		what += ": " + rule.comment
 	}
 	return what
 }
 
 // ask says whether a rule matches a packet, and what it does with it then.
-func (r *ruleset) ask(rule *nftables.Rule, p packet) (_ expr.VerdictKind, target string, matches bool) {
+func (r *ruleset) ask(t *nftables.Table, rule kernelRule, p packet) (_ expr.VerdictKind, target string, matches bool) {
 	registers := map[uint32][]byte{} // what is known of their content
-	for _, e := range rule.Exprs {
+	for _, e := range rule.expressions() {
 		switch e := e.(type) {
 		case *expr.Counter, *expr.Log:
 		case *expr.Meta:
@@ -228,7 +227,7 @@ func (r *ruleset) ask(rule *nftables.Rule, p packet) (_ expr.VerdictKind, target
 				return 0, "", false
 			}
 		case *expr.Lookup:
-			if e.IsDestRegSet || !r.contains(rule.Table, e, registers[e.SourceRegister]) {
+			if e.IsDestRegSet || !r.contains(t, e, registers[e.SourceRegister]) {
 				return 0, "", false
 			}
 		case *expr.Verdict:

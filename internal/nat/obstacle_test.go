@@ -54,6 +54,12 @@ func TestObstacles(t *testing.T) {
 			[]string{"ip mine f (drop in f)"}},
 		{"ours", `table ip ingot-lab { chain forward { type filter hook forward priority 0; oifname "ingot-lab" drop; }
 }`, nil},
+		{"asking for a direction", `table ip filter { chain FORWARD { type filter hook forward priority filter; policy drop
+				ct direction reply accept; ct original ip saddr 10.9.0.1 accept; ct reply packets > 5 accept; ct packets > 7 accept; }
+}`,
+			[]string{"ip filter FORWARD (policy drop)"}},
+		{"asking for what is not known here", `table ip mine { chain f { type filter hook forward priority 0; rt ipsec exists drop; iifname "ingot-lab" rt classid != 5 drop; }
+}`, nil},
 		{"IPv6", `table ip6 filter { chain FORWARD { type filter hook forward priority 0; policy drop; }
 }`, nil},
 	} {

@@ -2,6 +2,7 @@ package nat
 
 import (
 	"fmt"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -32,17 +33,15 @@ func SetPassage(iface string) (added []string, err error) {
 // place of what it has of them.
 func letPass(c *nftables.Conn, chains []*nftables.Chain, iface string) (added []string, err error) {
 	for _, chain := range chains {
-		have, err := passageRules(c, chain, iface)
+		have, err := passageRules(chain, iface)
 		if err != nil {
 			return nil, err
 		}
 		if len(have) == 2 && direction(have[0]) != direction(have[1]) {
 			continue
 		}
-		for _, r := range have {
-			if err := c.DelRule(r); err != nil {
-				return nil, fmt.Errorf("remove rule: %w", err)
-			}
+		if err := takeAway(c, chain, have); err != nil {
+			return nil, err
 		}
 		for _, match := range [][]expr.Any{oif(iface), iif(iface)} {
 			c.InsertRule(&nftables.Rule{
@@ -60,8 +59,8 @@ func letPass(c *nftables.Conn, chains []*nftables.Chain, iface string) (added []
 }
 
 // direction is what a rule of ours looks at: the interface in, or out.
-func direction(r *nftables.Rule) expr.MetaKey {
-	for _, e := range r.Exprs {
+func direction(r kernelRule) expr.MetaKey {
+	for _, e := range r.expressions() {
 		if meta, ok := e.(*expr.Meta); ok {
 			return meta.Key
 		}
@@ -83,14 +82,12 @@ func RemovePassage(iface string) error {
 		if chain.Hooknum == nil || *chain.Hooknum != *nftables.ChainHookForward {
 			continue
 		}
-		rules, err := passageRules(c, chain, iface)
+		rules, err := passageRules(chain, iface)
+		if err == nil {
+			err = takeAway(c, chain, rules)
+		}
 		if err != nil {
 			return err
-		}
-		for _, r := range rules {
-			if err := c.DelRule(r); err != nil {
-				return fmt.Errorf("remove rule: %w", err)
-			}
 		}
 	}
 	if err := c.Flush(); err != nil {
@@ -114,16 +111,19 @@ func droppingChains(c *nftables.Conn) ([]*nftables.Chain, error) {
 	return found, nil
 }
 
-func passageRules(c *nftables.Conn, chain *nftables.Chain, iface string) ([]*nftables.Rule, error) {
-	rules, err := c.GetRules(chain.Table, chain)
+func passageRules(chain *nftables.Chain, iface string) ([]kernelRule, error) {
+	rules, err := kernelRules(chain)
 	if err != nil {
 		return nil, fmt.Errorf("read rules of %s %s: %w", chain.Table.Name, chain.Name, err)
 	}
-	var ours []*nftables.Rule
+	return slices.DeleteFunc(rules, func(r kernelRule) bool { return r.comment != passageMark+iface }), nil
+}
+
+func takeAway(c *nftables.Conn, chain *nftables.Chain, rules []kernelRule) error {
 	for _, r := range rules {
-		if text, ok := userdata.GetString(r.UserData, userdata.TypeComment); ok && text == passageMark+iface {
-			ours = append(ours, r)
+		if err := c.DelRule(&nftables.Rule{Table: chain.Table, Chain: chain, Handle: r.handle}); err != nil {
+			return fmt.Errorf("remove rule: %w", err)
 		}
 	}
-	return ours, nil
+	return nil
 }
