@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -156,7 +157,12 @@ func TestDHCPAsConfigured(t *testing.T) {
 	if err := dhcpcd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	defer func() { dhcpcd.Process.Kill(); dhcpcd.Wait() }()
+	defer func() { // asked, since only it knows what it has started elsewhere
+		dhcpcd.Process.Signal(syscall.SIGTERM)
+		insist := time.AfterFunc(10*time.Second, func() { dhcpcd.Process.Kill() })
+		defer insist.Stop()
+		dhcpcd.Wait()
+	}()
 	tests.Await(t, 10*time.Second, "the routes", func() bool {
 		routes := sh(t, "ip -n guest route show")
 		return strings.Contains(routes, "10.8.0.0/14 via 192.168.10.5 ") && strings.Contains(routes, "default via 192.168.10.2 ")
