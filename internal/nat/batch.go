@@ -13,6 +13,7 @@ import (
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -27,7 +28,7 @@ type batch struct {
 }
 
 func begin(family nftables.TableFamily, name string) (*batch, error) {
-	c, err := nftables.New()
+	c, err := nftables.New(nftables.WithSockOptions(roomy))
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
@@ -35,6 +36,15 @@ func begin(family nftables.TableFamily, name string) (*batch, error) {
 	c.AddTable(t) // so that there is one to delete
 	c.DelTable(t)
 	return &batch{conn: c, table: c.AddTable(t), rules: map[string][]string{}, sets: map[string][]entry{}}, nil
+}
+
+// roomy lets a socket take a whole table: it is sent as one message, and the kernel
+// confirms each of its rules before the first confirmation is read. Usual sockets have
+// room for some 270 of those; when it is gone, the table is in force and it is said that
+// it is not. These are limits, and take no memory.
+func roomy(c *netlink.Conn) error {
+	const room = 32 << 20
+	return errors.Join(c.SetReadBuffer(room), c.SetWriteBuffer(room))
 }
 
 func (b *batch) commit() error {

@@ -215,6 +215,32 @@ func TestManyRestricted(t *testing.T) {
 	}
 }
 
+// TestManyRules: as many rules as somebody may have are set and read, and not only as
+// many as the kernel confirms at once.
+func TestManyRules(t *testing.T) {
+	plainHub(t)
+	h := hub
+	for i := range 10 {
+		var rules []string
+		for n := range 200 {
+			rules = append(rules, fmt.Sprintf("deny 10.%d.%d.0/24", i, n))
+		}
+		h.Restricted = append(h.Restricted, restricted(t, net.HardwareAddr{2, 0, 0, 0, 0, byte(i)}, rules...))
+	}
+	began := time.Now()
+	if err := nat.SetHub(h); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("set in %s", time.Since(began))
+	out, err := exec.Command("nft", "list", "table", "ip", nat.Table).Output()
+	if n := strings.Count(string(out), "ip daddr 10."); err != nil || n != 2000 {
+		t.Errorf("%d rules, %v", n, err)
+	}
+	if rules, err := nat.CheckHub(h); err != nil || slices.ContainsFunc(rules, func(r nat.Rule) bool { return !r.Present }) {
+		t.Errorf("check: %d rules, %v", len(rules), err)
+	}
+}
+
 // TestNoConnection: a packet that belongs to no connection does not leave, past rules and
 // without NAT.
 func TestNoConnection(t *testing.T) {
