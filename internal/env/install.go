@@ -170,7 +170,9 @@ func (u *up) hostConfig(m Machine) any {
 	for _, other := range u.env.Machines {
 		platform = append(platform, other.Address)
 	}
-	platform = append(platform, u.lab.RootEnd(), u.lab.HubEnd())
+	// Not the hub's end of its uplink: published ports are there, for guests as well, and
+	// who may have what else of it the hub's own rules say.
+	platform = append(platform, u.lab.RootEnd())
 	if u.env.VPN.On() {
 		platform = append(platform, vpn.Address(u.env.VPN.Subnet).Addr())
 	}
