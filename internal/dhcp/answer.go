@@ -20,6 +20,7 @@ type reply struct {
 // reply leaves.
 type change struct {
 	record  *record // nil: nothing
+	left    *record // the client's lease before it, if that was of another address
 	renewed bool    // the log has an older entry
 	urgent  bool    // which scripts must not see any more
 }
@@ -33,6 +34,9 @@ func (s *Server) handle(m *message, out *reply, text []byte) (change, []byte) {
 	c := s.decide(m, out)
 	s.changed()
 	if c.record != nil {
+		if c.left != nil {
+			text = formatRecord(text, c.left)
+		}
 		text = formatRecord(text, c.record)
 		c.record.logged = true
 		if s.log != nil {
@@ -144,9 +148,16 @@ func (s *Server) request(p *pool, m *message, out *reply) (c change) {
 		return c
 	}
 	life := p.lifetime(m)
-	old := s.leases[ip]
+	old, before := s.leases[ip], s.had(p, m)
 	c.renewed = old != nil && old.logged
 	c.record = s.give(ip, m, stateActive, s.seconds()+int64(life))
+	// A client has one address of a subnet, or one would have all of them.
+	if before != nil && before.ip != ip && !s.ended(before) {
+		s.end(before)
+		if before.logged {
+			c.left, c.renewed, c.urgent = before, true, true
+		}
+	}
 	s.count.Acks++
 	s.write(p, m, out, kindAck, ip, life)
 	return c

@@ -83,6 +83,37 @@ func TestRequestStates(t *testing.T) {
 	}
 }
 
+// TestOneLeaseForEach: who asks for another address than it has leaves that one, so that
+// nobody has them all.
+func TestOneLeaseForEach(t *testing.T) {
+	s, _ := table(t, func(c *Config) { last(c, "192.168.10.29") })
+	ack(t, s, 1)
+	for _, m := range [][]dhcpv4.Modifier{
+		{want("192.168.10.27")}, // init-reboot
+		{dhcpv4.WithClientIP(net.IP{192, 168, 10, 28}), dhcpv4.WithBroadcast(true)}, // rebinding
+		{want("192.168.10.29"), server("192.168.10.2")},                             // selecting
+	} {
+		answer, _, text := exchange(t, s, newMessage(t, request, mac(1), m...))
+		if answer == nil || answer.MessageType() != dhcpv4.MessageTypeAck {
+			t.Fatalf("%v", answer)
+		}
+		active := 0
+		for _, l := range s.Leases() {
+			if l.State == Active {
+				active++
+			}
+		}
+		if active != 1 || strings.Count(text, "binding state free;") != 1 || strings.Count(text, "binding state active;") != 1 {
+			t.Errorf("%d leases of one client, to the log goes %q", active, text)
+		}
+	}
+	for n := range byte(3) {
+		if got := ack(t, s, 2+n); got == "" {
+			t.Errorf("client %d has no address", 2+n)
+		}
+	}
+}
+
 func TestOfferTakenElsewhereIsFreeAgain(t *testing.T) {
 	s, _ := table(t, func(c *Config) { last(c, "192.168.10.26") })
 	exchange(t, s, newMessage(t, discover, mac(1)))

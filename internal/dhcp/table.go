@@ -209,6 +209,11 @@ func (s *Server) forget(r *record) {
 // release ends a lease. Its client gets the same address if it comes back.
 func (s *Server) release(r *record) {
 	s.count.Releases++
+	s.end(r)
+}
+
+// end has nobody have a right to a record's address any more.
+func (s *Server) end(r *record) {
 	// A second ago: scripts that compare by the second must not see it.
 	r.state, r.ends = stateReleased, s.seconds()-1
 	s.file(r)
