@@ -46,7 +46,6 @@ Stop the old server first: its files do not change then.`,
 
 func (c *cloud) importLeases(ctx context.Context, w io.Writer, config, leases string) error {
 	var all []*ingotv1.Lease
-	reserved := 0
 	if config != "" {
 		text, err := os.ReadFile(config)
 		if err != nil {
@@ -56,15 +55,20 @@ func (c *cloud) importLeases(ctx context.Context, w io.Writer, config, leases st
 		if err != nil {
 			return fmt.Errorf("%s: %w", config, err)
 		}
-		for _, r := range d.Reservations {
-			all = append(all, &ingotv1.Lease{Ip: r.IP.String(), Mac: r.MAC.String(), ClientId: r.ClientID, Hostname: r.Name, Microvm: r.MicroVM, State: dhcp.Reserved})
-		}
-		reserved = len(all)
+		all = append(all, reservations(d.Reservations)...)
 		if err := c.importConfig(ctx, w, config, string(text)); err != nil {
 			return err
 		}
 	}
+	reserved := len(all)
 	if leases != "" {
+		// dhcpd has hosts there, too, that were made while it ran (OMAPI).
+		hosts, err := dhcp.ReadReservations(leases)
+		if err != nil {
+			return err
+		}
+		all = append(all, reservations(hosts)...)
+		reserved = len(all)
 		given, err := dhcp.ReadLeases(leases)
 		if err != nil {
 			return err
@@ -85,6 +89,14 @@ func (c *cloud) importLeases(ctx context.Context, w io.Writer, config, leases st
 	}
 	fmt.Fprintf(w, "%d leases and %d reservations read, %d not taken over\n", len(all)-reserved, reserved, len(left))
 	return nil
+}
+
+func reservations(all []dhcp.Reservation) []*ingotv1.Lease {
+	var m []*ingotv1.Lease
+	for _, r := range all {
+		m = append(m, &ingotv1.Lease{Ip: r.IP.String(), Mac: r.MAC.String(), ClientId: r.ClientID, Hostname: r.Name, Microvm: r.MicroVM, State: dhcp.Reserved})
+	}
+	return m
 }
 
 // importConfig gives the hub a configuration, and returns once it serves with it.
