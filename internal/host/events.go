@@ -3,6 +3,7 @@ package host
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -14,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -74,6 +76,7 @@ type journal struct {
 	counts  map[EventKind]int // of those that are written, by this daemon
 	pending []entry
 	recent  []entry       // the last that were written
+	marks   [2][]mark     // of the file before and of the file, by their events' numbers
 	more    chan struct{} // closed when there are more of them
 	wake    chan struct{}
 
@@ -89,12 +92,21 @@ type span struct {
 	end uint64
 }
 
+// mark is where in its file an event is. Each batchEvents-th one has a mark.
+type mark struct {
+	seq uint64
+	at  int64
+}
+
 const (
 	journalName = "events.log"
 	// journalSize is what a journal's file may have; the one before it is kept.
 	journalSize = 8 << 20
 	// recentEvents are those that are told without reading the file.
 	recentEvents = 512
+	// batchEvents are what a watch has in memory at most, and reads anew at a time, however
+	// much it has missed: there are thousands of them, and not all are read by their clients.
+	batchEvents = 32
 )
 
 // journalHead is a line before events: the id that cursors had when they were written. A
@@ -118,9 +130,10 @@ func (j *journal) paths() [2]string {
 // gone. It writes nothing: a daemon starts on a full disk, too.
 func (j *journal) open() (map[string]entry, error) {
 	last := map[string]entry{}
-	for _, path := range j.paths() {
-		good, err := readJournal(path, func(id string, e entry) {
+	for i, path := range j.paths() {
+		good, err := readJournal(path, 0, func(id string, at int64, e entry) bool {
 			j.seq = e.Seq
+			j.marks[i] = marked(j.marks[i], e.Seq, at)
 			if n := len(j.before); n == 0 || j.before[n-1].id != id {
 				j.before = append(j.before, span{id: id})
 			}
@@ -129,6 +142,7 @@ func (j *journal) open() (map[string]entry, error) {
 			if e.Kind == Deleted {
 				delete(last, e.UID)
 			}
+			return true
 		})
 		if errors.Is(err, os.ErrNotExist) {
 			continue
@@ -146,14 +160,26 @@ func (j *journal) open() (map[string]entry, error) {
 	return last, nil
 }
 
-// readJournal reads a journal's file, as far as its lines are whole, and says how far
-// that is.
-func readJournal(path string, each func(id string, e entry)) (good int64, err error) {
+// marked adds a mark of an event, where it is time for one.
+func marked(marks []mark, seq uint64, at int64) []mark {
+	if n := len(marks); n > 0 && seq < marks[n-1].seq+batchEvents {
+		return marks
+	}
+	return append(marks, mark{seq, at})
+}
+
+// readJournal reads a journal's file from a line on, as far as its lines are whole and
+// each wants more, and says how far that is. Each event has its line's place and, where
+// the file is read from its beginning, the id that cursors had.
+func readJournal(path string, from int64, each func(id string, at int64, e entry) (more bool)) (good int64, err error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return 0, err
 	}
 	defer f.Close()
+	if good, err = f.Seek(from, io.SeekStart); err != nil {
+		return 0, err
+	}
 	id := ""
 	for lines := bufio.NewReader(f); ; {
 		line, err := lines.ReadBytes('\n')
@@ -167,13 +193,13 @@ func readJournal(path string, each func(id string, e entry)) (good int64, err er
 			journalHead
 			entry
 		}
-		if json.Unmarshal(line, &read) != nil || id == "" && read.Journal == "" {
+		if json.Unmarshal(line, &read) != nil || from == 0 && id == "" && read.Journal == "" {
 			return good, nil // nothing from here on is known
 		}
 		if read.Journal != "" {
 			id = read.Journal
-		} else {
-			each(id, read.entry)
+		} else if !each(id, good, read.entry) {
+			return good, nil
 		}
 		good += int64(len(line))
 	}
@@ -240,7 +266,9 @@ func (j *journal) write(batch []entry) error {
 			return err
 		}
 	}
+	marks := j.marks[1] // only this goroutine changes them
 	for _, e := range batch {
+		marks = marked(marks, e.Seq, j.size+int64(text.Len()))
 		if err := lines.Encode(e); err != nil {
 			return err
 		}
@@ -250,6 +278,9 @@ func (j *journal) write(batch []entry) error {
 	}
 	j.size += int64(text.Len())
 	j.headed = true
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.marks[1] = marks
 	return nil
 }
 
@@ -257,7 +288,13 @@ func (j *journal) write(batch []entry) error {
 func (j *journal) turn() error {
 	paths := j.paths()
 	if j.file != nil && j.size > journalSize {
-		err := errors.Join(os.Rename(paths[1], paths[0]), j.file.Close())
+		err := os.Rename(paths[1], paths[0])
+		if err == nil {
+			j.mu.Lock()
+			j.marks = [2][]mark{j.marks[1], nil}
+			j.mu.Unlock()
+		}
+		err = errors.Join(err, j.file.Close())
 		j.file = nil
 		if err != nil {
 			return err
@@ -352,7 +389,7 @@ func (j *journal) at(text string) (uint64, error) {
 
 var errMissed = fmt.Errorf("the events after this cursor are not kept any more: watch anew, without one: %w", errdefs.ErrOutOfRange)
 
-// after waits for events after seq, and returns them.
+// after waits for events after seq, and returns the first of them.
 func (j *journal) after(ctx context.Context, seq uint64) ([]entry, error) {
 	for {
 		j.mu.Lock()
@@ -361,7 +398,7 @@ func (j *journal) after(ctx context.Context, seq uint64) ([]entry, error) {
 		switch {
 		case len(recent) > 0 && recent[0].Seq <= seq+1:
 			if n := int(seq + 1 - recent[0].Seq); n < len(recent) {
-				return recent[n:], nil
+				return slices.Clone(recent[n:min(n+batchEvents, len(recent))]), nil
 			}
 		case seq < written:
 			return j.old(seq)
@@ -374,23 +411,45 @@ func (j *journal) after(ctx context.Context, seq uint64) ([]entry, error) {
 	}
 }
 
-// old reads events after seq from the files.
+// old reads the first events after seq from the files.
 func (j *journal) old(seq uint64) ([]entry, error) {
-	var found []entry
-	for _, path := range j.paths() {
-		_, err := readJournal(path, func(_ string, e entry) {
-			if e.Seq > seq && (len(found) == 0 || e.Seq == found[len(found)-1].Seq+1) {
+	for range 3 { // one file may take the other's place meanwhile, and then what is read is another
+		path, at, ok := j.find(seq + 1)
+		if !ok {
+			return nil, errMissed
+		}
+		var found []entry
+		_, err := readJournal(path, at, func(_ string, _ int64, e entry) bool {
+			next := seq + 1 + uint64(len(found))
+			if e.Seq == next {
 				found = append(found, e)
 			}
+			return e.Seq <= next && len(found) < batchEvents
 		})
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, fmt.Errorf("read the journal of events: %w", err)
 		}
+		if len(found) > 0 {
+			return found, nil
+		}
 	}
-	if len(found) == 0 || found[0].Seq != seq+1 {
-		return nil, errMissed
+	return nil, errMissed
+}
+
+// find says where to look for an event.
+func (j *journal) find(seq uint64) (path string, at int64, ok bool) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	for i, marks := range slices.Backward(j.marks[:]) {
+		n, exact := slices.BinarySearchFunc(marks, seq, func(m mark, seq uint64) int { return cmp.Compare(m.seq, seq) })
+		if exact {
+			n++
+		}
+		if n > 0 {
+			return j.paths()[i], marks[n-1].at, true
+		}
 	}
-	return found, nil
+	return "", 0, false
 }
 
 // Now is a cursor: Events goes on from it with what happens next.

@@ -170,6 +170,40 @@ func TestJournalTurns(t *testing.T) {
 	}
 }
 
+// However much a watch has missed, it has little of it in memory, and reads little of the
+// files for it: a thousand that nobody reads hold up nobody else.
+func TestJournalOfMany(t *testing.T) {
+	dir := t.TempDir()
+	j, _, end := openJournal(t, dir)
+	v := named("vm", vm.Running)
+	v.Status.Reason = strings.Repeat("x", 2000)
+	const many = 10000 // half of them in each file
+	for n := 1; n <= many; n++ {
+		j.add(Changed, v)
+		if n%(many/2) == 0 {
+			awaitTold(t, j, n)
+		}
+	}
+	end()
+	if _, err := os.Stat(j.paths()[0]); err != nil {
+		t.Fatal(err)
+	}
+	next, _, _ := openJournal(t, dir)
+	for name, j := range map[string]*journal{"this daemon": j, "the next": next} {
+		for _, seq := range []uint64{0, many / 2, many - 3*recentEvents, many - recentEvents, many - 1} {
+			var batch []entry
+			var err error
+			work := testing.AllocsPerRun(1, func() { batch, err = j.after(t.Context(), seq) })
+			if err != nil || len(batch) == 0 || batch[0].Seq != seq+1 {
+				t.Fatalf("%s, after %d: %d events, %v", name, seq, len(batch), err)
+			}
+			if len(batch) > 100 || work > 10000 {
+				t.Errorf("%s, after %d: %d events at once, for %.0f allocations", name, seq, len(batch), work)
+			}
+		}
+	}
+}
+
 // awaitTold waits until n events were told.
 func awaitTold(t *testing.T, j *journal, n int) {
 	t.Helper()
