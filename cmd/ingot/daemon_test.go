@@ -47,6 +47,7 @@ func TestDaemon(t *testing.T) {
 		{"time to shut down", timeToShutDown},
 		{"new certificates", newCertificates},
 		{"starts that fail", startsThatFail},
+		{"no pool", noPool},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			c.test(t, m)
@@ -378,6 +379,24 @@ func startsThatFail(t *testing.T, m *testMachine) {
 	if code := m.end(t); code != 0 {
 		t.Errorf("told to end while it waits: exit code %d", code)
 	}
+	m.startDaemon(t)
+}
+
+// noPool: with a containerd that is not Ingot's the daemon takes flintlock's microVMs over,
+// and says, when it starts and to who asks for another one, why it can't make any.
+func noPool(t *testing.T, m *testMachine) {
+	m.killDaemon()
+	m.with(t, "nopool.log", "FLINTLOCKD_POOL="+m.dir+"/elsewhere")
+	m.list(t)
+	const why = "/elsewhere/pool is not there: `ingot containerd` makes it"
+	if log := m.read(t, "nopool.log"); !strings.Contains(log, "level=warning msg=\"no new microVM can be made here\"") || !strings.Contains(log, why) {
+		t.Errorf("the log:\n%s", log)
+	}
+	_, err := m.vms.CreateMicroVM(t.Context(), &v1alpha1.CreateMicroVMRequest{Microvm: spec("none")})
+	if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), why) {
+		t.Errorf("create: %v", err)
+	}
+	m.killDaemon()
 	m.startDaemon(t)
 }
 

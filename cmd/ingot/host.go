@@ -19,6 +19,7 @@ import (
 	"ingot/internal/link"
 	"ingot/internal/nat"
 	"ingot/internal/pki"
+	"ingot/internal/pool"
 	"ingot/internal/rpc"
 	"ingot/internal/run"
 	"ingot/internal/web"
@@ -146,6 +147,9 @@ func (c hostConfig) run(ctx context.Context, log *slog.Logger) error {
 		return err
 	}
 	defer images.Close()
+	if _, err := pool.ReadFacts(c.Pool); err != nil { // flintlock's containerd, which has none, is served as well
+		log.Warn("no new microVM can be made here", "err", err, "pool", c.Pool)
+	}
 	b := buildInfo()
 	metrics := web.New(b.Version, b.Revision, log)
 	h := host.New(host.Config{

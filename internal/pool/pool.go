@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math"
 	"os"
 	"path/filepath"
@@ -98,7 +99,11 @@ func (p *Pool) Facts() (Facts, error) { return ReadFacts(p.dir) }
 func ReadFacts(dir string) (Facts, error) {
 	f := Facts{Path: filepath.Join(dir, "pool")}
 	var in, beneath unix.Statfs_t
-	if err := unix.Statfs(f.Path, &in); err != nil {
+	err := unix.Statfs(f.Path, &in)
+	if errors.Is(err, fs.ErrNotExist) {
+		return Facts{}, fmt.Errorf("read pool: %s is not there: `ingot containerd` makes it: %w", f.Path, errdefs.ErrFailedPrecondition)
+	}
+	if err != nil {
 		return Facts{}, fmt.Errorf("read pool %s: %w", f.Path, err)
 	}
 	if err := unix.Statfs(dir, &beneath); err != nil {
