@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
+	"fmt"
 	"io"
 	"maps"
 	"net/netip"
@@ -13,9 +14,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/goccy/go-yaml"
@@ -270,6 +273,40 @@ func TestMetaData(t *testing.T) {
 	own := "instance-id: i\ninstance_id: j\nlocal-hostname: h\n"
 	if got := Metadata(vm.Spec{UID: "01JB", Name: "web", Metadata: map[string]string{"meta-data": own}})["meta-data"]; got != own {
 		t.Errorf("complete meta-data became %q", got)
+	}
+}
+
+// A client's YAML is not made larger than it is written, however it is meant: a daemon that
+// follows its aliases is out of memory, and so is the next one, with the same record.
+func TestMetadataOfAliases(t *testing.T) {
+	s := spec()
+	aliases := "{a0: &a0 [x]"
+	for i := 1; i < 8; i++ {
+		aliases += fmt.Sprintf(", a%d: &a%d [%s]", i, i, strings.TrimSuffix(strings.Repeat(fmt.Sprintf("*a%d , ", i-1), 9), ", "))
+	}
+	aliases += "}\n"
+	s.Metadata = map[string]string{"meta-data": aliases, "vendor-data": "#cloud-config\n" + aliases}
+	for key, text := range Metadata(s) {
+		if len(text) > 2000 {
+			t.Errorf("%s has %d bytes", key, len(text))
+		}
+	}
+	if v := Metadata(s); !strings.Contains(v["vendor-data"], "/data") || !strings.Contains(v["meta-data"], "instance-id") {
+		t.Errorf("%q", v)
+	}
+	for name, text := range map[string]string{
+		"brackets": strings.Repeat("[", 1<<20), "dashes": strings.Repeat("- ", 1<<19), "keys": "#cloud-config\n" + strings.Repeat("k: v\n", 1<<18),
+		"itself": "#cloud-config\na: &a [*a]\n",
+	} {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		s.Metadata = map[string]string{"meta-data": text, "vendor-data": text}
+		start := time.Now()
+		Metadata(s)
+		runtime.ReadMemStats(&after)
+		if took, had := time.Since(start), (after.TotalAlloc-before.TotalAlloc)>>20; took > 10*time.Second || had > 2000 {
+			t.Errorf("%s: %v, %d MiB", name, took, had)
+		}
 	}
 }
 

@@ -1,7 +1,6 @@
 package boot
 
 import (
-	"encoding/json"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -9,7 +8,7 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
-	"github.com/goccy/go-yaml"
+	"go.yaml.in/yaml/v3"
 
 	"ingot/internal/vm"
 )
@@ -76,81 +75,104 @@ func Metadata(s vm.Spec) map[string]string {
 }
 
 // metaData adds what is missing to text: as lines, so that the rest stays as it
-// is, or, where that is not made of lines, by writing all of it as JSON, which is
-// YAML too.
+// is, or, where that is not made of lines, by writing all of it anew.
 func metaData(text string, s vm.Spec) string {
-	var have map[string]any
-	if yaml.Unmarshal([]byte(text), &have) != nil {
+	have, err := vm.Mapping(text)
+	if err != nil {
 		return text // not ours to mend
-	}
-	all := maps.Clone(have)
-	if all == nil {
-		all = map[string]any{}
 	}
 	lines := text
 	if text != "" && !strings.HasSuffix(text, "\n") {
 		lines += "\n"
 	}
 	add := func(key, other, value string) {
-		if _, ok := all[key]; ok {
+		if field(have, key) != nil {
 			return
 		}
-		if v, ok := have[other].(string); ok && v != "" {
-			value = v
+		if v := field(have, other); v != nil && v.ShortTag() == "!!str" && v.Value != "" {
+			value = v.Value
 		}
-		all[key] = value
 		// Quoted: a microVM may be called 123, or on.
+		have.Content = append(have.Content, scalar(key), &yaml.Node{Kind: yaml.ScalarNode, Tag: "!!str", Style: yaml.DoubleQuotedStyle, Value: value})
 		lines += key + ": " + strconv.Quote(value) + "\n"
 	}
 	add("instance_id", "instance-id", s.UID)
 	add("instance-id", "instance_id", s.UID)
 	add("local-hostname", "local_hostname", s.Name)
-	var now map[string]any
-	if yaml.Unmarshal([]byte(lines), &now) == nil && len(now) == len(all) {
+	if now, err := vm.Mapping(lines); err == nil && len(now.Content) == len(have.Content) {
 		return lines
 	}
-	b, err := json.Marshal(all)
+	all, err := written(have)
 	if err != nil {
 		return text
 	}
-	return string(b) + "\n"
+	return all
+}
+
+// field is the value that a mapping has for a key, nil if it has none.
+func field(mapping *yaml.Node, key string) *yaml.Node {
+	for i := 0; i+1 < len(mapping.Content); i += 2 {
+		if mapping.Content[i].Value == key {
+			return mapping.Content[i+1]
+		}
+	}
+	return nil
+}
+
+func scalar(value string) *yaml.Node {
+	n := &yaml.Node{}
+	n.SetString(value)
+	return n
+}
+
+func scalars(values ...string) *yaml.Node {
+	n := &yaml.Node{Kind: yaml.SequenceNode}
+	for _, v := range values {
+		n.Content = append(n.Content, scalar(v))
+	}
+	return n
+}
+
+// written is YAML in flintlock's form.
+func written(n *yaml.Node) (string, error) {
+	var b strings.Builder
+	e := yaml.NewEncoder(&b)
+	e.SetIndent(2)
+	e.CompactSeqIndent()
+	if err := e.Encode(n); err != nil {
+		return "", err
+	}
+	return b.String(), e.Close()
 }
 
 // vendorData adds the volumes' mounts to a cloud-config. Any other kind of
 // vendor-data (a script, a MIME archive) stays as it is.
 func vendorData(text string, s vm.Spec) (string, bool) {
 	devices := blockDevices(s)
-	var mounts []any
+	var mounts []*yaml.Node
 	for _, v := range s.Volumes {
 		if v.MountPoint != "" && v.VirtioFS == "" {
-			mounts = append(mounts, []any{devices[v.ID], v.MountPoint})
+			mounts = append(mounts, scalars(devices[v.ID], v.MountPoint))
 		}
 	}
-	if len(mounts) == 0 {
+	if len(mounts) == 0 || text != "" && !strings.Contains(text, "#cloud-config") {
 		return "", false
 	}
-	var config yaml.MapSlice
-	if text != "" {
-		if !strings.Contains(text, "#cloud-config") || yaml.Unmarshal([]byte(text), &config) != nil {
-			return "", false
-		}
-	}
-	at := -1
-	for i, item := range config {
-		if item.Key == "mounts" {
-			at = i
-		}
-	}
-	if at < 0 {
-		config = append(config,
-			yaml.MapItem{Key: "mounts", Value: mounts},
-			yaml.MapItem{Key: "mount_default_fields", Value: []any{"None", "None", "auto", "defaults,nofail", "0", "2"}})
-	} else if own, ok := config[at].Value.([]any); ok {
-		config[at].Value = append(own, mounts...)
-	}
-	b, err := yaml.Marshal(config)
+	config, err := vm.Mapping(text)
 	if err != nil {
 		return "", false
 	}
-	return "## template: jinja\n#cloud-config\n\n" + string(b), true
+	own := field(config, "mounts")
+	switch {
+	case own == nil:
+		config.Content = append(config.Content, scalar("mounts"), &yaml.Node{Kind: yaml.SequenceNode, Content: mounts},
+			scalar("mount_default_fields"), scalars("None", "None", "auto", "defaults,nofail", "0", "2"))
+	case own.Kind == yaml.SequenceNode:
+		own.Content = append(own.Content, mounts...)
+	}
+	all, err := written(config)
+	if err != nil {
+		return "", false
+	}
+	return "## template: jinja\n#cloud-config\n\n" + all, true
 }

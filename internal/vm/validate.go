@@ -13,7 +13,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/distribution/reference"
-	"github.com/goccy/go-yaml"
+	"go.yaml.in/yaml/v3"
 )
 
 // The metadata interface, as flintlock's guests know it.
@@ -173,9 +173,24 @@ func (s Spec) validateMetadata(all *mistakes) {
 	for key := range s.Metadata {
 		all.check(key != "", "metadata", "a value has no name")
 	}
-	var fields map[string]any
-	err := yaml.Unmarshal([]byte(s.Metadata["meta-data"]), &fields)
+	_, err := Mapping(s.Metadata["meta-data"])
 	all.check(err == nil, "metadata[meta-data]", "it is not YAML: %.200v", err)
+}
+
+// Mapping reads YAML of a client's that is to be a mapping, or nothing. It stays as it is
+// written: a kilobyte of aliases of aliases is terabytes when they are followed.
+func Mapping(text string) (*yaml.Node, error) {
+	var document yaml.Node
+	if err := yaml.Unmarshal([]byte(text), &document); err != nil {
+		return nil, err
+	}
+	if len(document.Content) == 0 || document.Content[0].ShortTag() == "!!null" {
+		return &yaml.Node{Kind: yaml.MappingNode}, nil
+	}
+	if n := document.Content[0]; n.Kind == yaml.MappingNode {
+		return n, nil
+	}
+	return nil, errors.New("it is not a mapping")
 }
 
 func (p Process) validate(all *mistakes) {
