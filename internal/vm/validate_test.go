@@ -119,9 +119,9 @@ func TestValidateKernelNeedsAFile(t *testing.T) {
 
 func TestValidateTellsAllMistakes(t *testing.T) {
 	s := good()
-	s.Name, s.VCPU, s.Kernel.Image = "", 0, ""
-	if got := len(strings.Split(s.Validate().Error(), "\n")); got != 3 {
-		t.Errorf("%d mistakes, want 3: %v", got, s.Validate())
+	s.Name, s.VCPU, s.Kernel.Image, s.Kernel.Path = "", 0, "", "../../x"
+	if got := len(strings.Split(s.Validate().Error(), "\n")); got != 4 { // each once
+		t.Errorf("%d mistakes, want 4: %v", got, s.Validate())
 	}
 }
 
