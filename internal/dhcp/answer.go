@@ -3,6 +3,7 @@ package dhcp
 import (
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"time"
 )
 
@@ -180,9 +181,46 @@ func (s *Server) decline(m *message) (c change) {
 		return c
 	}
 	s.count.Declines++
-	s.note(s.c.Log.Warn, "a client found its address taken", "mac", m.card(), "ip", m.requested)
-	s.putAside(r, [6]byte{})
+	if !s.believes(m.mac) {
+		s.note(s.c.Log.Warn, "a client finds too many addresses taken: it is not believed", "mac", m.card(), "ip", m.requested)
+		s.end(r)
+	} else {
+		s.note(s.c.Log.Warn, "a client found its address taken", "mac", m.card(), "ip", m.requested)
+		s.putAside(r, [6]byte{})
+	}
 	return change{record: r, renewed: true, urgent: true}
+}
+
+// decliner is what one card has declined.
+type decliner struct {
+	count int
+	until int64 // when it is believed again
+}
+
+const (
+	// believed is how many addresses one card may have put aside in the time that they are:
+	// else a card that declines each would have them all.
+	believed = 4
+	// maxDecliners keeps who makes cards up from filling the memory.
+	maxDecliners = 1024
+)
+
+// believes counts a card's declining, and says whether it is still believed.
+func (s *Server) believes(mac [6]byte) bool {
+	now := s.seconds()
+	if len(s.decliners) >= maxDecliners {
+		maps.DeleteFunc(s.decliners, func(_ [6]byte, d decliner) bool { return d.until <= now })
+	}
+	d := s.decliners[mac]
+	if d.until <= now {
+		d = decliner{until: now + declineTime}
+	}
+	if d.count >= believed || d.count == 0 && len(s.decliners) >= maxDecliners {
+		return false
+	}
+	d.count++
+	s.decliners[mac] = d
+	return true
 }
 
 // putAside leaves an address alone for a while: somebody else uses it.

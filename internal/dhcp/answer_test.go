@@ -114,6 +114,37 @@ func TestOneLeaseForEach(t *testing.T) {
 	}
 }
 
+// Who declines whatever it gets has not all addresses put aside.
+func TestOneClientDeclinesAll(t *testing.T) {
+	s, now := table(t, func(c *Config) { last(c, "192.168.10.36") })
+	decline := func() string {
+		ip := ack(t, s, 1)
+		_, _, text := exchange(t, s, newMessage(t, decline, mac(1), want(ip), server("192.168.10.2")))
+		return text
+	}
+	for range 20 {
+		if text := decline(); !strings.Contains(text, "binding state abandoned;") && !strings.Contains(text, "binding state free;") {
+			t.Fatalf("to the log goes %q", text)
+		}
+	}
+	aside := 0
+	for _, l := range s.Leases() {
+		if l.State == Declined {
+			aside++
+		}
+	}
+	if aside != believed {
+		t.Errorf("%d addresses are put aside", aside)
+	}
+	if got := ack(t, s, 2); got == "" {
+		t.Error("another client has no address")
+	}
+	*now = now.Add(declineTime * time.Second)
+	if text := decline(); !strings.Contains(text, "binding state abandoned;") {
+		t.Errorf("later it is not believed: to the log goes %q", text)
+	}
+}
+
 func TestOfferTakenElsewhereIsFreeAgain(t *testing.T) {
 	s, _ := table(t, func(c *Config) { last(c, "192.168.10.26") })
 	exchange(t, s, newMessage(t, discover, mac(1)))

@@ -126,20 +126,21 @@ type Server struct {
 
 	latency latency
 
-	mu      sync.Mutex // guards all below
-	leases  map[addr4]*record
-	byMAC   map[[6]byte]*record // the newest lease of a card
-	byID    map[string]*record  // likewise of a client identifier
-	named   map[string]*record  // the lease of a host name, in lower case
-	booked  reservations
-	foreign map[addr4]Foreign
-	count   Counters
-	last    struct{ conflict, exhausted time.Time }
-	quiet   quiet
-	watches map[chan struct{}]bool // poked when something may have changed
-	notes   []func()               // for the log, once mu is unlocked
-	failure error
-	serving bool
+	mu        sync.Mutex // guards all below
+	leases    map[addr4]*record
+	byMAC     map[[6]byte]*record // the newest lease of a card
+	decliners map[[6]byte]decliner
+	byID      map[string]*record // likewise of a client identifier
+	named     map[string]*record // the lease of a host name, in lower case
+	booked    reservations
+	foreign   map[addr4]Foreign
+	count     Counters
+	last      struct{ conflict, exhausted time.Time }
+	quiet     quiet
+	watches   map[chan struct{}]bool // poked when something may have changed
+	notes     []func()               // for the log, once mu is unlocked
+	failure   error
+	serving   bool
 }
 
 // Counters count since the server began.
@@ -168,7 +169,7 @@ func New(c Config) (*Server, error) {
 	}
 	s := &Server{
 		c: c, own: from(c.Server), ready: make(chan struct{}),
-		leases: map[addr4]*record{}, byMAC: map[[6]byte]*record{}, byID: map[string]*record{}, named: map[string]*record{},
+		leases: map[addr4]*record{}, byMAC: map[[6]byte]*record{}, decliners: map[[6]byte]decliner{}, byID: map[string]*record{}, named: map[string]*record{},
 		booked: newReservations(), foreign: map[addr4]Foreign{}, watches: map[chan struct{}]bool{},
 	}
 	for _, subnet := range c.Subnets {
@@ -421,12 +422,12 @@ func (s *Server) unreserve(of Reservation) (text []byte, err error) {
 	return text, nil
 }
 
-// Release takes an address back. Scripts that read the log do not see the lease
+// Release takes an address back, also one that is put aside. Scripts that read the log do not see the lease
 // any more when Release returns.
 func (s *Server) Release(ip netip.Addr) error {
 	s.mu.Lock()
 	r := s.leases[from(ip)]
-	if r == nil || s.current(r) != stateActive {
+	if r == nil || s.ended(r) || r.state == stateOffered {
 		s.mu.Unlock()
 		return fmt.Errorf("release %s: no active lease: %w", ip, errdefs.ErrNotFound)
 	}
@@ -434,7 +435,12 @@ func (s *Server) Release(ip netip.Addr) error {
 		s.mu.Unlock()
 		return errNotRunning
 	}
-	s.release(r)
+	if r.state == stateDeclined { // nobody's
+		r.ends = s.seconds() - 1
+		s.file(r)
+	} else {
+		s.release(r)
+	}
 	s.changed()
 	wait := s.order(formatRecord(nil, r), true)
 	s.mu.Unlock()

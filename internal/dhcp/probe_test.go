@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
+
 	"ingot/internal/need"
 )
 
@@ -38,6 +40,17 @@ func TestARPIsHeard(t *testing.T) {
 	eventually(t, "it is put aside", func() bool { return s.Facts().Conflicts == 1 })
 	if got := ack(t, s, 1, want("192.168.10.30")); got == "192.168.10.30" {
 		t.Error("it was given")
+	}
+	// Whoever knows that it is free takes it back.
+	sh(t, "ip -n client addr del 192.168.10.30/25 dev cli")
+	if err := s.Release(a("192.168.10.30")); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Release(a("192.168.10.30")); !errdefs.IsNotFound(err) {
+		t.Errorf("released twice: %v", err)
+	}
+	if got := ack(t, s, 2, want("192.168.10.30")); got != "192.168.10.30" {
+		t.Errorf("once it is released, got %s", got)
 	}
 }
 
