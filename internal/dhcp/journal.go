@@ -25,6 +25,7 @@ type journal struct {
 	// sent gets what was waiting for a write, once that is on disk.
 	sent    func([]*reply)
 	warn    func(error) // of a compaction that failed: the old log stays good
+	full    func(error) // there is no room to write; nil: there is again
 	stopped chan struct{}
 	wake    chan struct{} // there is something to write
 	room    chan struct{} // the batch was taken
@@ -87,7 +88,7 @@ const (
 // openJournal opens a log. Unless it is clean, it is written anew.
 func openJournal(path string, clean bool, content func(io.Writer) error) (*journal, error) {
 	j := &journal{
-		path: path, content: content, next: &batch{}, sent: func([]*reply) {}, warn: func(error) {},
+		path: path, content: content, next: &batch{}, sent: func([]*reply) {}, warn: func(error) {}, full: func(error) {},
 		stopped: make(chan struct{}), wake: make(chan struct{}, 1), room: make(chan struct{}, 1),
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -224,17 +225,17 @@ func (j *journal) run(ctx context.Context) (err error) {
 			}
 			continue
 		case <-ctx.Done():
-			_, err := j.flush(spare)
+			_, err := j.flush(ctx, spare)
 			return err
 		}
-		if spare, err = j.flush(spare); err != nil {
+		if spare, err = j.flush(ctx, spare); err != nil {
 			return err
 		}
 	}
 }
 
 // flush writes the batch that waits, and returns it for reuse.
-func (j *journal) flush(spare *batch) (*batch, error) {
+func (j *journal) flush(ctx context.Context, spare *batch) (*batch, error) {
 	spare.text, spare.replies, spare.written, spare.waiting = spare.text[:0], spare.replies[:0], nil, nil
 	spare.garbage, spare.urgent = 0, false
 	j.mu.Lock()
@@ -243,10 +244,8 @@ func (j *journal) flush(spare *batch) (*batch, error) {
 	j.mu.Unlock()
 	poke(j.room)
 	if len(b.text) > 0 {
-		if err := j.write(b.text); err != nil {
-			for _, done := range append(b.written, b.waiting...) {
-				done(err)
-			}
+		if err := j.persist(ctx, b); err != nil {
+			b.fail(err)
 			return b, err
 		}
 	}
@@ -260,35 +259,75 @@ func (j *journal) flush(spare *batch) (*batch, error) {
 	return b, nil
 }
 
+// fullPause is how often a full disk is tried again.
+const fullPause = time.Second
+
+// persist puts a batch on disk, once there is room. Until then whoever waits is told so, and
+// no client is answered whose lease is not there.
+func (j *journal) persist(ctx context.Context, b *batch) error {
+	for full := false; ; full = true {
+		err := j.write(b.text)
+		if !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
+			if full && err == nil {
+				j.full(nil)
+			}
+			return err
+		}
+		j.full(err)
+		b.fail(err)
+		for _, r := range b.replies {
+			r.b = r.b[:0] // it would come too late
+		}
+		j.mu.Lock()
+		next := batch{written: j.next.written, waiting: j.next.waiting}
+		j.next.written, j.next.waiting = nil, nil
+		j.mu.Unlock()
+		next.fail(err)
+		if !sleep(ctx, fullPause) {
+			return err
+		}
+	}
+}
+
+// fail tells whoever waits.
+func (b *batch) fail(err error) {
+	for _, done := range append(b.written, b.waiting...) {
+		done(err)
+	}
+	b.written, b.waiting = nil, nil
+}
+
 // write puts text on disk, in the new log too if there will be one.
 func (j *journal) write(text []byte) error {
-	n, err := j.file.Write(text)
-	j.size += int64(n)
-	if err == nil {
-		err = unix.Fdatasync(int(j.file.Fd()))
+	err := appendTo(j.file, &j.size, text)
+	if err == nil && j.work != nil && j.work.both {
+		err = j.work.write(text)
 	}
 	if err != nil {
 		return fmt.Errorf("write lease log %s: %w", j.path, err)
 	}
-	switch w := j.work; {
-	case w == nil:
-	case w.both:
-		if err := w.write(text); err != nil {
-			return fmt.Errorf("write lease log %s: %w", j.path, err)
-		}
-	default:
+	if w := j.work; w != nil && !w.both {
 		w.tail = append(w.tail, text...)
 	}
 	return nil
 }
 
-func (w *compaction) write(text []byte) error {
-	n, err := w.file.Write(text)
-	w.size += int64(n)
+func (w *compaction) write(text []byte) error { return appendTo(w.file, &w.size, text) }
+
+// appendTo has all of a text at the end of a file, on disk, or nothing of it.
+func appendTo(f *os.File, size *int64, text []byte) error {
+	_, err := f.Write(text)
+	if err == nil {
+		err = unix.Fdatasync(int(f.Fd()))
+	}
 	if err != nil {
+		if cut := f.Truncate(*size); cut != nil {
+			return fmt.Errorf("%v, and %w", err, cut)
+		}
 		return err
 	}
-	return unix.Fdatasync(int(w.file.Fd()))
+	*size += int64(len(text))
+	return nil
 }
 
 // compactIfDue begins a compaction, or sets the timer for when it may.

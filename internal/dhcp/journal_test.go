@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 )
 
 // journalOf runs a journal over a content that the test changes.
@@ -149,6 +150,77 @@ func TestReplyLeavesAfterTheWrite(t *testing.T) {
 	cancel()
 	if err := <-ended; err != nil || seen != "# first\n" {
 		t.Errorf("when the answer left, the log was %q, %v", seen, err)
+	}
+}
+
+// On a full disk nobody is answered, whoever waits is told, and all is written once there is
+// room.
+func TestFullDisk(t *testing.T) {
+	dir := t.TempDir()
+	sh(t, "mount -t tmpfs -o size=32k tmpfs "+dir)
+	t.Cleanup(func() { sh(t, "umount "+dir) })
+	j, err := openJournal(filepath.Join(dir, "dhcpd.leases"), false, func(w io.Writer) error { _, err := io.WriteString(w, header); return err })
+	if err != nil {
+		t.Fatal(err)
+	}
+	sent, full := make(chan int, 16), make(chan error, 16)
+	j.sent = func(all []*reply) {
+		n := 0
+		for _, r := range all {
+			n += len(r.b)
+		}
+		sent <- n
+	}
+	j.full = func(err error) { full <- err }
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- j.run(ctx) }()
+	defer func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	}()
+	filler := filepath.Join(dir, "filler")
+	sh(t, "cat /dev/zero >"+filler+" 2>/dev/null || true")
+	long := strings.Repeat("# a line that the log's last page has no room for\n", 200)
+	j.put([]byte(long), &reply{b: []byte("ack")}, change{})
+	if err := <-full; !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("it says %v", err)
+	}
+	if err := j.order([]byte("# meanwhile\n"), false)(); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("who waits is told %v", err)
+	}
+	if got := read(t, j.path); got != header {
+		t.Errorf("the log has %d bytes of it", len(got)-len(header))
+	}
+	select {
+	case <-sent:
+		t.Error("the client was answered")
+	default:
+	}
+	if err := os.Remove(filler); err != nil {
+		t.Fatal(err)
+	}
+	if n := <-sent; n != 0 {
+		t.Error("the client was answered late")
+	}
+	if err := j.order([]byte("# later\n"), false)(); err != nil {
+		t.Error(err)
+	}
+	for err := range full {
+		if err == nil { // it has said so again until there was room
+			break
+		}
+	}
+	if got := read(t, j.path); got != header+long+"# meanwhile\n# later\n" {
+		t.Errorf("the log is %q", got)
+	}
+	j.put([]byte("# ack\n"), &reply{b: []byte("ack")}, change{})
+	for n := range sent {
+		if n == 3 {
+			return
+		}
 	}
 }
 

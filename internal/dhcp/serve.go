@@ -57,6 +57,16 @@ func (s *Server) run(ctx context.Context) error {
 	synced := newSender(wire)
 	j.sent = func(replies []*reply) { s.send(synced, replies) }
 	j.warn = func(err error) { s.c.Log.Warn("compact lease log", "err", err) }
+	j.full = func(err error) {
+		s.mu.Lock()
+		s.failure, s.serving = err, err == nil
+		if err != nil {
+			s.note(s.c.Log.Error, "nobody is given an address", "err", err)
+		} else {
+			s.note(s.c.Log.Info, "there is room for the lease log again")
+		}
+		s.unlock()
+	}
 	s.mu.Lock()
 	s.log = j
 	count := len(s.leases)
