@@ -157,6 +157,23 @@ func TestFlintlockFlags(t *testing.T) {
 	}
 }
 
+// Each key of the file is a flag too, which --help tells of, or the page has it.
+func TestKeysAreDescribed(t *testing.T) {
+	page, err := os.ReadFile("../../docs/flintlock.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for f := range reflect.TypeFor[hostConfig]().Fields() {
+		key, ok := f.Tag.Lookup("yaml")
+		if !ok {
+			continue
+		}
+		if s, isFlag := settingOf(key); !(isFlag && s.usage != "") && !strings.Contains(string(page), "`"+key+"`") {
+			t.Errorf("%s is nowhere described", key)
+		}
+	}
+}
+
 func TestUnknownFlags(t *testing.T) {
 	for line, want := range map[string]string{
 		"--no-such-flag":                            "[--no-such-flag] []",
