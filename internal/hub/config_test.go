@@ -26,6 +26,10 @@ func TestConfigIsChecked(t *testing.T) {
 		domain + "trusted: fd00::/64\n":     "trusted: fd00::/64 is no IPv4 prefix",
 		domain + "machines: [{name: host-0, address: \"fd00::3\"}]\n":                                              "machines: fd00::3 of host-0 is no IPv4 address",
 		domain + "vpn: {subnet: 10.91.0.0/24, port: 51820}\n":                                                      "",
+		domain + "interface: ../eth0\n":                                                                            "interface: \"../eth0\" is no interface's name",
+		domain + "uplink: a-name-that-is-too-long\n":                                                               "uplink: \"a-name-that-is-too-long\" is no interface's name",
+		domain + "dns-upstreams: [192.168.10.2]\n":                                                                 "dns-upstreams: 192.168.10.2 is the hub itself",
+		domain + "vpn: {subnet: 10.91.0.0/24, port: 53}\n":                                                         "vpn: port: the hub serves something else at 53",
 		domain + "vpn: {subnet: 10.91.0.0/24}\n":                                                                   "vpn: port: it is missing",
 		domain + "vpn: {subnet: \"fd00::/64\", port: 51820}\n":                                                     "vpn: subnet: fd00::/64 is no IPv4 prefix with room for peers",
 		domain + "vpn: {subnet: 192.168.0.0/16, port: 51820}\n":                                                    "vpn: subnet: 192.168.0.0/16 overlaps with 192.168.10.0/25",
@@ -58,6 +62,13 @@ func TestConfigIsChecked(t *testing.T) {
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("%q: %v, want %q", text, err, want)
 		}
+	}
+}
+
+func TestSubnetIsAPrefix(t *testing.T) {
+	_, err := hub.ParseConfig([]byte("address: 192.168.10.2\nsubnet: 192.168.10.2/25\nrange-first: 192.168.10.26\nrange-last: 192.168.10.126\ndomain: lab.internal\n"))
+	if err == nil || !strings.Contains(err.Error(), "subnet: 192.168.10.2/25 has bits after its prefix: is it 192.168.10.0/25?") {
+		t.Error(err)
 	}
 }
 

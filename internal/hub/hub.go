@@ -11,10 +11,12 @@ import (
 	"net/netip"
 	"os"
 	"regexp"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/goccy/go-yaml"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
 	"ingot/internal/dhcp"
@@ -119,6 +121,12 @@ func ParseConfig(text []byte) (Config, error) {
 	switch {
 	case c.Format != 1:
 		err = fmt.Errorf("format: %d is not known to this version", c.Format)
+	case !isInterface(c.Interface):
+		err = fmt.Errorf("interface: %q is no interface's name", c.Interface)
+	case !isInterface(c.Uplink):
+		err = fmt.Errorf("uplink: %q is no interface's name", c.Uplink)
+	case c.Subnet != c.Subnet.Masked():
+		err = fmt.Errorf("subnet: %s has bits after its prefix: is it %s?", c.Subnet, c.Subnet.Masked())
 	case !c.Subnet.IsValid() || !c.Subnet.Contains(c.Address):
 		err = fmt.Errorf("address: %s is not in subnet %s", c.Address, c.Subnet)
 	case !c.Subnet.Contains(c.First) || !c.Subnet.Contains(c.Last) || c.Last.Less(c.First):
@@ -141,6 +149,9 @@ func ParseConfig(text []byte) (Config, error) {
 		if bad != nil && err == nil {
 			err = fmt.Errorf("dns-upstreams: %w", bad)
 		}
+		if at.Addr() == c.Address && err == nil {
+			err = fmt.Errorf("dns-upstreams: %s is the hub itself", at.Addr())
+		}
 		c.Upstreams[i] = at.String()
 	}
 	for _, m := range c.Machines {
@@ -158,6 +169,11 @@ func ParseConfig(text []byte) (Config, error) {
 	return c, err
 }
 
+// isInterface says whether the kernel lets an interface have a name.
+func isInterface(name string) bool {
+	return name != "" && name != "." && name != ".." && len(name) < unix.IFNAMSIZ && !strings.ContainsAny(name, "/: \t\r\n\v\f")
+}
+
 func (v VPN) check(segment netip.Prefix) error {
 	switch {
 	case !v.Subnet.IsValid() || !v.Subnet.Addr().Is4() || v.Subnet.Bits() > 30:
@@ -166,6 +182,8 @@ func (v VPN) check(segment netip.Prefix) error {
 		return fmt.Errorf("vpn: subnet: %s overlaps with %s", v.Subnet, segment)
 	case v.Port == 0:
 		return errors.New("vpn: port: it is missing")
+	case v.Port == 53 || v.Port == 67:
+		return fmt.Errorf("vpn: port: the hub serves something else at %d", v.Port)
 	}
 	return nil
 }

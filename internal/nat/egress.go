@@ -122,7 +122,7 @@ func parseDestination(word string) (text string, prefixes []netip.Prefix, err er
 		return "", nil, fmt.Errorf("%q is no IPv4 prefix or address, nor private or all", word)
 	}
 	if p.Masked() != p {
-		return "", nil, fmt.Errorf("%s has bits after its prefix: is it %s", p, p.Masked())
+		return "", nil, fmt.Errorf("%s has bits after its prefix, is it %s?", p, p.Masked())
 	}
 	if p.Bits() == 0 {
 		return "all", nil, nil
