@@ -244,16 +244,17 @@ func TestExecErrors(t *testing.T) {
 	for _, tc := range []struct {
 		cmd  Command
 		code int
+		says string
 	}{
-		{Command{Args: []string{"no-such-command"}}, 127},
-		{Command{Args: []string{"/etc/passwd"}}, 126},
-		{Command{Args: []string{"true"}, User: "no-such-user"}, 126},
-		{Command{Args: []string{"true"}, Dir: "/no/such/dir"}, 126},
+		{Command{Args: []string{"no-such-command"}}, 127, "no-such-command"},
+		{Command{Args: []string{"/etc/passwd"}}, 126, "/etc/passwd"},
+		{Command{Args: []string{"true"}, User: "no-such-user"}, 126, "no-such-user"},
+		{Command{Args: []string{"true"}, Dir: "/no/such/dir"}, 126, "start in /no/such/dir: no such file or directory"},
 	} {
 		code, _, _, err := run(t, c, tc.cmd, nil)
 		var e *Error
-		if !errors.As(err, &e) || code != tc.code {
-			t.Errorf("%v: code %d, %v; want %d", tc.cmd, code, err, tc.code)
+		if !errors.As(err, &e) || code != tc.code || !strings.Contains(e.Text, tc.says) {
+			t.Errorf("%v: code %d, %v; want %d, %q", tc.cmd, code, err, tc.code, tc.says)
 		}
 	}
 }

@@ -134,6 +134,10 @@ func (r *Reaper) Start(cmd Command, files [3]*os.File) (*Process, error) {
 	defer r.mu.Unlock()
 	pid, err := syscall.ForkExec(path, cmd.Args, attr)
 	if err != nil {
+		var wrong *os.PathError
+		if _, bad := os.Stat(attr.Dir); errors.As(bad, &wrong) { // ForkExec does not say which of the two it means
+			path, err = "in "+attr.Dir, wrong.Err
+		}
 		return nil, &Error{Code: 126, Text: fmt.Sprintf("start %s: %v", path, err)}
 	}
 	p := &Process{PID: pid, done: make(chan struct{})}
