@@ -61,7 +61,7 @@ func hostSettings() []settingGroup {
 		{"Images", []setting{
 			{key: "containerd-socket", value: c.Containerd, usage: "containerd's socket"},
 			{key: "containerd-ns", value: c.ContainerdNS, usage: "namespace in it, of this daemon alone"},
-			{key: "pool", value: c.Pool, usage: "directory in which ingot containerd has its pool of volumes"},
+			{key: "pool", value: c.Pool, usage: "where containerd has its pool of volumes"},
 		}},
 		{"Log", []setting{
 			{key: "verbosity", short: "v", value: c.Verbosity, usage: "2 for the steps of each microVM, 9 for all there is"},
