@@ -23,9 +23,11 @@ subnet 192.168.10.0 netmask 255.255.255.128 {
 }
 `
 
+// A machine that never had an isc-dhcp-server has no directories for its files.
 func TestExportsAreThePages(t *testing.T) {
 	c := config(t)
 	c.Interface = "bond0.1000"
+	c.ConfigFile, c.DefaultsFile = filepath.Join(t.TempDir(), "etc/dhcp/dhcpd.conf"), filepath.Join(t.TempDir(), "etc/default/isc-dhcp-server")
 	s, err := New(c)
 	if err != nil {
 		t.Fatal(err)
@@ -39,23 +41,6 @@ func TestExportsAreThePages(t *testing.T) {
 	if got := read(t, c.DefaultsFile); got != "INTERFACESv4=\"bond0.1000\"\n" {
 		t.Errorf("got %s", got)
 	}
-}
-
-// A machine that never had an isc-dhcp-server has no directories for its files.
-func TestExportMakesDirectories(t *testing.T) {
-	c := config(t)
-	c.ConfigFile, c.DefaultsFile = filepath.Join(t.TempDir(), "etc/dhcp/dhcpd.conf"), filepath.Join(t.TempDir(), "etc/default/isc-dhcp-server")
-	s, err := New(c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := s.export(); err != nil {
-		t.Fatal(err)
-	}
-	if got := read(t, c.ConfigFile); got != page {
-		t.Errorf("got\n%s", got)
-	}
-	read(t, c.DefaultsFile)
 }
 
 // full is a configuration with all that an export can say.

@@ -147,6 +147,17 @@ func TestBesideFirewalld(t *testing.T) {
 	}
 }
 
+// serve has a hub of a configuration serve, until it is killed.
+func serve(t *testing.T, config string, hub ingotv1.HubClient, text string) (kill func()) {
+	t.Helper()
+	write(t, config, text)
+	kill = start(t, config)
+	if _, err := hub.Facts(t.Context(), &emptypb.Empty{}, grpc.WaitForReady(true)); err != nil {
+		t.Fatal(err)
+	}
+	return kill
+}
+
 // TestFirewalldAfterChange: what a hub's configuration wants no more is taken back by the
 // next hub. What others have given firewalld, be it the same, stays.
 func TestFirewalldAfterChange(t *testing.T) {
@@ -172,12 +183,7 @@ func TestFirewalldAfterChange(t *testing.T) {
 	first := string(b)
 	told := func(what string, c string) string {
 		t.Helper()
-		write(t, config, c)
-		kill := start(t, config)
-		defer kill()
-		if _, err := hub.Facts(t.Context(), &emptypb.Empty{}, grpc.WaitForReady(true)); err != nil {
-			t.Fatal(err)
-		}
+		defer serve(t, config, hub, c)()
 		parsed, err := ParseConfig([]byte(c))
 		if err != nil {
 			t.Fatal(err)
@@ -234,12 +240,7 @@ func TestForwardingAfterChange(t *testing.T) {
 		for i in all lo segment uplink world other other-end open-end; do echo 0 >`+proc+`$i/forwarding; done; echo 1 >`+proc+`open/forwarding`)
 	after := func(what, text, want string) {
 		t.Helper()
-		write(t, config, text)
-		kill := start(t, config)
-		defer kill()
-		if _, err := hub.Facts(t.Context(), &emptypb.Empty{}, grpc.WaitForReady(true)); err != nil {
-			t.Fatal(err)
-		}
+		defer serve(t, config, hub, text)()
 		if got := strings.Join(strings.Fields(sh(t, "cd "+proc+"; cat segment/forwarding uplink/forwarding other/forwarding open/forwarding")), " "); got != want {
 			t.Errorf("%s: segment, uplink, other and open forward %s, want %s", what, got, want)
 		}
