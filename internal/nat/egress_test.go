@@ -194,6 +194,25 @@ func TestEgressChanges(t *testing.T) {
 	ask("", "deny all 80/tcp")
 }
 
+// inForce sets a hub's rules, of which so many that nft lists have a text, and has them checked.
+func inForce(t *testing.T, h nat.Hub, text string, want int) []nat.Rule {
+	t.Helper()
+	began := time.Now()
+	if err := nat.SetHub(h); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("set in %s", time.Since(began))
+	out, err := exec.Command("nft", "list", "table", "ip", nat.Table).Output()
+	if n := strings.Count(string(out), text); err != nil || n != want {
+		t.Errorf("%d of %q, %v", n, text, err)
+	}
+	rules, err := nat.CheckHub(h)
+	if err != nil || slices.ContainsFunc(rules, func(r nat.Rule) bool { return !r.Present }) {
+		t.Errorf("check: %d rules, %v", len(rules), err)
+	}
+	return rules
+}
+
 // TestManyRestricted: microVMs with one policy share its chain.
 func TestManyRestricted(t *testing.T) {
 	plainHub(t)
@@ -201,17 +220,8 @@ func TestManyRestricted(t *testing.T) {
 	for i := range 1000 {
 		h.Restricted = append(h.Restricted, restricted(t, net.HardwareAddr{2, 0, 0, 0, byte(i >> 8), byte(i)}, "deny private", fmt.Sprintf("deny all %d/tcp", 1+i%3)))
 	}
-	began := time.Now()
-	if err := nat.SetHub(h); err != nil {
-		t.Fatal(err)
-	}
-	t.Logf("set in %s", time.Since(began))
-	out, err := exec.Command("nft", "list", "table", "ip", nat.Table).Output()
-	if n := strings.Count(string(out), "chain egress-"); err != nil || n != 3 {
-		t.Errorf("%d chains, %v", n, err)
-	}
-	if rules, err := nat.CheckHub(h); err != nil || len(rules) != 1002 || slices.ContainsFunc(rules, func(r nat.Rule) bool { return !r.Present }) {
-		t.Errorf("check: %d rules, %v", len(rules), err)
+	if rules := inForce(t, h, "chain egress-", 3); len(rules) != 1002 {
+		t.Errorf("check: %d rules", len(rules))
 	}
 }
 
@@ -227,18 +237,7 @@ func TestManyRules(t *testing.T) {
 		}
 		h.Restricted = append(h.Restricted, restricted(t, net.HardwareAddr{2, 0, 0, 0, 0, byte(i)}, rules...))
 	}
-	began := time.Now()
-	if err := nat.SetHub(h); err != nil {
-		t.Fatal(err)
-	}
-	t.Logf("set in %s", time.Since(began))
-	out, err := exec.Command("nft", "list", "table", "ip", nat.Table).Output()
-	if n := strings.Count(string(out), "ip daddr 10."); err != nil || n != 2000 {
-		t.Errorf("%d rules, %v", n, err)
-	}
-	if rules, err := nat.CheckHub(h); err != nil || slices.ContainsFunc(rules, func(r nat.Rule) bool { return !r.Present }) {
-		t.Errorf("check: %d rules, %v", len(rules), err)
-	}
+	inForce(t, h, "ip daddr 10.", 2000)
 }
 
 // TestNoConnection: a packet that belongs to no connection does not leave, past rules and
