@@ -154,9 +154,11 @@ func (s *Server) request(p *pool, m *message, out *reply) (c change) {
 	c.record = s.give(ip, m, stateActive, s.seconds()+int64(life))
 	// A client has one address of a subnet, or one would have all of them.
 	if before != nil && before.ip != ip && !s.ended(before) {
-		s.end(before)
 		if before.logged {
+			s.end(before)
 			c.left, c.renewed, c.urgent = before, true, true
+		} else { // an offer
+			s.forget(before)
 		}
 	}
 	s.count.Acks++

@@ -114,6 +114,19 @@ func TestOneLeaseForEach(t *testing.T) {
 	}
 }
 
+// What was only offered to a client that takes another address is nothing to be remembered.
+func TestOfferIsNotALease(t *testing.T) {
+	s, _ := table(t, nil)
+	offered, _, _ := exchange(t, s, newMessage(t, discover, mac(1)))
+	if answer, _, text := exchange(t, s, newMessage(t, request, mac(1), want("192.168.10.100"))); answer == nil || strings.Count(text, "lease ") != 1 {
+		t.Errorf("%v, to the log goes %q", answer, text)
+	}
+	var log strings.Builder
+	if err := s.content(&log); err != nil || strings.Contains(log.String(), offered.YourIPAddr.String()) || !strings.Contains(log.String(), "192.168.10.100") {
+		t.Errorf("%v, the log has %q", err, log.String())
+	}
+}
+
 // Who declines whatever it gets has not all addresses put aside.
 func TestOneClientDeclinesAll(t *testing.T) {
 	s, now := table(t, func(c *Config) { last(c, "192.168.10.36") })
